@@ -1,0 +1,61 @@
+//! The command line: one file per subcommand, arguments in, text and exit code out.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub mod config;
+pub mod download_tokenizer;
+pub mod generate;
+pub mod tokenize;
+pub mod train;
+pub mod train_tokenizer;
+pub mod write_stories;
+
+/// Pretraining language models from one TOML file.
+#[derive(Parser)]
+#[command(name = "titan", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Train(train::Args),
+    Generate(generate::Args),
+    Config(config::Args),
+    DownloadTokenizer(download_tokenizer::Args),
+    TrainTokenizer(train_tokenizer::Args),
+    Tokenize(tokenize::Args),
+    WriteStories(write_stories::Args),
+}
+
+/// Parses `argv`, runs the subcommand, and turns an [`crate::Error`] into a message and an exit code.
+pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(argv) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    let result = match cli.command {
+        Command::Train(args) => train::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Config(args) => config::run(args),
+        Command::DownloadTokenizer(args) => download_tokenizer::run(args),
+        Command::TrainTokenizer(args) => train_tokenizer::run(args),
+        Command::Tokenize(args) => tokenize::run(args),
+        Command::WriteStories(args) => write_stories::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // A config report brings its own headings.
+            match error {
+                crate::Error::Config(ref report) => eprintln!("{report}"),
+                ref error => eprintln!("error: {error}"),
+            }
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

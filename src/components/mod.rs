@@ -1,0 +1,5 @@
+//! Parts of the trainer that can be swapped.
+
+pub mod checkpoint;
+pub mod lr_scheduler;
+pub mod metrics;

@@ -1,0 +1,5 @@
+//! Text -> tokens -> packed batches, with a position that can be saved and resumed.
+
+pub mod hub;
+pub mod stories;
+pub mod tokenizer;

@@ -1,0 +1,9 @@
+use std::process::ExitCode;
+
+/// Large tensors otherwise pay for fresh pages from the system on every op.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    titan::cli::main(std::env::args_os())
+}

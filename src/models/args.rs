@@ -1,0 +1,164 @@
+//! [`DecoderArgs`]: every choice that tells one decoder from another, under the names that job files use.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The model's arguments, as in `[model.args]`. A flavor fills all of them; a job file overrides any.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DecoderArgs {
+    /// Width of the residual stream.
+    pub dim: usize,
+    /// Number of transformer blocks.
+    pub n_layers: usize,
+    /// Number of query heads; must divide `dim`.
+    pub n_heads: usize,
+    /// Number of key/value heads, each shared by `n_heads / n_kv_heads` query heads. "none": as many as `n_heads`.
+    pub n_kv_heads: Option<usize>,
+    /// Rows of the embedding table and of the output layer. Left alone, the tokenizer's size is taken where that is larger.
+    pub vocab_size: usize,
+    /// The feed-forward width is rounded up to a multiple of this.
+    pub multiple_of: usize,
+    /// Factor on the feed-forward width of `8 / 3 * dim`.
+    pub ffn_dim_multiplier: Option<f64>,
+    /// Epsilon inside RMSNorm's square root.
+    pub norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Longest sequence that the model takes. Training sets it to `training.seq_len`.
+    pub max_seq_len: usize,
+    /// Scale the initial weights of a layer's outputs by its depth, instead of by the number of layers.
+    pub depth_init: bool,
+    /// "sdpa": causal attention over the whole sequence. "flex" and "varlen": also the masks that
+    /// `attn_mask_type` and `fixed_attn_block_size` name.
+    pub attn_type: AttnType,
+    /// "causal", or "block_causal": attention stays inside a document (needs `attn_type` "flex" or "varlen").
+    pub attn_mask_type: AttnMaskType,
+    /// Stretching of rotary wavelengths for long contexts. "none": none.
+    pub rope_scaling_args: Option<RopeScalingArgs>,
+    /// Let `top_k` routed and the shared experts together be as wide as one dense feed-forward.
+    pub auto_scale_hidden_dim: bool,
+    /// Layers 0, n, 2n, ... have no rotary positions and attend without blocks. "none": all layers rotate.
+    pub every_n_layers_nope: Option<usize>,
+    /// With `attn_type` "flex", rotary layers of a model that has `every_n_layers_nope` attend only within blocks of
+    /// this many positions.
+    pub fixed_attn_block_size: usize,
+    /// The mixture of experts. "none": every feed-forward is dense.
+    pub moe_args: Option<MoeArgs>,
+    /// Every n-th layer is a mixture of experts (layers n - 1, 2n - 1, ...).
+    pub interleave_moe_layer_step: usize,
+}
+
+/// Llama 3 and Llama 4's stretching of rotary wavelengths.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RopeScalingArgs {
+    /// Long wavelengths are multiplied by this.
+    pub scaling_factor: f64,
+    /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are stretched in full.
+    pub low_freq_factor: f64,
+    /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are left alone.
+    pub high_freq_factor: f64,
+    /// Context length before the stretching.
+    pub original_max_position_embeddings: usize,
+}
+
+/// Token-choice mixture of experts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct MoeArgs {
+    /// Number of routed experts.
+    pub num_experts: usize,
+    /// Experts that see every token, built as one feed-forward of their joint width.
+    pub num_shared_experts: usize,
+    /// Routed experts per token.
+    pub top_k: usize,
+    /// How router logits become scores.
+    pub score_func: ScoreFunc,
+    /// Divide a token's chosen scores by their sum.
+    pub route_norm: bool,
+    /// Factor on the chosen scores.
+    pub route_scale: f64,
+    /// Multiply by the score before the expert (else after it).
+    pub score_before_experts: bool,
+    /// Step by which each expert's bias follows its load. "none": no bias.
+    pub load_balance_coeff: Option<f64>,
+    /// Send tokens round robin, for timing.
+    pub force_load_balance: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AttnType {
+    Sdpa,
+    Flex,
+    Varlen,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AttnMaskType {
+    Causal,
+    BlockCausal,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ScoreFunc {
+    Sigmoid,
+    Softmax,
+}
+
+impl Default for DecoderArgs {
+    /// A dense decoder of Llama 3's kind.
+    fn default() -> Self {
+        Self {
+            dim: 4096,
+            n_layers: 32,
+            n_heads: 32,
+            n_kv_heads: None,
+            vocab_size: 128_256,
+            multiple_of: 256,
+            ffn_dim_multiplier: None,
+            norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            max_seq_len: 131_072,
+            depth_init: true,
+            attn_type: AttnType::Sdpa,
+            attn_mask_type: AttnMaskType::Causal,
+            rope_scaling_args: None,
+            auto_scale_hidden_dim: false,
+            every_n_layers_nope: None,
+            fixed_attn_block_size: 8192,
+            moe_args: None,
+            interleave_moe_layer_step: 1,
+        }
+    }
+}
+
+impl Default for RopeScalingArgs {
+    fn default() -> Self {
+        Self {
+            scaling_factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        }
+    }
+}
+
+impl Default for MoeArgs {
+    fn default() -> Self {
+        Self {
+            num_experts: 8,
+            num_shared_experts: 1,
+            top_k: 1,
+            score_func: ScoreFunc::Sigmoid,
+            route_norm: false,
+            route_scale: 1.0,
+            score_before_experts: true,
+            load_balance_coeff: Some(1e-3),
+            force_load_balance: false,
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Model families as data for one decoder.
+
+pub mod args;

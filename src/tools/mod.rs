@@ -1,0 +1,4 @@
+//! Logging and facts about the device.
+
+pub mod device;
+pub mod logging;
