@@ -1,4 +1,5 @@
-//! Logging and facts about the device.
+//! Logging, signals, and facts about the device.
 
 pub mod device;
 pub mod logging;
+pub mod signals;
