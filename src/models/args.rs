@@ -109,6 +109,35 @@ pub enum ScoreFunc {
     Softmax,
 }
 
+impl DecoderArgs {
+    /// Width of a dense feed-forward: two thirds of `4 * dim`, times `ffn_dim_multiplier`, up to a multiple of `multiple_of`.
+    pub fn ffn_hidden_dim(&self) -> usize {
+        self.unrounded_hidden_dim().next_multiple_of(self.multiple_of)
+    }
+
+    /// Width of one expert: that of a dense feed-forward, shared among the active experts if `auto_scale_hidden_dim`.
+    pub fn moe_hidden_dim(&self) -> usize {
+        let active = match &self.moe_args {
+            Some(moe) if self.auto_scale_hidden_dim => moe.top_k + moe.num_shared_experts,
+            _ => 1,
+        };
+        (self.unrounded_hidden_dim() / active).next_multiple_of(self.multiple_of)
+    }
+
+    /// Layers `n - 1, 2n - 1, ...` of an `interleave_moe_layer_step` of `n`, where there are experts at all.
+    pub fn is_moe_layer(&self, layer: usize) -> bool {
+        self.moe_args.is_some() && (layer + 1).is_multiple_of(self.interleave_moe_layer_step)
+    }
+
+    fn unrounded_hidden_dim(&self) -> usize {
+        let hidden_dim = 8 * self.dim / 3;
+        match self.ffn_dim_multiplier {
+            Some(factor) => (factor * hidden_dim as f64) as usize,
+            None => hidden_dim,
+        }
+    }
+}
+
 impl Default for DecoderArgs {
     /// A dense decoder of Llama 3's kind.
     fn default() -> Self {
@@ -160,5 +189,26 @@ impl Default for MoeArgs {
             load_balance_coeff: Some(1e-3),
             force_load_balance: false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feed_forward_widths_are_those_of_the_published_models() {
+        let llama3_8b = DecoderArgs { multiple_of: 1024, ffn_dim_multiplier: Some(1.3), ..Default::default() };
+        assert_eq!(llama3_8b.ffn_hidden_dim(), 14_336);
+
+        let llama4_scout = DecoderArgs {
+            dim: 5120,
+            multiple_of: 2048,
+            ffn_dim_multiplier: Some(1.2),
+            auto_scale_hidden_dim: true,
+            moe_args: Some(MoeArgs { num_experts: 16, ..Default::default() }),
+            ..Default::default()
+        };
+        assert_eq!((llama4_scout.ffn_hidden_dim(), llama4_scout.moe_hidden_dim()), (16_384, 8192));
     }
 }

@@ -1,3 +1,4 @@
 //! Model families as data for one decoder.
 
 pub mod args;
+pub mod hf;
