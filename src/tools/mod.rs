@@ -1,5 +1,6 @@
-//! Logging, signals, and facts about the device.
+//! Logging, signals, random numbers, and facts about the device.
 
 pub mod device;
 pub mod logging;
+pub mod random;
 pub mod signals;
