@@ -40,9 +40,8 @@ pub struct DecoderArgs {
     pub auto_scale_hidden_dim: bool,
     /// Layers 0, n, 2n, ... have no rotary positions and attend without blocks. "none": all layers rotate.
     pub every_n_layers_nope: Option<usize>,
-    /// With `attn_type` "flex", rotary layers of a model that has `every_n_layers_nope` attend only within blocks of
-    /// this many positions.
-    pub fixed_attn_block_size: usize,
+    /// With `attn_type` "flex", rotary layers attend only within blocks of this many positions. "none": no blocks.
+    pub fixed_attn_block_size: Option<usize>,
     /// The mixture of experts. "none": every feed-forward is dense.
     pub moe_args: Option<MoeArgs>,
     /// Every n-th layer is a mixture of experts (layers n - 1, 2n - 1, ...).
@@ -158,7 +157,7 @@ impl Default for DecoderArgs {
             rope_scaling_args: None,
             auto_scale_hidden_dim: false,
             every_n_layers_nope: None,
-            fixed_attn_block_size: 8192,
+            fixed_attn_block_size: None,
             moe_args: None,
             interleave_moe_layer_step: 1,
         }

@@ -111,11 +111,11 @@ impl Decoder {
 
     /// The expert loads, by layer.
     pub fn expert_loads(&self) -> BTreeMap<usize, &Arc<ExpertLoad>> {
-        let load = |(layer, block): (usize, &_)| match block {
-            Block { ffn: Ffn::Moe(moe), .. } => Some((layer, moe.load())),
-            Block { ffn: Ffn::Dense(_), .. } => None,
-        };
-        self.blocks.iter().enumerate().filter_map(load).collect()
+        let moes = self.blocks.iter().enumerate().filter_map(|(layer, block)| match &block.ffn {
+            Ffn::Moe(moe) => Some((layer, moe.load())),
+            Ffn::Dense(_) => None,
+        });
+        moes.collect()
     }
 
     /// Everything that a checkpoint of the model holds: parameters, and the biases of experts.
@@ -176,7 +176,7 @@ impl Decoder {
 
     /// The logits of all tokens, `(b, s, vocab_size)`, in the compute dtype.
     pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
-        let sequence = self.sequence(tokens)?;
+        let sequence = self.context(tokens)?;
         let mut x = self.embed(tokens)?;
         for layer in 0..self.n_blocks() {
             x = self.block(layer, &Value::constant(x), &sequence, Pass::Evaluation)?.tensor().clone();
@@ -333,7 +333,7 @@ impl DecoderArgs {
 
     /// The blocks of positions that rotary layers attend within.
     fn attn_block_size(&self) -> Option<usize> {
-        (self.attn_type == AttnType::Flex && self.every_n_layers_nope.is_some()).then_some(self.fixed_attn_block_size)
+        self.fixed_attn_block_size.filter(|_| self.attn_type == AttnType::Flex)
     }
 
     fn uses_rope(&self, layer: usize) -> bool {
@@ -364,7 +364,7 @@ impl DecoderArgs {
         }
         require(self.interleave_moe_layer_step > 0, "interleave_moe_layer_step must be at least 1".into());
         require(self.every_n_layers_nope != Some(0), "every_n_layers_nope must be at least 1, or \"none\"".into());
-        require(self.fixed_attn_block_size > 0, "fixed_attn_block_size must be at least 1".into());
+        require(self.fixed_attn_block_size != Some(0), "fixed_attn_block_size must be at least 1, or \"none\"".into());
         if let Some(moe) = &self.moe_args {
             require(
                 (1..=moe.num_experts).contains(&moe.top_k),

@@ -12,6 +12,7 @@ pub fn flavor(name: &str) -> Option<DecoderArgs> {
         rope_theta: 500_000.0,
         max_seq_len: 1_048_576,
         auto_scale_hidden_dim: true,
+        fixed_attn_block_size: Some(8192),
         moe_args: Some(MoeArgs::default()),
         interleave_moe_layer_step: 2,
         ..Default::default()
@@ -27,29 +28,32 @@ pub fn flavor(name: &str) -> Option<DecoderArgs> {
         ..family.clone()
     };
     let experts = |num_experts| Some(MoeArgs { num_experts, ..Default::default() });
-    let (base, block_size) = match name.strip_suffix("_irope").unwrap_or(name) {
-        "debugmodel" => {
-            let rope_scaling_args = Some(stretched);
-            (DecoderArgs { dim: 256, n_layers: 6, n_heads: 16, vocab_size: 2048, rope_scaling_args, ..family }, 256)
-        }
-        "17bx16e" => {
-            let rope_scaling_args = Some(stretched);
-            let moe_args = experts(16);
-            let max_seq_len = 10_485_760;
-            (DecoderArgs { max_seq_len, rope_scaling_args, moe_args, interleave_moe_layer_step: 1, ..large }, 8192)
-        }
-        "17bx128e" => (DecoderArgs { moe_args: experts(128), ..large }, 8192),
+    let debug = DecoderArgs { dim: 256, n_layers: 6, n_heads: 16, vocab_size: 2048, ..family };
+    let base = match name.strip_suffix("_irope").unwrap_or(name) {
+        "debugmodel" => DecoderArgs { rope_scaling_args: Some(stretched), ..debug },
+        "17bx16e" => DecoderArgs {
+            max_seq_len: 10_485_760,
+            rope_scaling_args: Some(stretched),
+            moe_args: experts(16),
+            interleave_moe_layer_step: 1,
+            ..large
+        },
+        "17bx128e" => DecoderArgs { moe_args: experts(128), ..large },
         _ => return None,
     };
-    Some(if name.ends_with("_irope") {
-        DecoderArgs {
-            attn_type: AttnType::Flex,
-            attn_mask_type: AttnMaskType::BlockCausal,
-            every_n_layers_nope: Some(4),
-            fixed_attn_block_size: block_size,
-            ..base
-        }
-    } else {
-        base
+    Some(match name {
+        "debugmodel_irope" => DecoderArgs { fixed_attn_block_size: Some(256), ..interleaved(base) },
+        _ if name.ends_with("_irope") => interleaved(base),
+        _ => base,
     })
+}
+
+/// Layers without rotary positions among layers that attend in blocks.
+fn interleaved(base: DecoderArgs) -> DecoderArgs {
+    DecoderArgs {
+        attn_type: AttnType::Flex,
+        attn_mask_type: AttnMaskType::BlockCausal,
+        every_n_layers_nope: Some(4),
+        ..base
+    }
 }

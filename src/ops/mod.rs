@@ -17,7 +17,7 @@ mod rms_norm;
 mod rope;
 mod swiglu;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use adamw::{AdamStep, adam_step, sum_of_squares};
 pub(crate) use add::add_tensors;

@@ -162,7 +162,7 @@ fn read_rotary_layers(fields: &mut Fields, args: &mut DecoderArgs) {
     if is_chunked != rotary {
         fields.fault("layer_types: chunked attention must be that of all rotary layers, or of none");
     }
-    args.fixed_attn_block_size = chunk;
+    args.fixed_attn_block_size = Some(chunk);
     if args.every_n_layers_nope.is_some() {
         args.attn_type = AttnType::Flex;
     } else {
@@ -480,7 +480,7 @@ mod tests {
         config["attn_temperature_tuning"] = json!(false);
         config["attention_chunk_size"] = json!(64);
         let (_, args) = args_from_config(&config).unwrap();
-        assert_eq!((args.every_n_layers_nope, args.attn_type, args.fixed_attn_block_size), (Some(2), AttnType::Flex, 64));
+        assert_eq!((args.every_n_layers_nope, args.attn_type, args.fixed_attn_block_size), (Some(2), AttnType::Flex, Some(64)));
     }
 
     #[test]
@@ -494,7 +494,7 @@ mod tests {
             max_seq_len: 4096,
             attn_type: AttnType::Flex,
             every_n_layers_nope: Some(4),
-            fixed_attn_block_size: 256,
+            fixed_attn_block_size: Some(256),
             auto_scale_hidden_dim: true,
             rope_scaling_args: Some(RopeScalingArgs { scaling_factor: 16.0, high_freq_factor: 1.0, ..Default::default() }),
             moe_args: Some(MoeArgs::default()),
