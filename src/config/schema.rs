@@ -238,7 +238,7 @@ impl Bounds {
 impl fmt::Display for Bounds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let limits = [
-            (self.min, Self::NONE.min, "at least"),
+            (self.min, Self::NONE.min, "of at least"),
             (self.above, Self::NONE.above, "above"),
             (self.max, Self::NONE.max, "at most"),
             (self.below, Self::NONE.below, "below"),

@@ -10,3 +10,4 @@ pub const FAMILIES: &[(&str, &[&str])] = &[
     ),
     ("llama4", &["debugmodel", "17bx16e", "17bx128e", "debugmodel_irope", "17bx16e_irope", "17bx128e_irope"]),
 ];
+pub mod hf;
