@@ -173,7 +173,8 @@ pub(super) fn decoder(args: &DecoderArgs) -> (Vec<Fault>, Vec<String>) {
     }
     if !n_heads.is_multiple_of(n_kv_heads) {
         // No model has more heads; a slip of twelve digits should not take minutes.
-        let allowed: Vec<_> = (1..=n_heads.min(1000)).filter(|n| n_heads.is_multiple_of(*n)).map(|n| n.to_string()).collect();
+        let allowed: Vec<_> =
+            (1..=n_heads.min(1000)).filter(|n| n_heads.is_multiple_of(*n)).map(|n| n.to_string()).collect();
         faults.push(
             Fault::new(
                 format!("{n_heads} query heads cannot share {n_kv_heads} key/value heads equally"),

@@ -128,7 +128,8 @@ impl Reader {
         let here = join(path, name);
         let fits = |key: &&Key| key.shape.keys().is_some() == is_table;
         let own = || nearest(name, keys.iter().filter(fits).map(|key| key.name.as_str()));
-        let meant = elsewhere(name, is_table).or_else(|| own().map(|near| vec![join(path, near)]));
+        let meant = elsewhere(name, is_table)
+            .or_else(|| own().map(|near| vec![if is_table { join(path, near) } else { near.to_owned() }]));
         let hint = meant.map(|paths| paths.iter().map(|path| shown(path)).collect::<Vec<_>>().join(" or "));
         let kind = if is_table { "section" } else { "key" };
         let place = if path.is_empty() { "sections".to_owned() } else { format!("keys of [{path}]") };

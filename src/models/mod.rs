@@ -1,6 +1,7 @@
 //! Model families as data for one decoder.
 
 pub mod args;
+pub mod hf;
 
 /// Each family with its flavors.
 pub const FAMILIES: &[(&str, &[&str])] = &[
@@ -10,4 +11,3 @@ pub const FAMILIES: &[(&str, &[&str])] = &[
     ),
     ("llama4", &["debugmodel", "17bx16e", "17bx128e", "debugmodel_irope", "17bx16e_irope", "17bx128e_irope"]),
 ];
-pub mod hf;
