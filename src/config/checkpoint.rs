@@ -16,7 +16,7 @@ pub struct Checkpoint {
     #[schemars(extend("x-no-effect" = FAULT_TOLERANCE))]
     pub enable_ft_dataloader_checkpoints: bool,
     /// Folder of the checkpoints, in `job.dump_folder`. Step 500 is in `step-500` there.
-    pub folder: PathBuf,
+    pub folder: String,
     /// Steps from one checkpoint to the next. The last step is always saved.
     #[schemars(range(min = 1))]
     pub interval: usize,
@@ -82,15 +82,15 @@ pub enum AsyncMode {
 }
 
 /// A part of a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(transform = also_data_loader)]
 pub enum CheckpointState {
     Model,
     Optimizer,
     LrScheduler,
-    #[serde(rename = "dataloader", alias = "data_loader")]
-    DataLoader,
+    #[serde(alias = "data_loader")]
+    Dataloader,
     TrainState,
 }
 

@@ -1,6 +1,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use crate::components::lr_scheduler::DecayType;
+
 /// The learning rate over the run: a rise, a plateau, a fall.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -17,14 +19,6 @@ pub struct LrScheduler {
     /// Where the fall ends, as a share of `optimizer.lr`.
     #[schemars(range(min = 0, max = 1))]
     pub min_lr_factor: f64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum DecayType {
-    Linear,
-    Sqrt,
-    Cosine,
 }
 
 impl Default for LrScheduler {

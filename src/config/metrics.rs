@@ -1,5 +1,3 @@
-use std::path::PathBuf;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +13,7 @@ pub struct Metrics {
     /// Log lines without colours. Outside a terminal they have none anyway.
     pub disable_color_printing: bool,
     /// Folder of the TensorBoard files, in `job.dump_folder`.
-    pub save_tb_folder: PathBuf,
+    pub save_tb_folder: String,
     /// Write metrics from every rank, instead of from the first alone. One device is one rank.
     pub save_for_all_ranks: bool,
     /// Log to Weights & Biases.

@@ -115,7 +115,7 @@ impl Reader {
             }
             DeValue::String(text) => nearest(text, shape.words()).map(|word| format!("did you mean {word:?}?")),
             DeValue::Integer(_) | DeValue::Float(_) | DeValue::Boolean(_) if shape.takes_text() => {
-                Some("write it in quotes".to_owned())
+                Some(format!("write it in quotes: \"{}\"", show(found.get_ref())))
             }
             _ => None,
         };
@@ -124,40 +124,38 @@ impl Reader {
     }
 
     fn unknown(&mut self, path: &str, keys: &[Key], name: &str, is_table: bool, origin: Origin) {
+        let shown = |name: &str| if is_table { format!("[{name}]") } else { format!("`{name}`") };
         let here = join(path, name);
-        let section = if path.is_empty() { "a job file".to_owned() } else { format!("[{path}]") };
-        let is_table_key = |key: &&Key| key.shape.keys().is_some();
-        let (title, hint) = if is_table {
-            let tables = keys.iter().filter(is_table_key).map(|key| key.name.as_str());
-            let hint = nearest(name, tables).map(|near| format!("did you mean [{}]?", join(path, near)));
-            (format!("unknown section [{here}]"), hint)
-        } else {
-            let own = || nearest(name, keys.iter().map(|key| key.name.as_str()));
-            let hint = elsewhere(name).or_else(|| own().map(|near| format!("`{near}`")));
-            let hint = hint.map(|near| format!("did you mean {near}?"));
-            (format!("unknown key `{here}`"), hint)
-        };
+        let fits = |key: &&Key| key.shape.keys().is_some() == is_table;
+        let own = || nearest(name, keys.iter().filter(fits).map(|key| key.name.as_str()));
+        let meant = elsewhere(name, is_table)
+            .or_else(|| own().map(|near| vec![if is_table { join(path, near) } else { near.to_owned() }]));
+        let hint = meant.map(|paths| paths.iter().map(|path| shown(path)).collect::<Vec<_>>().join(" or "));
+        let kind = if is_table { "section" } else { "key" };
+        let place = if path.is_empty() { "sections".to_owned() } else { format!("keys of [{path}]") };
         self.faults.push(
-            Fault::new(title, &[&here]).at(origin).hint(hint).note(format!("keys of {section}: {}", names(keys))),
+            Fault::new(format!("unknown {kind} {}", shown(&here)), &[&here])
+                .at(origin)
+                .hint(hint.map(|hint| format!("did you mean {hint}?")))
+                .note(format!("{place}: {}", names(keys))),
         );
     }
 }
 
-/// Keys of exactly this name in other sections, unless they are too many to be meant.
-fn elsewhere(name: &str) -> Option<String> {
-    fn collect(name: &str, keys: &[Key], path: &str, found: &mut Vec<String>) {
+/// Keys, or sections, of exactly this name that are somewhere else, unless they are too many to be meant.
+fn elsewhere(name: &str, is_table: bool) -> Option<Vec<String>> {
+    fn collect(name: &str, is_table: bool, keys: &[Key], path: &str, found: &mut Vec<String>) {
         for key in keys {
             let here = join(path, &key.name);
-            match key.shape.keys() {
-                Some(inner) => collect(name, inner, &here, found),
-                None if key.name == name => found.push(format!("`{here}`")),
-                None => {}
+            if key.name == name && key.shape.keys().is_some() == is_table {
+                found.push(here.clone());
             }
+            collect(name, is_table, key.shape.keys().unwrap_or_default(), &here, found);
         }
     }
     let mut found = Vec::new();
-    collect(name, &schema::SECTIONS, "", &mut found);
-    (1..=2).contains(&found.len()).then(|| found.join(" or "))
+    collect(name, is_table, &schema::SECTIONS, "", &mut found);
+    (1..=2).contains(&found.len()).then_some(found)
 }
 
 fn join(path: &str, name: &str) -> String {
@@ -218,7 +216,10 @@ fn show(value: &DeValue) -> String {
         DeValue::Float(number) => number.to_string(),
         DeValue::Boolean(value) => value.to_string(),
         DeValue::Datetime(date) => format!("the date {date}"),
-        DeValue::Array(_) => "a list".to_owned(),
+        DeValue::Array(items) => {
+            let items: Vec<_> = items.iter().map(|item| show(item.get_ref())).collect();
+            format!("[{}]", items.join(", "))
+        }
         DeValue::Table(_) => "a table".to_owned(),
     }
 }

@@ -134,7 +134,13 @@ fn keys(schema: &Value) -> Vec<Key> {
 fn shape(schema: &Value) -> Shape {
     let strings = |values: &[Value]| values.iter().filter_map(Value::as_str).map(str::to_owned).collect();
     if let Some(alternatives) = schema.get("anyOf").or(schema.get("oneOf")).and_then(Value::as_array) {
-        return Shape::Any(alternatives.iter().map(shape).collect());
+        let shapes: Vec<_> = alternatives.iter().map(shape).collect();
+        let words =
+            shapes.iter().map(|shape| if let Shape::Words(words) = shape { Some(words.as_slice()) } else { None });
+        return match words.collect::<Option<Vec<_>>>() {
+            Some(words) => Shape::Words(words.concat()),
+            None => Shape::Any(shapes),
+        };
     }
     if let Some(words) = schema["enum"].as_array() {
         return Shape::Words(strings(words));
@@ -238,7 +244,7 @@ impl Bounds {
 impl fmt::Display for Bounds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let limits = [
-            (self.min, Self::NONE.min, "at least"),
+            (self.min, Self::NONE.min, "of at least"),
             (self.above, Self::NONE.above, "above"),
             (self.max, Self::NONE.max, "at most"),
             (self.below, Self::NONE.below, "below"),

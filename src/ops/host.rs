@@ -94,7 +94,9 @@ pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result
 /// Rounds to what `dtype` can hold, to nearest even.
 pub fn round(values: &mut [f32], dtype: DType) {
     if dtype == DType::BF16 {
-        values.par_chunks_mut(GRAIN).for_each(|chunk| vectorized(|| chunk.iter_mut().for_each(|x| *x = round_bf16(*x))));
+        values
+            .par_chunks_mut(GRAIN)
+            .for_each(|chunk| vectorized(|| chunk.iter_mut().for_each(|x| *x = round_bf16(*x))));
     }
 }
 
@@ -254,7 +256,15 @@ pub fn exp(x: f32) -> f32 {
     let half = (n * 0.5).floor() as i32;
     let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
     let value = mantissa * power(half) * power(n as i32 - half);
-    if x < -87.3 { 0.0 } else if x > 88.8 { f32::INFINITY } else if x.is_nan() { x } else { value }
+    if x < -87.3 {
+        0.0
+    } else if x > 88.8 {
+        f32::INFINITY
+    } else if x.is_nan() {
+        x
+    } else {
+        value
+    }
 }
 
 #[cfg(test)]

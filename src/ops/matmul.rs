@@ -103,7 +103,15 @@ mod tests {
         let (m, n, k, stride) = (9, 5, 7, 11);
         let (a, b) = (random("a", m * stride), random("b", k * n));
         let mut dst = vec![1.0; m * stride];
-        matmul(&mut dst, stride, Into::Overwrite, 0.5, Mat::strided(&a, m, k, stride), Mat::new(&b, k, n), Parallelism::None);
+        matmul(
+            &mut dst,
+            stride,
+            Into::Overwrite,
+            0.5,
+            Mat::strided(&a, m, k, stride),
+            Mat::new(&b, k, n),
+            Parallelism::None,
+        );
         for i in 0..m {
             for j in 0..n {
                 let sum: f64 = (0..k).map(|l| f64::from(a[i * stride + l]) * f64::from(b[l * n + j])).sum();

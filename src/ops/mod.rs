@@ -20,8 +20,8 @@ mod swiglu;
 pub(crate) mod testing;
 
 pub use adamw::{AdamStep, adam_step, sum_of_squares};
-pub(crate) use add::add_tensors;
 pub use add::add;
+pub(crate) use add::add_tensors;
 pub use attention::{AttentionMask, attention};
 pub use cross_entropy::{LossAndGrad, cross_entropy_grad, cross_entropy_loss};
 pub use embedding::{embedding, embedding_backward};

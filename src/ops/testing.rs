@@ -136,7 +136,10 @@ impl Case {
             let derivative = (dx.to_dtype(DType::F64)? * &direction)?;
             let scale = derivative.abs()?.sum_all()?.to_scalar::<f64>()?.max(1e-3);
             let derivative = derivative.sum_all()?.to_scalar::<f64>()?;
-            assert!((derivative - difference).abs() <= tolerance * scale, "{what}: {derivative}, by differences {difference}");
+            assert!(
+                (derivative - difference).abs() <= tolerance * scale,
+                "{what}: {derivative}, by differences {difference}"
+            );
 
             for (p, (parameter, weight)) in parameters.iter().zip(&weights).enumerate() {
                 let what = format!("{}: gradient of parameter {p}", self.name);

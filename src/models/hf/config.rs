@@ -40,7 +40,10 @@ pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
     if fields.faults.is_empty() {
         return Ok((family, args));
     }
-    Err(Error::Model(format!("config.json describes a model that titan cannot load:\n  {}", fields.faults.join("\n  "))))
+    Err(Error::Model(format!(
+        "config.json describes a model that titan cannot load:\n  {}",
+        fields.faults.join("\n  ")
+    )))
 }
 
 /// Where two models of equal shapes compute different things: `name: here, there`.
@@ -425,7 +428,9 @@ mod tests {
 
     #[test]
     fn widths_of_published_models_come_out_exactly() {
-        for (dim, dense, expert) in [(5120, Some(16_384), Some(8192)), (32, Some(88), Some(48)), (5120, None, Some(8192))] {
+        for (dim, dense, expert) in
+            [(5120, Some(16_384), Some(8192)), (32, Some(88), Some(48)), (5120, None, Some(8192))]
+        {
             let mut fields = Fields { config: &Value::Null, faults: Vec::new() };
             let args = DecoderArgs {
                 dim,
@@ -480,7 +485,10 @@ mod tests {
         config["attn_temperature_tuning"] = json!(false);
         config["attention_chunk_size"] = json!(64);
         let (_, args) = args_from_config(&config).unwrap();
-        assert_eq!((args.every_n_layers_nope, args.attn_type, args.fixed_attn_block_size), (Some(2), AttnType::Flex, Some(64)));
+        assert_eq!(
+            (args.every_n_layers_nope, args.attn_type, args.fixed_attn_block_size),
+            (Some(2), AttnType::Flex, Some(64))
+        );
     }
 
     #[test]
@@ -496,7 +504,11 @@ mod tests {
             every_n_layers_nope: Some(4),
             fixed_attn_block_size: Some(256),
             auto_scale_hidden_dim: true,
-            rope_scaling_args: Some(RopeScalingArgs { scaling_factor: 16.0, high_freq_factor: 1.0, ..Default::default() }),
+            rope_scaling_args: Some(RopeScalingArgs {
+                scaling_factor: 16.0,
+                high_freq_factor: 1.0,
+                ..Default::default()
+            }),
             moe_args: Some(MoeArgs::default()),
             interleave_moe_layer_step: 2,
             ..Default::default()

@@ -49,8 +49,11 @@ fn step_in<T: Stored>(buffers: &StageBuffers, exp_avg: &Tensor, exp_avg_sq: &Ten
     let inverse_sqrt2 = (1.0 / correction2.sqrt()) as f32;
     let (beta1, beta2, eps) = (step.beta1 as f32, step.beta2 as f32, step.eps as f32);
     let (one_minus_beta1, one_minus_beta2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
-    let (keep, decay) =
-        if step.decoupled { ((1.0 - step.lr * step.weight_decay) as f32, 0.0) } else { (1.0, step.weight_decay as f32) };
+    let (keep, decay) = if step.decoupled {
+        ((1.0 - step.lr * step.weight_decay) as f32, 0.0)
+    } else {
+        (1.0, step.weight_decay as f32)
+    };
     let grad_scale = step.grad_scale as f32;
 
     let grads = buffers.grads.as_ref().expect("a model that trains has gradients");
@@ -104,7 +107,8 @@ pub fn sum_of_squares(grads: &Tensor) -> Result<f64> {
     // Short enough sums of f32 that their rounding does not show, added in f64.
     const SPAN: usize = 512;
     let grads = floats(grads)?;
-    let chunk_sum = |chunk: &[f32]| chunk.chunks(SPAN).map(|span| f64::from(vectorized(|| dot(span, span)))).sum::<f64>();
+    let chunk_sum =
+        |chunk: &[f32]| chunk.chunks(SPAN).map(|span| f64::from(vectorized(|| dot(span, span)))).sum::<f64>();
     let partial: Vec<f64> = grads.par_chunks(GRAIN).map(chunk_sum).collect();
     Ok(partial.iter().sum())
 }

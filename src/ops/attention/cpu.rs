@@ -169,7 +169,8 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> 
                 }
                 dq_block.fill(0.0);
                 for (key, n_keys) in sizes.key_blocks(mask, row, i0, n) {
-                    let (k, v) = (sizes.keys(&ks, row, key, n_keys, kv_head), sizes.keys(&vs, row, key, n_keys, kv_head));
+                    let (k, v) =
+                        (sizes.keys(&ks, row, key, n_keys, kv_head), sizes.keys(&vs, row, key, n_keys, kv_head));
                     matmul(&mut p, KEYS, Into::Overwrite, scale, q, k.t(), Parallelism::None);
                     matmul(&mut dp, KEYS, Into::Overwrite, 1.0, dy, v.t(), Parallelism::None);
                     vectorized(|| {

@@ -2,7 +2,9 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::Result;
-use crate::ops::host::{check_tokens, exp, floats, floats_in, max_of, round, sum_of, tensor, update, vectorized, with_indices};
+use crate::ops::host::{
+    check_tokens, exp, floats, floats_in, max_of, round, sum_of, tensor, update, vectorized, with_indices,
+};
 use crate::ops::matmul::{Into, Mat, matmul_all};
 
 /// Logits that exist at a time: 128 MiB of f32.
@@ -77,12 +79,7 @@ fn for_chunks(
 }
 
 /// The sum over rows of `logsumexp - logits[target]`, in f64. `then` gets each row's logits, target and logsumexp.
-fn losses(
-    logits: &mut [f32],
-    targets: &[u32],
-    vocab_size: usize,
-    then: impl Fn(&mut [f32], usize, f32) + Sync,
-) -> f64 {
+fn losses(logits: &mut [f32], targets: &[u32], vocab_size: usize, then: impl Fn(&mut [f32], usize, f32) + Sync) -> f64 {
     let rows: Vec<f64> = logits
         .par_chunks_mut(vocab_size)
         .zip(targets)

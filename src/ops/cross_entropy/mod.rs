@@ -61,7 +61,10 @@ mod tests {
             let LossAndGrad { loss, dx } = cross_entropy_grad(&x, parameter, &targets, 0.5)?;
             let expected = expected.to_scalar::<f64>()?;
             assert!((f64::from(loss) - expected).abs() < tolerance * expected, "{loss}, expected {expected}");
-            assert!((f64::from(cross_entropy_loss(&x, parameter, &targets)?) - 2.0 * expected).abs() < 4.0 * tolerance * expected);
+            assert!(
+                (f64::from(cross_entropy_loss(&x, parameter, &targets)?) - 2.0 * expected).abs()
+                    < 4.0 * tolerance * expected
+            );
             assert_close("dx", &dx, grads.get(&x64).unwrap(), tolerance)?;
             assert_close("dw", &parameter.grad()?, grads.get(&w64).unwrap(), tolerance)?;
         }

@@ -4,7 +4,6 @@ use rayon::prelude::*;
 use crate::Result;
 use crate::ops::host::{Disjoint, check_tokens, floats, tensor, update, with_indices};
 
-
 pub fn forward(tokens: &Tensor, table: &Tensor) -> Result<Tensor> {
     let (vocab_size, dim) = table.dims2()?;
     let (b, s) = tokens.dims2()?;

@@ -130,8 +130,7 @@ mod tests {
                             ScoreFunc::Softmax => candle_nn::ops::softmax(&t[0], D::Minus1)?,
                         };
                         let chosen = scores.gather(&choices, 1)?;
-                        let chosen =
-                            if route_norm { chosen.broadcast_div(&chosen.sum_keepdim(1)?)? } else { chosen };
+                        let chosen = if route_norm { chosen.broadcast_div(&chosen.sum_keepdim(1)?)? } else { chosen };
                         Ok((chosen * 2.5)?)
                     },
                 )?;

@@ -19,7 +19,9 @@ use crate::autograd::{Parameter, Value};
 pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, eps: f64) -> Result<Value> {
     let (y, rstd) = cpu::forward(x.tensor(), &weight.weights()?, eps as f32, weight.compute()?.dtype())?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record(y, [x], move |dy| Ok([Some(cpu::backward(&saved, &weight.weights()?, &weight.grad()?, &rstd, &dy)?)])))
+    Ok(Value::record(y, [x], move |dy| {
+        Ok([Some(cpu::backward(&saved, &weight.weights()?, &weight.grad()?, &rstd, &dy)?)])
+    }))
 }
 
 #[cfg(test)]

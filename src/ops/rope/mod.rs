@@ -102,7 +102,8 @@ mod tests {
                 |v| rope(&v[0], &table),
                 |t| {
                     let pairs = t[0].reshape((2, s, 5, hd / 2, 2))?;
-                    let (a, b) = (pairs.narrow(D::Minus1, 0, 1)?.squeeze(4)?, pairs.narrow(D::Minus1, 1, 1)?.squeeze(4)?);
+                    let (a, b) =
+                        (pairs.narrow(D::Minus1, 0, 1)?.squeeze(4)?, pairs.narrow(D::Minus1, 1, 1)?.squeeze(4)?);
                     let real = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
                     let imag = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
                     Ok(Tensor::stack(&[real, imag], D::Minus1)?.reshape((2, s, 5, hd))?)
@@ -146,7 +147,9 @@ mod tests {
             for (ours, what) in [(&table.cos, "cos"), (&table.sin, "sin")] {
                 let theirs = tensors[&format!("{name}.{what}")].to_vec2::<f32>()?;
                 for (p, (ours, theirs)) in ours.to_vec2::<f32>()?.iter().zip(&theirs).enumerate() {
-                    for ((a, b), f) in ours.iter().zip(theirs).zip(&frequencies(head_dim, entry.config.rope_theta, scaling)) {
+                    for ((a, b), f) in
+                        ours.iter().zip(theirs).zip(&frequencies(head_dim, entry.config.rope_theta, scaling))
+                    {
                         assert!((a - b).abs() <= 1e-6 + 5e-7 * p as f32 * f, "{name}.{what} at {p}: {a}, expected {b}");
                     }
                 }

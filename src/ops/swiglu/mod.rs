@@ -38,7 +38,8 @@ mod tests {
 
     #[test]
     fn swiglu_is_finite_for_large_gates() -> Result<()> {
-        let gate = Value::input(candle_core::Tensor::new(&[-1e30f32, -200., 0., 200., 1e30], &candle_core::Device::Cpu)?);
+        let gate =
+            Value::input(candle_core::Tensor::new(&[-1e30f32, -200., 0., 200., 1e30], &candle_core::Device::Cpu)?);
         let up = Value::constant(candle_core::Tensor::ones(5, DType::F32, &candle_core::Device::Cpu)?);
         assert_eq!(swiglu(&gate, &up)?.tensor().to_vec1::<f32>()?, [0., 0., 0., 200., 1e30]);
         Ok(())
