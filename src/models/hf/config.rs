@@ -40,24 +40,36 @@ pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
     if fields.faults.is_empty() {
         return Ok((family, args));
     }
-    Err(Error::Model(format!("config.json describes a model that titan cannot load:\n  {}", fields.faults.join("\n  "))))
+    Err(Error::Model(format!(
+        "config.json describes a model that titan cannot load:\n  {}",
+        fields.faults.join("\n  ")
+    )))
 }
 
-/// Where two models of equal shapes compute different things: `name: here, there`.
-pub fn different_behaviour(here: &DecoderArgs, there: &DecoderArgs) -> Vec<String> {
+/// Where two models of equal shapes are different models: `name: here, there`.
+pub fn different_structure(here: &DecoderArgs, there: &DecoderArgs) -> Vec<String> {
+    let kv_heads = |args: &DecoderArgs| args.n_kv_heads.unwrap_or(args.n_heads);
     let top_k = |args: &DecoderArgs| args.moe_args.as_ref().map(|moe| moe.top_k);
-    [
+    differences([
         ("n_heads", json!(here.n_heads), json!(there.n_heads)),
+        ("n_kv_heads", json!(kv_heads(here)), json!(kv_heads(there))),
         ("moe_args.top_k", json!(top_k(here)), json!(top_k(there))),
         ("every_n_layers_nope", json!(here.every_n_layers_nope), json!(there.every_n_layers_nope)),
+    ])
+}
+
+/// Where they differ in a constant that one may want to change between two trainings: `name: here, there`.
+pub fn different_constants(here: &DecoderArgs, there: &DecoderArgs) -> Vec<String> {
+    differences([
         ("norm_eps", json!(here.norm_eps), json!(there.norm_eps)),
         ("rope_theta", json!(here.rope_theta), json!(there.rope_theta)),
         ("rope_scaling_args", json!(here.rope_scaling_args), json!(there.rope_scaling_args)),
-    ]
-    .into_iter()
-    .filter(|(_, here, there)| here != there)
-    .map(|(name, here, there)| format!("{name}: {here} here, {there} there"))
-    .collect()
+    ])
+}
+
+fn differences<const N: usize>(pairs: [(&str, Value, Value); N]) -> Vec<String> {
+    let different = pairs.into_iter().filter(|(_, here, there)| here != there);
+    different.map(|(name, here, there)| format!("{name}: {here} here, {there} there")).collect()
 }
 
 fn llama3_args(fields: &mut Fields) -> DecoderArgs {
@@ -100,7 +112,7 @@ fn common_args(fields: &mut Fields, default_theta: f64) -> DecoderArgs {
     let dim = fields.size("hidden_size", None);
     let n_heads = fields.size("num_attention_heads", None);
     let n_kv_heads = fields.size("num_key_value_heads", Some(n_heads));
-    if dim % n_heads != 0 || n_heads % n_kv_heads != 0 {
+    if !dim.is_multiple_of(n_heads) || !n_heads.is_multiple_of(n_kv_heads) {
         fields.fault(format!(
             "hidden_size {dim}, num_attention_heads {n_heads}, num_key_value_heads {n_kv_heads}: each must be a multiple of the next"
         ));
@@ -395,7 +407,8 @@ fn refuse_other_routing(moe: &MoeArgs, faults: &mut Vec<String>) {
     }
 }
 
-fn dtype_name(dtype: DType) -> &'static str {
+/// A floating-point type as PyTorch and job files name it.
+pub fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",
@@ -425,7 +438,9 @@ mod tests {
 
     #[test]
     fn widths_of_published_models_come_out_exactly() {
-        for (dim, dense, expert) in [(5120, Some(16_384), Some(8192)), (32, Some(88), Some(48)), (5120, None, Some(8192))] {
+        for (dim, dense, expert) in
+            [(5120, Some(16_384), Some(8192)), (32, Some(88), Some(48)), (5120, None, Some(8192))]
+        {
             let mut fields = Fields { config: &Value::Null, faults: Vec::new() };
             let args = DecoderArgs {
                 dim,
@@ -480,7 +495,10 @@ mod tests {
         config["attn_temperature_tuning"] = json!(false);
         config["attention_chunk_size"] = json!(64);
         let (_, args) = args_from_config(&config).unwrap();
-        assert_eq!((args.every_n_layers_nope, args.attn_type, args.fixed_attn_block_size), (Some(2), AttnType::Flex, 64));
+        assert_eq!(
+            (args.every_n_layers_nope, args.attn_type, args.fixed_attn_block_size),
+            (Some(2), AttnType::Flex, 64)
+        );
     }
 
     #[test]
@@ -496,7 +514,11 @@ mod tests {
             every_n_layers_nope: Some(4),
             fixed_attn_block_size: 256,
             auto_scale_hidden_dim: true,
-            rope_scaling_args: Some(RopeScalingArgs { scaling_factor: 16.0, high_freq_factor: 1.0, ..Default::default() }),
+            rope_scaling_args: Some(RopeScalingArgs {
+                scaling_factor: 16.0,
+                high_freq_factor: 1.0,
+                ..Default::default()
+            }),
             moe_args: Some(MoeArgs::default()),
             interleave_moe_layer_step: 2,
             ..Default::default()
