@@ -246,12 +246,11 @@ impl CheckpointManager {
         if !path.exists() {
             return Err(Error::Checkpoint(format!("{key}: there is no {}", path.display())));
         }
-        let has_manifest = path.join(MANIFEST).is_file();
         if settings.initial_load_in_hf {
             let family = Family::of(&self.assets.model_name)?;
             return Ok(Some(weights_alone(path, Weights::open_hugging_face(path, family, &self.assets.args)?)));
         }
-        if has_manifest {
+        if path.join(MANIFEST).is_file() {
             let usage = if settings.initial_load_model_only { Use::Model } else { Use::Everything };
             let folder = StepFolder::open(path, usage)
                 .map_err(|damage| Error::Checkpoint(format!("{key}: {} cannot be used: {damage}", path.display())))?;

@@ -69,7 +69,7 @@ impl Weights {
         let unmapped: Vec<_> = expected.iter().filter(|(name, _)| !mapped.contains(name.as_str())).collect();
         self.check(&mappings, expected, &unmapped)?;
 
-        if !unmapped.is_empty() {
+        if !unmapped.is_empty() && self.mappings.is_none() {
             warn!("{} has no expert_bias: the experts' load is balanced from zero", self.files.path.display());
         }
         for (name, shape) in unmapped {

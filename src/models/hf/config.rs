@@ -337,7 +337,7 @@ pub fn config_from_args(
         "num_key_value_heads": args.n_kv_heads.unwrap_or(args.n_heads),
         "head_dim": args.dim / args.n_heads,
         "vocab_size": args.vocab_size,
-        "max_position_embeddings": args.max_seq_len,
+        "max_position_embeddings": args.max_seq_len.max(stretched_positions(args)),
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": args.rope_scaling_args.as_ref().map(|scaling| json!({
@@ -362,6 +362,13 @@ pub fn config_from_args(
         config.extend(fields);
     }
     Ok(config)
+}
+
+/// How far the scaling of rotary positions reaches; transformers complains of a model that claims less.
+fn stretched_positions(args: &DecoderArgs) -> usize {
+    let positions =
+        |scaling: &RopeScalingArgs| scaling.scaling_factor * scaling.original_max_position_embeddings as f64;
+    args.rope_scaling_args.as_ref().map_or(0, |scaling| positions(scaling) as usize)
 }
 
 fn llama4_fields(args: &DecoderArgs) -> Value {
@@ -509,7 +516,7 @@ mod tests {
             n_heads: 16,
             n_kv_heads: Some(16),
             vocab_size: 2048,
-            max_seq_len: 4096,
+            max_seq_len: 1 << 20,
             attn_type: AttnType::Flex,
             every_n_layers_nope: Some(4),
             fixed_attn_block_size: 256,
