@@ -275,7 +275,7 @@ fn listed_files(folder: &Path) -> Result<Vec<String>> {
 }
 
 /// The path of a file of `folder`, which must lie inside it, or in the hub's cache from which `folder` is linked.
-fn inside(folder: &Path, name: &str) -> Result<PathBuf> {
+pub fn inside(folder: &Path, name: &str) -> Result<PathBuf> {
     let path = folder.join(name);
     let outside = || fault(folder, format!("refers to a file outside of itself: {name}"));
     if !is_plain(name) {

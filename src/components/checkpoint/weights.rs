@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use tracing::warn;
 
-use super::tensors::TensorFiles;
+use super::tensors::{TensorFiles, inside};
 use crate::models::args::DecoderArgs;
 use crate::models::hf::{self, Family, Mapping};
 use crate::{Error, Result};
@@ -33,9 +33,8 @@ impl Weights {
 
     /// The same in Hugging Face's names. A `config.json` beside them must describe a model that titan computes.
     pub fn open_hugging_face(path: &Path, family: Family, args: &DecoderArgs) -> Result<Self> {
-        let config = path.join("config.json");
-        if config.is_file() {
-            check_config(&config, family, args)?;
+        if path.join("config.json").is_file() {
+            check_config(&inside(path, "config.json")?, family, args)?;
         }
         let files = TensorFiles::open(path)?;
         let mut mappings = hf::mappings(family, args);
