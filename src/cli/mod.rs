@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::config::{Override, split_overrides};
+
 pub mod config;
 pub mod download_tokenizer;
 pub mod generate;
@@ -34,14 +36,16 @@ enum Command {
 
 /// Parses `argv`, runs the subcommand, and turns an [`crate::Error`] into a message and an exit code.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let (argv, overrides) = split_overrides(argv);
     let cli = match Cli::try_parse_from(argv) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
     let result = match cli.command {
-        Command::Train(args) => train::run(args),
+        Command::Train(args) => train::run(args, &overrides),
+        Command::Config(args) => config::run(args, &overrides),
+        _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
         Command::Generate(args) => generate::run(args),
-        Command::Config(args) => config::run(args),
         Command::DownloadTokenizer(args) => download_tokenizer::run(args),
         Command::TrainTokenizer(args) => train_tokenizer::run(args),
         Command::Tokenize(args) => tokenize::run(args),
@@ -58,4 +62,12 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+fn takes_no_overrides(overrides: &[Override]) -> crate::Error {
+    let flags: Vec<_> = overrides.iter().map(|given| given.flag.as_str()).collect();
+    crate::Error::Usage(format!(
+        "this subcommand takes no job config keys: {}; only `train` and `config` do",
+        flags.join(", ")
+    ))
 }
