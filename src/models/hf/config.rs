@@ -46,21 +46,30 @@ pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
     )))
 }
 
-/// Where two models of equal shapes compute different things: `name: here, there`.
-pub fn different_behaviour(here: &DecoderArgs, there: &DecoderArgs) -> Vec<String> {
+/// Where two models of equal shapes are different models: `name: here, there`.
+pub fn different_structure(here: &DecoderArgs, there: &DecoderArgs) -> Vec<String> {
+    let kv_heads = |args: &DecoderArgs| args.n_kv_heads.unwrap_or(args.n_heads);
     let top_k = |args: &DecoderArgs| args.moe_args.as_ref().map(|moe| moe.top_k);
-    [
+    differences([
         ("n_heads", json!(here.n_heads), json!(there.n_heads)),
+        ("n_kv_heads", json!(kv_heads(here)), json!(kv_heads(there))),
         ("moe_args.top_k", json!(top_k(here)), json!(top_k(there))),
         ("every_n_layers_nope", json!(here.every_n_layers_nope), json!(there.every_n_layers_nope)),
+    ])
+}
+
+/// Where they differ in a constant that one may want to change between two trainings: `name: here, there`.
+pub fn different_constants(here: &DecoderArgs, there: &DecoderArgs) -> Vec<String> {
+    differences([
         ("norm_eps", json!(here.norm_eps), json!(there.norm_eps)),
         ("rope_theta", json!(here.rope_theta), json!(there.rope_theta)),
         ("rope_scaling_args", json!(here.rope_scaling_args), json!(there.rope_scaling_args)),
-    ]
-    .into_iter()
-    .filter(|(_, here, there)| here != there)
-    .map(|(name, here, there)| format!("{name}: {here} here, {there} there"))
-    .collect()
+    ])
+}
+
+fn differences<const N: usize>(pairs: [(&str, Value, Value); N]) -> Vec<String> {
+    let different = pairs.into_iter().filter(|(_, here, there)| here != there);
+    different.map(|(name, here, there)| format!("{name}: {here} here, {there} there")).collect()
 }
 
 fn llama3_args(fields: &mut Fields) -> DecoderArgs {
@@ -103,7 +112,7 @@ fn common_args(fields: &mut Fields, default_theta: f64) -> DecoderArgs {
     let dim = fields.size("hidden_size", None);
     let n_heads = fields.size("num_attention_heads", None);
     let n_kv_heads = fields.size("num_key_value_heads", Some(n_heads));
-    if dim % n_heads != 0 || n_heads % n_kv_heads != 0 {
+    if !dim.is_multiple_of(n_heads) || !n_heads.is_multiple_of(n_kv_heads) {
         fields.fault(format!(
             "hidden_size {dim}, num_attention_heads {n_heads}, num_key_value_heads {n_kv_heads}: each must be a multiple of the next"
         ));
@@ -328,7 +337,7 @@ pub fn config_from_args(
         "num_key_value_heads": args.n_kv_heads.unwrap_or(args.n_heads),
         "head_dim": args.dim / args.n_heads,
         "vocab_size": args.vocab_size,
-        "max_position_embeddings": args.max_seq_len,
+        "max_position_embeddings": args.max_seq_len.max(stretched_positions(args)),
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": args.rope_scaling_args.as_ref().map(|scaling| json!({
@@ -353,6 +362,13 @@ pub fn config_from_args(
         config.extend(fields);
     }
     Ok(config)
+}
+
+/// How far the scaling of rotary positions reaches; transformers complains of a model that claims less.
+fn stretched_positions(args: &DecoderArgs) -> usize {
+    let positions =
+        |scaling: &RopeScalingArgs| scaling.scaling_factor * scaling.original_max_position_embeddings as f64;
+    args.rope_scaling_args.as_ref().map_or(0, |scaling| positions(scaling) as usize)
 }
 
 fn llama4_fields(args: &DecoderArgs) -> Value {
@@ -398,7 +414,8 @@ fn refuse_other_routing(moe: &MoeArgs, faults: &mut Vec<String>) {
     }
 }
 
-fn dtype_name(dtype: DType) -> &'static str {
+/// A floating-point type as PyTorch and job files name it.
+pub fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",
@@ -499,7 +516,7 @@ mod tests {
             n_heads: 16,
             n_kv_heads: Some(16),
             vocab_size: 2048,
-            max_seq_len: 4096,
+            max_seq_len: 1 << 20,
             attn_type: AttnType::Flex,
             every_n_layers_nope: Some(4),
             fixed_attn_block_size: Some(256),

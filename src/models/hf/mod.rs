@@ -10,7 +10,7 @@ use crate::{Error, Result};
 
 mod config;
 
-pub use config::{args_from_config, config_from_args, different_behaviour};
+pub use config::{args_from_config, config_from_args, different_constants, different_structure, dtype_name};
 
 /// The model families that Hugging Face has a format for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
