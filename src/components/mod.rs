@@ -4,3 +4,4 @@ pub mod checkpoint;
 pub mod lr_scheduler;
 pub mod metrics;
 pub mod optimizer;
+pub mod validate;
