@@ -1,9 +1,82 @@
-use crate::Result;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::data::stories;
+use crate::{Error, Result};
 
 /// Write simple English stories, the text that titan ships.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// JSON lines with a field `text`; packed where the name ends in .gz or .zst.
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
 
-pub fn run(_args: Args) -> Result<()> {
-    Err(crate::Error::Usage("not written yet".into()))
+    /// How many stories.
+    #[arg(long, default_value_t = 1000)]
+    count: u64,
+
+    /// Another seed, other stories.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    write(&args).map_err(Error::io("cannot write stories", &args.output))?;
+    println!("{}: {} stories", args.output.display(), args.count);
+    Ok(())
+}
+
+fn write(args: &Args) -> std::io::Result<()> {
+    let mut out = open(&args.output)?;
+    for index in 0..args.count {
+        writeln!(out, "{}", json!({ "text": stories::document(args.seed, index) }))?;
+    }
+    out.finish()
+}
+
+/// A file that may be packed, as small as it gets.
+enum Output {
+    Plain(BufWriter<File>),
+    Gzip(flate2::write::GzEncoder<File>),
+    Zstd(zstd::Encoder<'static, File>),
+}
+
+fn open(path: &Path) -> std::io::Result<Output> {
+    let file = File::create(path)?;
+    Ok(match path.extension().and_then(|e| e.to_str()) {
+        Some("gz") => Output::Gzip(flate2::write::GzEncoder::new(file, flate2::Compression::best())),
+        Some("zst") => Output::Zstd(zstd::Encoder::new(file, 19)?),
+        _ => Output::Plain(BufWriter::new(file)),
+    })
+}
+
+impl Output {
+    fn finish(self) -> std::io::Result<()> {
+        match self {
+            Self::Plain(mut out) => out.flush(),
+            Self::Gzip(out) => out.finish().map(drop),
+            Self::Zstd(out) => out.finish().map(drop),
+        }
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match self {
+            Self::Plain(out) => out.write(bytes),
+            Self::Gzip(out) => out.write(bytes),
+            Self::Zstd(out) => out.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        match self {
+            Self::Plain(out) => out.flush(),
+            Self::Gzip(out) => out.flush(),
+            Self::Zstd(out) => out.flush(),
+        }
+    }
 }
