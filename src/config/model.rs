@@ -52,13 +52,18 @@ impl Default for Model {
 pub struct ModelArgs(pub toml::Table);
 
 impl ModelArgs {
+    /// `[model.args]` that says all of `args`, whatever the flavor.
+    pub fn all(args: &DecoderArgs) -> Self {
+        Self(none::to_table(args, &schema::keys_of::<DecoderArgs>()))
+    }
+
     /// `base`, with what the job sets in place of its values. Where `base` has no `moe_args` or `rope_scaling_args`, a
     /// job that sets one of their fields gets the defaults of the others.
     ///
     /// # Errors
     /// [`Error::Config`] where a value does not fit, which [`super::load`] has already ruled out.
     pub fn apply(&self, base: &DecoderArgs) -> Result<DecoderArgs> {
-        let mut args = none::to_table(base, &schema::keys_of::<DecoderArgs>());
+        let mut args = Self::all(base).0;
         overlay(&mut args, &self.0);
         none::from_table(args).map_err(|error| Error::Config(format!("error: [model.args]: {error}")))
     }
