@@ -47,7 +47,9 @@ impl Case {
         let eos_id = json["eos_id"].as_u64().map(|id| id as u32);
         let mut model = Decoder::new(&args, eos_id).unwrap();
         model.allocate(F32, &Device::Cpu, true).unwrap();
-        model.load_state(|fqn| Ok(tensors[&format!("init.{fqn}")].clone())).unwrap();
+        for (fqn, _) in model.state_shapes() {
+            model.set(&fqn, &tensors[&format!("init.{fqn}")]).unwrap();
+        }
         Self { name, json, tensors, model }
     }
 

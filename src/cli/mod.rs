@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::{Override, split_overrides};
+use crate::tools::{logging, signals};
 
 pub mod config;
 pub mod download_tokenizer;
@@ -41,7 +42,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    let result = match cli.command {
+    let result = prepare(&cli.command).and_then(|()| match cli.command {
         Command::Train(args) => train::run(args, &overrides),
         Command::Config(args) => config::run(args, &overrides),
         _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
@@ -50,17 +51,27 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::TrainTokenizer(args) => train_tokenizer::run(args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::WriteStories(args) => write_stories::run(args),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // A config report brings its own headings.
             match error {
+                // A config report brings its own headings.
                 crate::Error::Config(ref report) => eprintln!("{report}"),
+                crate::Error::Interrupted { .. } => eprintln!("{error}"),
                 ref error => eprintln!("error: {error}"),
             }
             ExitCode::from(error.exit_code())
         }
+    }
+}
+
+/// Logging, and quiet ends of pipes: all but training end when nobody reads on.
+fn prepare(command: &Command) -> crate::Result<()> {
+    logging::init()?;
+    match command {
+        Command::Train(_) => Ok(()),
+        _ => signals::end_on_broken_pipe(),
     }
 }
 

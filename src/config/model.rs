@@ -52,7 +52,7 @@ impl Default for Model {
 pub struct ModelArgs(pub toml::Table);
 
 impl ModelArgs {
-    /// `[model.args]` that says all of `args`, whatever the flavor.
+    /// All of `args`, so that no flavor shows through.
     pub fn all(args: &DecoderArgs) -> Self {
         Self(none::to_table(args, &schema::keys_of::<DecoderArgs>()))
     }

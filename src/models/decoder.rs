@@ -139,13 +139,17 @@ impl Decoder {
         parameters.chain(biases).collect()
     }
 
-    /// Overwrites what [`Decoder::state`] holds with what `tensor` returns for each name.
-    pub fn load_state(&self, mut tensor: impl FnMut(&str) -> Result<Tensor>) -> Result<()> {
-        self.parameters().try_for_each(|parameter| parameter.set(&tensor(parameter.fqn())?))?;
-        for load in self.expert_loads().values() {
-            if load.bias().is_some() {
-                load.set_bias(&tensor(load.fqn())?.to_dtype(DType::F32)?.to_vec1()?);
-            }
+    /// Overwrites one entry of what [`Decoder::state`] holds.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if there is no such entry.
+    pub fn set(&self, fqn: &str, values: &Tensor) -> Result<()> {
+        if let Some(parameter) = self.parameters().find(|parameter| parameter.fqn() == fqn) {
+            return parameter.set(values);
+        }
+        match self.expert_loads().values().find(|load| load.fqn() == fqn) {
+            Some(load) => load.set_bias(&values.to_dtype(DType::F32)?.to_vec1()?),
+            None => return Err(Error::Model(format!("the model has no parameter {fqn}"))),
         }
         Ok(())
     }

@@ -21,6 +21,16 @@ pub enum Signal {
     Terminate,
 }
 
+impl Signal {
+    /// As the system numbers it.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Interrupt => 2,
+            Self::Terminate => 15,
+        }
+    }
+}
+
 impl fmt::Display for Signal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -10,7 +10,7 @@ use super::Trainer;
 use crate::autograd::Precision;
 use crate::components::checkpoint::{self, Assets, CheckpointManager, Weights};
 use crate::components::lr_scheduler::LrScheduler;
-use crate::components::metrics::{self, MetricsLogger, MetricsSettings};
+use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
 use crate::components::optimizer::{Optimizer, OptimizerKind};
 use crate::components::validate::Validator;
 use crate::config::{AcMode, JobConfig, Loaded, ModelArgs, OptimizerName};
@@ -22,9 +22,6 @@ use crate::models::args::DecoderArgs;
 use crate::models::{self, Decoder};
 use crate::tools::device::DeviceFacts;
 use crate::{Error, Result};
-
-/// The seed of runs that name none.
-const DEFAULT_SEED: u64 = 0;
 
 /// What the metrics need to know of a run.
 pub struct RunFacts {
@@ -86,8 +83,12 @@ impl Trainer {
                 state.seed
             }
             (Some(state), _) => state.seed,
-            (None, seed) => seed.unwrap_or(DEFAULT_SEED),
+            (None, Some(seed)) => seed,
+            // Small enough to be typed.
+            (None, None) => u64::from(rand::random::<u32>()),
         };
+
+        info!("Seed: {seed}");
 
         // Data before memory: what is wrong with a dataset shows at once.
         let mut loader = train_loader(&config, &text, seed)?;
@@ -99,7 +100,7 @@ impl Trainer {
             "Model {} {}: {} parameters, {:.1} MFLOP per token",
             config.model.name,
             config.model.flavor,
-            with_commas(model.n_params()),
+            grouped(model.n_params() as f64, 0),
             flops_per_token as f64 / 1e6
         );
         let storage = config.training.dtype.into();
@@ -202,14 +203,13 @@ fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderAr
                  {needed}, or leave it out to take the tokenizer's"
             )));
         }
-        let before = args.vocab_size * args.dim * 2;
         args.vocab_size = needed;
         warn!(
             "The tokenizer has {} entries, the flavor {}: the model takes the tokenizer's, which costs {} parameters \
              more. A smaller tokenizer saves them.",
-            with_commas(needed),
-            with_commas(vocab_size),
-            with_commas(needed * args.dim * 2 - before)
+            grouped(needed as f64, 0),
+            grouped(vocab_size as f64, 0),
+            grouped((2 * args.dim * (needed - vocab_size)) as f64, 0)
         );
     }
     let longest = config.training.seq_len.max(if config.validation.enable { config.validation.seq_len } else { 0 });
@@ -288,7 +288,7 @@ fn settings(config: &JobConfig) -> checkpoint::Settings {
         export_dtype: keys.export_dtype.into(),
         keep_latest_k: keys.keep_latest_k,
         load_step: keys.load_step,
-        exclude_from_loading: vec![],
+        exclude_from_loading: keys.exclude_from_loading.clone(),
         enable_first_step_checkpoint: keys.enable_first_step_checkpoint,
         load_only: keys.load_only,
         hf_assets_path: config.model.hf_assets_path.clone(),
@@ -305,13 +305,12 @@ fn recompute(config: &JobConfig) -> Recompute {
 }
 
 fn load_model(model: &Decoder, weights: &Weights) -> Result<()> {
-    let expected = parameters(model.state_shapes());
-    weights.load(&expected, |name, tensor| model.set(name, &tensor))
+    weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))
 }
 
 fn load_moments(optimizer: &mut Optimizer, model: &Decoder, weights: &Weights, steps: u64) -> Result<()> {
     let windows: HashMap<String, Tensor> = optimizer.state(model.stages())?.into_iter().collect();
-    let expected = parameters(windows.iter().map(|(name, window)| (name.clone(), window.dims().to_vec())).collect());
+    let expected: Vec<_> = windows.iter().map(|(name, window)| (name.clone(), window.dims().to_vec())).collect();
     weights.load(&expected, |name, tensor| {
         let window = &windows[name];
         Ok(window.slice_set(&tensor.to_dtype(window.dtype())?.to_device(window.device())?.contiguous()?, 0, 0)?)
@@ -319,15 +318,3 @@ fn load_moments(optimizer: &mut Optimizer, model: &Decoder, weights: &Weights, s
     optimizer.set_steps(steps);
     Ok(())
 }
-
-fn parameters(shapes: Vec<(String, Vec<usize>)>) -> Vec<checkpoint::Parameter> {
-    shapes.into_iter().map(|(name, shape)| checkpoint::Parameter { name, shape }).collect()
-}
-
-/// `1234567` as `1,234,567`.
-fn with_commas(n: usize) -> String {
-    let digits = n.to_string();
-    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().map(|g| std::str::from_utf8(g).expect("digits")).collect();
-    groups.join(",")
-}
-

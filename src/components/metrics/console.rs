@@ -63,7 +63,7 @@ fn fixed(value: f64, width: usize, decimals: usize) -> String {
 }
 
 /// With commas between thousands: `1,234.50`.
-fn grouped(value: f64, decimals: usize) -> String {
+pub fn grouped(value: f64, decimals: usize) -> String {
     let text = fixed(value, 0, decimals);
     let (whole, fraction) = text.split_at(text.find('.').unwrap_or(text.len()));
     let n_digits = whole.len();

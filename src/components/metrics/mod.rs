@@ -14,6 +14,8 @@ use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use serde::Serialize;
 use tracing::{info, warn};
 
+pub use console::grouped;
+
 use crate::Result;
 use crate::tools::device::{DeviceFacts, MemoryUse};
 use crate::tools::logging;
