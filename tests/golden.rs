@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value as Json;
 use titan::autograd::{Init, Precision, Value};
+use titan::components::checkpoint::Weights;
 use titan::components::optimizer::{Optimizer, OptimizerKind};
 use titan::engine::{self, Pass, Recompute, Stages};
 use titan::models::args::DecoderArgs;
+use titan::models::hf::Family;
 use titan::models::{self, Decoder};
 
 const F32: Precision = Precision { storage: DType::F32, compute: DType::F32 };
@@ -218,5 +220,24 @@ fn every_parameter_has_the_distribution_it_should() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn checkpoints_of_hugging_face_give_the_logits_of_transformers() {
+    for name in ["hf_llama3", "hf_llama4", "hf_llama4_interleaved"] {
+        let case = json(&format!("{name}/case.json"));
+        let args: DecoderArgs = serde_json::from_value(case["config"].clone()).unwrap();
+        let mut model = Decoder::new(&args, None).unwrap();
+        model.allocate(F32, &Device::Cpu, false).unwrap();
+        let folder = std::path::PathBuf::from(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR")));
+        let family = Family::of(case["model"].as_str().unwrap()).unwrap();
+        let weights = Weights::open_hugging_face(&folder, family, &args).unwrap();
+        weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor)).unwrap();
+
+        let expected = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();
+        let logits = model.logits(&expected["tokens"].to_dtype(DType::U32).unwrap()).unwrap();
+        let error = relative_error(&logits, &expected["logits"]);
+        assert!(error < case["tolerance"]["logits_rel"].as_f64().unwrap(), "{name}: logits are off by {error:e}");
     }
 }

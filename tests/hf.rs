@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
+use titan::config::{self, ExportDtype};
 use titan::components::checkpoint::{
-    Assets, CheckpointManager, Parameter, Progress, Settings, State, TrainState, Weights, Why,
+    Assets, CheckpointManager, Parameter, Progress, State, TrainState, Weights, Why,
 };
 use titan::models::args::DecoderArgs;
 use titan::models::hf::{self, Family};
@@ -79,28 +80,18 @@ fn open(path: &Path, model_name: &str, args: &DecoderArgs) -> titan::Result<Weig
 fn export(
     model_name: &str,
     args: &DecoderArgs,
-    dtype: DType,
+    export_dtype: ExportDtype,
     model: &[(String, Tensor)],
 ) -> (tempfile::TempDir, PathBuf) {
     let dump_folder = tempfile::tempdir().unwrap();
-    let settings = Settings {
+    let settings = config::Checkpoint {
         enable: true,
-        folder: "checkpoint".into(),
-        interval: 10,
-        initial_load_path: None,
-        initial_load_model_only: true,
-        initial_load_in_hf: false,
-        last_save_model_only: true,
         last_save_in_hf: true,
-        export_dtype: dtype,
-        keep_latest_k: 10,
-        load_step: None,
-        exclude_from_loading: vec![],
-        enable_first_step_checkpoint: false,
-        load_only: false,
-        hf_assets_path: "nowhere".into(),
+        export_dtype,
+        ..Default::default()
     };
     let assets = Assets {
+        hf_assets_path: "nowhere".into(),
         model_name: model_name.into(),
         args: args.clone(),
         config_toml: String::new(),
@@ -138,7 +129,7 @@ fn loading_and_exporting_gives_the_same_names_and_bits() {
         for (name, bias) in model.iter().filter(|(name, _)| name.ends_with("expert_bias")) {
             assert_eq!(bias.to_vec1::<f32>().unwrap(), [0.0; 4], "{name}");
         }
-        let (_dump_folder, path) = export(model_name, &args, DType::F32, &model);
+        let (_dump_folder, path) = export(model_name, &args, ExportDtype::Float32, &model);
         assert_eq!(bits(&path), bits(&golden(case)), "{case}");
     }
 }
@@ -148,7 +139,7 @@ fn the_exported_config_describes_the_model_it_came_from() {
     for (case, model_name) in CASES {
         let args = args(case);
         let model = load(&open(&golden(case), model_name, &args).unwrap(), &parameters(&args)).unwrap();
-        let (_dump_folder, path) = export(model_name, &args, DType::F32, &model);
+        let (_dump_folder, path) = export(model_name, &args, ExportDtype::Float32, &model);
         let (family, described) = hf::args_from_config(&json_file(&path.join("config.json"))).unwrap();
         let (_, golden) = hf::args_from_config(&json_file(&golden(case).join("config.json"))).unwrap();
         assert_eq!(family, Family::of(model_name).unwrap());
@@ -165,7 +156,7 @@ fn an_export_in_bfloat16_loads_as_the_rounded_weights() {
     let (case, model_name) = CASES[2];
     let args = args(case);
     let model = load(&open(&golden(case), model_name, &args).unwrap(), &parameters(&args)).unwrap();
-    let (_dump_folder, path) = export(model_name, &args, DType::BF16, &model);
+    let (_dump_folder, path) = export(model_name, &args, ExportDtype::Bfloat16, &model);
     assert_eq!(json_file(&path.join("config.json"))["torch_dtype"], "bfloat16");
     let loaded: HashMap<_, _> =
         load(&open(&path, model_name, &args).unwrap(), &parameters(&args)).unwrap().into_iter().collect();

@@ -2,6 +2,8 @@
 
 use std::sync::mpsc::SyncSender;
 
+use candle_core::{Device, Tensor};
+
 use crate::data::datasets::Position;
 use crate::data::pipeline::{Tokenized, Tokens};
 use crate::{Error, Result};
@@ -14,6 +16,14 @@ pub struct Batch {
     pub labels: Vec<u32>,
     pub batch_size: usize,
     pub seq_len: usize,
+}
+
+impl Batch {
+    /// Inputs and labels, `(batch_size, seq_len)` u32 each.
+    pub fn tensors(&self, device: &Device) -> Result<(Tensor, Tensor)> {
+        let tensor = |ids: &[u32]| Tensor::from_slice(ids, (self.batch_size, self.seq_len), device);
+        Ok((tensor(&self.inputs)?, tensor(&self.labels)?))
+    }
 }
 
 /// A batch, and the position of the first token behind it.

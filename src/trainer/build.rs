@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::Trainer;
 use crate::autograd::Precision;
-use crate::components::checkpoint::{self, Assets, CheckpointManager, Weights};
+use crate::components::checkpoint::{Assets, CheckpointManager, Weights};
 use crate::components::lr_scheduler::LrScheduler;
 use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
 use crate::components::optimizer::{Optimizer, OptimizerKind};
@@ -74,7 +74,7 @@ impl Trainer {
         let device = Device::Cpu;
         let facts = DeviceFacts::cpu()?;
         info!("Device: {facts}");
-        let mut checkpoints = CheckpointManager::open(settings(&config), &config.job.dump_folder, text.assets(&config, &args))?;
+        let mut checkpoints = CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         let resume = checkpoints.find()?;
         let train_state = resume.as_ref().and_then(|resume| resume.train_state.clone());
         let seed = match (&train_state, config.debug.seed) {
@@ -178,6 +178,7 @@ impl Text {
     fn assets(&self, config: &JobConfig, args: &DecoderArgs) -> Assets {
         let files = self.tokenizer.iter().flat_map(|tokenizer| tokenizer.files());
         Assets {
+            hf_assets_path: config.model.hf_assets_path.clone(),
             model_name: config.model.name.clone(),
             args: args.clone(),
             config_toml: config.to_toml(),
@@ -272,27 +273,6 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
     };
     let loader = Loader::new(&spec, text.encoder(), options, &hub::open_dataset)?;
     Ok(Some(Validator::new(loader, validation.steps)))
-}
-
-fn settings(config: &JobConfig) -> checkpoint::Settings {
-    let keys = &config.checkpoint;
-    checkpoint::Settings {
-        enable: keys.enable,
-        folder: keys.folder.clone(),
-        interval: keys.interval,
-        initial_load_path: keys.initial_load_path.clone(),
-        initial_load_model_only: keys.initial_load_model_only,
-        initial_load_in_hf: keys.initial_load_in_hf,
-        last_save_model_only: keys.last_save_model_only,
-        last_save_in_hf: keys.last_save_in_hf,
-        export_dtype: keys.export_dtype.into(),
-        keep_latest_k: keys.keep_latest_k,
-        load_step: keys.load_step,
-        exclude_from_loading: keys.exclude_from_loading.clone(),
-        enable_first_step_checkpoint: keys.enable_first_step_checkpoint,
-        load_only: keys.load_only,
-        hf_assets_path: config.model.hf_assets_path.clone(),
-    }
 }
 
 fn recompute(config: &JobConfig) -> Recompute {

@@ -16,13 +16,13 @@ use crate::{Error, Result};
 
 impl CheckpointManager {
     pub(super) fn export(&self, step: usize, state: &State) -> Result<()> {
-        let settings = &self.settings;
-        let dtype = settings.export_dtype;
-        let suffix = if settings.last_save_in_hf { "hf" } else { hf::dtype_name(dtype) };
+        let keys = &self.keys;
+        let dtype: DType = keys.export_dtype.into();
+        let suffix = if keys.last_save_in_hf { "hf" } else { hf::dtype_name(dtype) };
         let name = format!("{}-{suffix}", step_name(step));
-        if settings.last_save_in_hf {
+        if keys.last_save_in_hf {
             self.export_to_hugging_face(&name, state)?;
-        } else if !settings.last_save_model_only {
+        } else if !keys.last_save_model_only {
             return Ok(());
         } else if state.model.iter().all(|(_, tensor)| tensor.dtype() == dtype) {
             info!("The model alone, in {}, is {}/model.safetensors", hf::dtype_name(dtype), step_name(step));
@@ -68,7 +68,7 @@ impl CheckpointManager {
         let parameters: Vec<&Tensor> = mapping.parameters.iter().map(find).collect::<Option<_>>().ok_or_else(|| {
             Error::Checkpoint(format!("{} cannot be exported: the model has no {:?}", mapping.file, mapping.parameters))
         })?;
-        let dtype = self.settings.export_dtype;
+        let dtype: DType = self.keys.export_dtype.into();
         Ok(Entry {
             name: mapping.file.clone(),
             dtype,
@@ -84,7 +84,7 @@ impl CheckpointManager {
     pub(super) fn hf_config(&self) -> Result<Value> {
         let assets = &self.assets;
         let family = Family::of(&assets.model_name)?;
-        hf::config_from_args(family, &assets.args, self.settings.export_dtype, assets.bos_id, assets.eos_id)
+        hf::config_from_args(family, &assets.args, self.keys.export_dtype.into(), assets.bos_id, assets.eos_id)
     }
 }
 

@@ -18,15 +18,15 @@
 //! else `step-N-bfloat16` (or whatever `export_dtype` says), a checkpoint without training state. Where `export_dtype`
 //! is the type that was trained, `step-N/model.safetensors` already is that export.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use serde_json::Value;
 use tracing::{info, warn};
 
+use crate::config::{self, CheckpointState};
 use crate::models::args::DecoderArgs;
 use crate::models::hf::Family;
 use crate::{Error, Result};
@@ -47,32 +47,11 @@ pub use weights::{Parameter, Weights};
 use manifest::{Damage, MANIFEST, Manifest};
 use staged::Staged;
 
-/// The keys of `[checkpoint]`, and `model.hf_assets_path`.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    pub enable: bool,
-    pub folder: String,
-    pub interval: usize,
-    pub initial_load_path: Option<PathBuf>,
-    pub initial_load_model_only: bool,
-    pub initial_load_in_hf: bool,
-    pub last_save_model_only: bool,
-    pub last_save_in_hf: bool,
-    pub export_dtype: DType,
-    /// 0 keeps all.
-    pub keep_latest_k: usize,
-    /// `None`: the newest.
-    pub load_step: Option<usize>,
-    pub exclude_from_loading: Vec<String>,
-    pub enable_first_step_checkpoint: bool,
-    pub load_only: bool,
-    /// Where `initial_load_in_hf` looks if there is no `initial_load_path`.
-    pub hf_assets_path: PathBuf,
-}
-
 /// What makes a checkpoint self-contained.
 #[derive(Clone, Debug)]
 pub struct Assets {
+    /// `model.hf_assets_path`: where `initial_load_in_hf` looks if there is no `initial_load_path`.
+    pub hf_assets_path: PathBuf,
     /// `model.name`.
     pub model_name: String,
     pub args: DecoderArgs,
@@ -123,37 +102,9 @@ impl Resume {
     }
 }
 
-/// A part of the training state, as `exclude_from_loading` names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Part {
-    Model,
-    Optimizer,
-    LrScheduler,
-    Dataloader,
-    TrainState,
-}
-
-impl Part {
-    fn from_name(name: &str) -> Result<Self> {
-        Ok(match name {
-            "model" => Self::Model,
-            "optimizer" => Self::Optimizer,
-            "lr_scheduler" => Self::LrScheduler,
-            "dataloader" | "data_loader" => Self::Dataloader,
-            "train_state" => Self::TrainState,
-            _ => {
-                return Err(Error::Config(format!(
-                    "error: `checkpoint.exclude_from_loading` cannot name \"{name}\"\n   = allowed: model, optimizer, lr_scheduler, dataloader, train_state"
-                )));
-            }
-        })
-    }
-}
-
 /// Saves and finds the checkpoints of one run. While it lives, no other process can train in the dump folder.
 pub struct CheckpointManager {
-    settings: Settings,
-    excluded: BTreeSet<Part>,
+    keys: config::Checkpoint,
     folder: PathBuf,
     assets: Assets,
     /// The step of `folder` that was loaded whole or saved last: its state need not be written again.
@@ -166,17 +117,16 @@ impl CheckpointManager {
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if another process trains there, [`Error::Model`] if the model has no Hugging Face format
-    /// but the settings ask for it: better now than after the last step.
-    pub fn open(settings: Settings, dump_folder: &Path, assets: Assets) -> Result<Self> {
-        let excluded = settings.exclude_from_loading.iter().map(|name| Part::from_name(name)).collect::<Result<_>>()?;
+    /// but the config asks for it: better now than after the last step.
+    pub fn open(keys: config::Checkpoint, dump_folder: &Path, assets: Assets) -> Result<Self> {
         let lock = DumpFolderLock::acquire(dump_folder)?;
-        let folder = dump_folder.join(&settings.folder);
-        let manager = Self { settings, excluded, folder, assets, on_disk: None, _lock: lock };
+        let folder = dump_folder.join(&keys.folder);
+        let manager = Self { keys, folder, assets, on_disk: None, _lock: lock };
         if manager.saves() {
             fs::create_dir_all(&manager.folder).map_err(Error::io("create", &manager.folder))?;
             staged::sync_folder(dump_folder)?;
             staged::recover(&manager.folder)?;
-            if manager.settings.last_save_in_hf {
+            if manager.keys.last_save_in_hf {
                 manager.hf_config()?;
             }
         }
@@ -185,7 +135,7 @@ impl CheckpointManager {
 
     /// Whether this run writes checkpoints at all.
     pub fn saves(&self) -> bool {
-        self.settings.enable && !self.settings.load_only
+        self.keys.enable && !self.keys.load_only
     }
 
     /// Whether, and why, a checkpoint is to be saved after `step` of `last_step`.
@@ -193,8 +143,8 @@ impl CheckpointManager {
         match step {
             _ if !self.saves() => None,
             _ if step == last_step => Some(Why::Last),
-            1 if self.settings.enable_first_step_checkpoint => Some(Why::First),
-            _ if step.is_multiple_of(self.settings.interval) => Some(Why::Interval),
+            1 if self.keys.enable_first_step_checkpoint => Some(Why::First),
+            _ if step.is_multiple_of(self.keys.interval) => Some(Why::Interval),
             _ => None,
         }
     }
@@ -205,19 +155,19 @@ impl CheckpointManager {
     /// # Errors
     /// [`Error::Checkpoint`] if there are checkpoints but none can be loaded: a run never starts over unasked.
     pub fn find(&mut self) -> Result<Option<Resume>> {
-        if !self.settings.enable {
+        if !self.keys.enable {
             return Ok(None);
         }
         let steps = steps_in(&self.folder)?;
-        let folder = match self.settings.load_step {
+        let folder = match self.keys.load_step {
             Some(step) => self.open_named(step, &steps)?,
             None if steps.is_empty() => return self.initial(),
             None => step_folder::newest(&self.folder, &steps, open_full)?,
         };
-        if let Some(path) = &self.settings.initial_load_path {
+        if let Some(path) = &self.keys.initial_load_path {
             info!("checkpoint.initial_load_path {} is not used: this run has checkpoints of its own", path.display());
         }
-        self.on_disk = self.excluded.is_empty().then_some(folder.step());
+        self.on_disk = self.keys.exclude_from_loading.is_empty().then_some(folder.step());
         // Step 0 is a seed checkpoint: initial weights, from which any run may start.
         self.resume(&folder, folder.step() == 0).map(Some)
     }
@@ -237,28 +187,28 @@ impl CheckpointManager {
     }
 
     fn initial(&self) -> Result<Option<Resume>> {
-        let settings = &self.settings;
-        let (key, path) = match &settings.initial_load_path {
+        let keys = &self.keys;
+        let (key, path) = match &keys.initial_load_path {
             Some(path) => ("checkpoint.initial_load_path", path),
-            None if settings.initial_load_in_hf => ("model.hf_assets_path", &settings.hf_assets_path),
+            None if keys.initial_load_in_hf => ("model.hf_assets_path", &self.assets.hf_assets_path),
             None => return Ok(None),
         };
         if !path.exists() {
             return Err(Error::Checkpoint(format!("{key}: there is no {}", path.display())));
         }
-        if settings.initial_load_in_hf {
+        if keys.initial_load_in_hf {
             let family = Family::of(&self.assets.model_name)?;
             return Ok(Some(weights_alone(path, Weights::open_hugging_face(path, family, &self.assets.args)?)));
         }
         if path.join(MANIFEST).is_file() {
-            let usage = if settings.initial_load_model_only { Use::Model } else { Use::Everything };
+            let usage = if keys.initial_load_model_only { Use::Model } else { Use::Everything };
             let folder = StepFolder::open(path, usage)
                 .map_err(|damage| Error::Checkpoint(format!("{key}: {} cannot be used: {damage}", path.display())))?;
-            if settings.initial_load_model_only || folder.kind() == Kind::Full {
-                return self.resume(&folder, settings.initial_load_model_only).map(Some);
+            if keys.initial_load_model_only || folder.kind() == Kind::Full {
+                return self.resume(&folder, keys.initial_load_model_only).map(Some);
             }
         }
-        if !settings.initial_load_model_only {
+        if !keys.initial_load_model_only {
             return Err(Error::Checkpoint(format!(
                 "{key}: {} holds weights only\n   = set checkpoint.initial_load_model_only = true, or name a full step-N folder",
                 path.display()
@@ -276,18 +226,18 @@ impl CheckpointManager {
         if model_only {
             return Ok(weights_alone(folder.path(), folder.model()?));
         }
-        if !self.excluded.is_empty() {
-            info!("not loaded, as checkpoint.exclude_from_loading says: {:?}", self.settings.exclude_from_loading);
+        if !self.keys.exclude_from_loading.is_empty() {
+            info!("not loaded, as checkpoint.exclude_from_loading says: {:?}", self.keys.exclude_from_loading);
         }
-        let wanted = |part| !self.excluded.contains(&part);
+        let wanted = |state| !self.keys.exclude_from_loading.contains(&state);
         let progress = folder.progress()?;
         Ok(Resume {
             source: folder.path().to_owned(),
-            model: wanted(Part::Model).then(|| folder.model()).transpose()?,
-            optimizer: wanted(Part::Optimizer).then(|| folder.optimizer()).transpose()?,
-            train_state: wanted(Part::TrainState).then_some(progress.train_state),
-            lr_scheduler: wanted(Part::LrScheduler).then_some(progress.lr_scheduler),
-            dataloader: wanted(Part::Dataloader).then_some(progress.dataloader),
+            model: wanted(CheckpointState::Model).then(|| folder.model()).transpose()?,
+            optimizer: wanted(CheckpointState::Optimizer).then(|| folder.optimizer()).transpose()?,
+            train_state: wanted(CheckpointState::TrainState).then_some(progress.train_state),
+            lr_scheduler: wanted(CheckpointState::LrScheduler).then_some(progress.lr_scheduler),
+            dataloader: wanted(CheckpointState::Dataloader).then_some(progress.dataloader),
         })
     }
 
@@ -339,7 +289,7 @@ impl CheckpointManager {
     /// Removes all but the `keep_latest_k` newest steps. The one just saved stays in any case, so does one that is
     /// being read; a folder without a valid manifest is neither counted nor touched.
     fn purge(&self, saved: usize) -> Result<()> {
-        let keep = self.settings.keep_latest_k;
+        let keep = self.keys.keep_latest_k;
         if keep == 0 {
             return Ok(());
         }
