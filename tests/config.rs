@@ -155,7 +155,7 @@ const MISTAKES: &[Mistake] = &[
     file("[training]\ndataset = \"json\"", &["`training.dataset` \"json\" needs `training.dataset_path`"]),
     file(
         "[checkpoint]\nlast_save_in_hf = true\nlast_save_model_only = false",
-        &["job.toml:2:19", "needs `checkpoint.last_save_model_only`"],
+        &["needs `checkpoint.last_save_model_only`", "job.toml:2:19"],
     ),
     file(
         "[checkpoint]\ninitial_load_in_hf = true\ninitial_load_model_only = false",
@@ -234,10 +234,26 @@ fn a_missing_file_suggests_the_one_beside_it() {
 
 #[test]
 fn subcommands_without_a_job_refuse_overrides() {
+    let folder = tempfile::tempdir().unwrap();
     let mut titan = Command::new(env!("CARGO_BIN_EXE_titan"));
-    let output = titan.args(["--training.steps", "5", "write-stories"]).output().unwrap();
-    assert_ne!(output.status.code(), Some(0));
-    assert!(String::from_utf8(output.stderr).unwrap().contains("--training.steps"));
+    titan.current_dir(&folder).args(["--training.steps", "5", "write-stories", "--output", "stories.jsonl"]);
+    let output = titan.output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("takes no job config keys: --training.steps"));
+    assert!(!folder.path().join("stories.jsonl").exists());
+}
+
+#[test]
+fn every_shipped_config_is_accepted() {
+    let mut count = 0;
+    for entry in std::fs::read_dir("configs").unwrap() {
+        let path = entry.unwrap().path();
+        if let Err(error) = config::load(Some(&path), &[]) {
+            panic!("{error}");
+        }
+        count += 1;
+    }
+    assert!(count > 0);
 }
 
 #[test]
