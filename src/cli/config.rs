@@ -1,8 +1,7 @@
-use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 
+use crate::Result;
 use crate::config::{self, Override};
-use crate::{Error, Result};
 
 /// Show the merged job config, or the schema of job files.
 ///
@@ -34,9 +33,6 @@ pub fn run(args: Args, overrides: &[Override]) -> Result<()> {
     } else {
         loaded.to_toml_with_origins()
     };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        // The reader, `head` for example, has seen enough.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        result => result.map_err(Error::io("cannot write", "standard output")),
-    }
+    print!("{text}");
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use super::JobConfig;
 use super::activation_checkpoint::AcMode;
 use super::diagnostic::{Fault, nearest};
-use crate::models::args::{AttnMaskType, AttnType, DecoderArgs};
+use crate::models::{self, args::DecoderArgs};
 
 /// Families that TorchTitan has and titan does not have yet.
 const FAMILIES_TO_COME: [&str; 4] = ["qwen3", "deepseek_v3", "llama3_ft", "flux"];
@@ -11,13 +11,10 @@ const FAMILIES_TO_COME: [&str; 4] = ["qwen3", "deepseek_v3", "llama3_ft", "flux"
 /// Datasets that are nowhere until `dataset_path` says where.
 const DATASETS_OF_FILES: [&str; 4] = ["text", "json", "parquet", "tokens"];
 
-/// A name and the names of its flavors.
-type Family<'a> = (&'a str, &'a [&'a str]);
-
 /// The faults of a job whose values are all right one by one.
-pub(super) fn job(config: &JobConfig, families: &[Family]) -> Vec<Fault> {
+pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
     let mut faults = Vec::new();
-    faults.extend(model_name(config, families));
+    faults.extend(model_name(config));
     faults.extend(batch_size(config));
     faults.extend(dataset_path("training", &config.training.dataset, config.training.dataset_path.is_some()));
     if config.validation.enable {
@@ -29,14 +26,14 @@ pub(super) fn job(config: &JobConfig, families: &[Family]) -> Vec<Fault> {
     faults
 }
 
-fn model_name(config: &JobConfig, families: &[Family]) -> Option<Fault> {
+fn model_name(config: &JobConfig) -> Option<Fault> {
     let quoted = |names: &[&str]| names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
     let meant =
         |word, names: &[&str]| nearest(word, names.iter().copied()).map(|name| format!("did you mean {name:?}?"));
     let (name, flavor) = (config.model.name.as_str(), config.model.flavor.as_str());
 
-    let Some((_, flavors)) = families.iter().find(|(family, _)| *family == name) else {
-        let names: Vec<_> = families.iter().map(|(family, _)| *family).collect();
+    let Some((_, flavors)) = models::FAMILIES.iter().find(|(family, _)| *family == name) else {
+        let names: Vec<_> = models::FAMILIES.iter().map(|(family, _)| *family).collect();
         let hint = if FAMILIES_TO_COME.contains(&name) {
             Some("titan does not have this family yet".to_owned())
         } else {
@@ -148,8 +145,8 @@ fn checkpoint(config: &JobConfig, faults: &mut Vec<Fault>) {
     }
 }
 
-/// The faults of a model's arguments, and what of them has no effect.
-pub(super) fn decoder(args: &DecoderArgs) -> (Vec<Fault>, Vec<String>) {
+/// The faults of a model's arguments.
+pub(super) fn decoder(args: &DecoderArgs) -> Vec<Fault> {
     let mut faults = Vec::new();
     let DecoderArgs { dim, n_heads, .. } = *args;
     let n_kv_heads = args.n_kv_heads.unwrap_or(n_heads);
@@ -194,8 +191,5 @@ pub(super) fn decoder(args: &DecoderArgs) -> (Vec<Fault>, Vec<String>) {
             .note("`top_k` must be at most `num_experts`"),
         );
     }
-
-    let masks_unused = args.attn_type == AttnType::Sdpa && args.attn_mask_type == AttnMaskType::BlockCausal;
-    let notice = "no effect: `model.args.attn_mask_type` (`attn_type` \"sdpa\" has no document masks; \"flex\" has)";
-    (faults, masks_unused.then(|| notice.to_owned()).into_iter().collect())
+    faults
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::models::args::DecoderArgs;
+use crate::models::args::{AttnMaskType, AttnType};
 use crate::{Error, Result, models};
 
 mod activation_checkpoint;
@@ -168,11 +168,13 @@ fn resolve(document: Option<Document>, overrides: &[Override]) -> Result<Loaded>
     let read::Reader { table, mut origins, mut faults } = reader;
 
     let mut config: JobConfig = none::from_table(table).map_err(|error| Error::Config(format!("error: {error}")))?;
+    let args = models::flavor(&config.model.name, &config.model.flavor).map(|base| config.model.args.apply(&base));
+    let args = args.transpose()?;
     if is_toml {
         // A value that could not be read counts as its default here, so a rule about it would only confuse.
         let unread: Vec<String> = faults.iter().flat_map(|fault| fault.keys.clone()).collect();
-        let more = check::job(&config, models::FAMILIES);
-        faults.extend(more.into_iter().filter(|fault| !fault.keys.iter().any(|key| unread.contains(key))));
+        let more = check::job(&config).into_iter().chain(args.iter().flat_map(check::decoder));
+        faults.extend(more.filter(|fault| !fault.keys.iter().any(|key| unread.contains(key))));
     }
     if !faults.is_empty() {
         return Err(diagnostic::report(faults, document.as_ref(), &origins));
@@ -184,6 +186,10 @@ fn resolve(document: Option<Document>, overrides: &[Override]) -> Result<Loaded>
         config.model.hf_assets_path = path;
         let origin = origins.remove("model.tokenizer_path");
         origins.extend(origin.map(|origin| ("model.hf_assets_path".to_owned(), origin)));
+    }
+    if args.is_some_and(|it| it.attn_type == AttnType::Sdpa && it.attn_mask_type == AttnMaskType::BlockCausal) {
+        notices
+            .push("no effect: `model.args.attn_mask_type`, as `attn_type` \"sdpa\" has no document masks".to_owned());
     }
     Ok(Loaded { config, notices, document, origins })
 }
@@ -201,21 +207,6 @@ fn without_effect(origins: &Origins) -> Option<String> {
 }
 
 impl Loaded {
-    /// The model's arguments: those of its flavor, `base`, below `[model.args]`. Adds to `notices`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if they contradict each other.
-    pub fn decoder_args(&mut self, base: &DecoderArgs) -> Result<DecoderArgs> {
-        let args = self.config.model.args.apply(base)?;
-        let (faults, notices) = check::decoder(&args);
-        self.notices.extend(notices);
-        if faults.is_empty() {
-            Ok(args)
-        } else {
-            Err(diagnostic::report(faults, self.document.as_ref(), &self.origins))
-        }
-    }
-
     /// The merged config as TOML, the origin of each value behind it.
     pub fn to_toml_with_origins(&self) -> String {
         self.config.print(&|path, line| {

@@ -60,7 +60,9 @@ pub fn split_overrides(argv: impl IntoIterator<Item = OsString>) -> (Vec<OsStrin
 /// The name of an option that has a dot, dashes included, and the value behind `=`.
 fn dotted_option(arg: &str) -> Option<(&str, Option<&str>)> {
     let (flag, value) = arg.split_once('=').map_or((arg, None), |(flag, value)| (flag, Some(value)));
-    (flag.starts_with("--") && flag.contains('.')).then_some((flag, value))
+    let is_name =
+        |name: &str| name.contains('.') && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
+    flag.strip_prefix("--").is_some_and(is_name).then_some((flag, value))
 }
 
 fn is_bool(key: &str) -> bool {
@@ -131,5 +133,7 @@ mod tests {
     fn dots_in_values_and_after_a_lone_dash_pair_are_no_overrides() {
         let argv = "titan generate --prompt=a.b --temperature 0.5 -- --training.steps 5";
         assert_eq!(split(argv), (argv.to_owned(), Vec::new()));
+        let prompt = ["titan", "generate", "--prompt", "-- He left. She stayed"].map(OsString::from);
+        assert_eq!(split_overrides(prompt.clone()), (prompt.to_vec(), Vec::new()));
     }
 }

@@ -110,8 +110,11 @@ impl Reader {
             return;
         }
         let hint = match found.get_ref() {
-            DeValue::String(text) if convert(shape, parse_flag(shape, text).get_ref()).is_some() => {
+            DeValue::String(text) if DeValue::parse(text).is_ok_and(|it| convert(shape, it.get_ref()).is_some()) => {
                 Some(format!("write it without quotes: {text}"))
+            }
+            DeValue::String(text) if matches!(shape, Shape::List(_)) => {
+                Some(format!("write it as a list: {}", show(parse_flag(shape, text).get_ref())))
             }
             DeValue::String(text) => nearest(text, shape.words()).map(|word| format!("did you mean {word:?}?")),
             DeValue::Integer(_) | DeValue::Float(_) | DeValue::Boolean(_) if shape.takes_text() => {

@@ -38,7 +38,7 @@ pub struct Training {
     pub dtype: Dtype,
     /// Type in which matrix products are computed. Norms, softmax, router scores and the loss are float32 always.
     pub mixed_precision_param: Dtype,
-    /// Type in which gradients are summed over devices.
+    /// Type in which gradients are summed over devices. On one device nothing is summed, so either will do.
     #[schemars(extend("x-no-effect" = ONE_DEVICE))]
     pub mixed_precision_reduce: Dtype,
     /// Steps from one run of Python's garbage collector to the next.

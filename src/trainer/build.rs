@@ -55,9 +55,9 @@ struct Text {
 
 impl Trainer {
     /// Builds every part, and brings all of them to where the run's own checkpoint, or `initial_load_path`, left off.
-    pub fn build(mut loaded: Loaded) -> Result<Self> {
+    pub fn build(loaded: Loaded) -> Result<Self> {
         let text = Text::of(&loaded.config)?;
-        let args = decoder_args(&mut loaded, &text.vocabulary)?;
+        let args = decoder_args(&loaded.config, &text.vocabulary)?;
         loaded.notices.iter().for_each(|notice| warn!("{notice}"));
         let mut config = loaded.config;
         config.model.args = ModelArgs::all(&args);
@@ -190,12 +190,11 @@ impl Text {
 }
 
 /// The flavor's arguments with `[model.args]` over them, fitted to the vocabulary and to the sequences.
-fn decoder_args(loaded: &mut Loaded, vocabulary: &Vocabulary) -> Result<DecoderArgs> {
-    let model = &loaded.config.model;
+fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderArgs> {
+    let model = &config.model;
     let base = models::flavor(&model.name, &model.flavor)
         .ok_or_else(|| Error::Model(format!("there is no model {} {}", model.name, model.flavor)))?;
-    let mut args = loaded.decoder_args(&base)?;
-    let config = &loaded.config;
+    let mut args = model.args.apply(&base)?;
 
     let (vocab_size, needed) = (args.vocab_size, vocabulary.vocab_size);
     if needed > vocab_size {
