@@ -1,7 +1,7 @@
 //! Text -> tokens -> packed batches, with a position that can be saved and resumed.
 //!
 //! A [`Dataset`](datasets::Dataset) deals documents from files; [`Tokenized`](pipeline::Tokenized) encodes them on
-//! other threads, in their order; [`Loader`](loader::Loader) packs their tokens into batches and knows the position of
+//! other threads, in their order; [`Loader`] packs their tokens into batches and knows the position of
 //! each. [`ShardWriter`](shards::ShardWriter) writes the same tokens to files instead.
 
 pub mod datasets;

@@ -100,8 +100,8 @@ pub struct Counts {
     pub shards: usize,
 }
 
-/// Tokenizes one pass over a dataset into shards; `progress` is told after each document.
-pub fn tokenize(plan: &Plan, mut writer: ShardWriter, mut progress: impl FnMut(&Counts)) -> Result<Counts> {
+/// Tokenizes one pass over a dataset into shards; `progress` is told after each document where it began.
+pub fn tokenize(plan: &Plan, mut writer: ShardWriter, mut progress: impl FnMut(&Counts, &Position)) -> Result<Counts> {
     let mut counts = Counts::default();
     for document in Tokenized::new(plan, Position::default())? {
         let document = document?;
@@ -109,7 +109,7 @@ pub fn tokenize(plan: &Plan, mut writer: ShardWriter, mut progress: impl FnMut(&
         counts.documents += u64::from(document.ends);
         counts.tokens += document.tokens.len() as u64;
         counts.text_bytes += document.text_bytes as u64;
-        progress(&counts);
+        progress(&counts, &document.position);
     }
     counts.shards = writer.finish()?;
     Ok(counts)

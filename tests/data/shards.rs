@@ -7,6 +7,7 @@ use titan::data::Loader;
 use titan::data::datasets::{self, Dtype, Sidecar};
 use titan::data::pipeline::Plan;
 use titan::data::shards::{ShardWriter, tokenize};
+use titan::data::tokenizer::Tokenizer;
 
 use crate::common::*;
 
@@ -82,7 +83,7 @@ fn tokenized_shards_train_as_their_text_does() {
         let writer = || ShardWriter::new(out.path(), "tales", sidecar.clone(), 300);
         let dataset = datasets::open(&text, None, 1, &no_hub).unwrap();
         let plan = Plan { dataset, encoder: Some(Arc::new(Bytes)), shuffle: None, repeat: false, n_workers: 2 };
-        let counts = tokenize(&plan, writer().unwrap(), |_| ()).unwrap();
+        let counts = tokenize(&plan, writer().unwrap(), |_, _| ()).unwrap();
 
         let n_tokens = encoded(&documents).len();
         assert_eq!((counts.documents, counts.tokens), (60, n_tokens as u64));
@@ -101,6 +102,30 @@ fn tokenized_shards_train_as_their_text_does() {
         let message = writer().err().unwrap().to_string();
         assert!(message.contains("tales-00000.bin exists already"), "{message}");
     }
+}
+
+#[test]
+fn titan_tokenize_writes_shards_that_train_as_their_text_does() {
+    let dir = TempDir::new().unwrap();
+    let text = spec("json", write(&dir, "a.json.gz", gzip(&json_lines(&documents(60)))));
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tokenizer");
+    let run = || {
+        let mut titan = assert_cmd::Command::cargo_bin("titan").unwrap();
+        titan.current_dir(&dir).args(["tokenize", "--dataset=json", "--dataset-path=a.json.gz", "--output=out"]);
+        titan.args(["--tokenizer", folder, "--shard-tokens=200", "--num-workers=2"]).assert()
+    };
+    run().success().stdout(predicates::str::starts_with("60 documents, "));
+
+    let tokenizer = Arc::new(Tokenizer::from_dir(folder).unwrap());
+    let shards = spec("tokens", dir.path().join("out"));
+    let vocabulary = datasets::vocabulary(&shards).unwrap().unwrap();
+    assert_eq!((vocabulary.vocab_size, vocabulary.eos_id), (tokenizer.vocab_size(), tokenizer.eos_id()));
+    let mut from_text = Loader::new(&text, Some(tokenizer), options(2, 30), &no_hub).unwrap();
+    let mut from_shards = Loader::new(&shards, None, options(2, 30), &no_hub).unwrap();
+    for _ in 0..40 {
+        assert_eq!(next(&mut from_shards), next(&mut from_text));
+    }
+    run().failure().code(2).stderr(predicates::str::contains("json-00000.bin exists already"));
 }
 
 #[test]

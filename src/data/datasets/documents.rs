@@ -1,5 +1,6 @@
 //! Datasets of text: the records of one file after another.
 
+use std::iter::{Enumerate, Skip};
 use std::sync::Arc;
 
 use tracing::warn;
@@ -28,8 +29,8 @@ impl Dataset for TextDataset {
         &self.files
     }
 
-    /// Shuffled are the files, and the records of each within blocks; of plain text only the files, whose pieces
-    /// belong together.
+    /// Shuffles the files, and the records of each within blocks. The records of a plain text file stay in order: they
+    /// are one document.
     fn pass(&self, from: Position, shuffle: Option<u64>, stop: &Stop) -> Documents {
         let order = FileOrder::new(self.files.entries.len(), shuffle, from.epoch);
         Box::new(Pass {
@@ -40,8 +41,8 @@ impl Dataset for TextDataset {
             fetcher: Fetcher::new(self.files.clone(), stop.clone()),
             reader: None,
             bad_records: from.bad_records,
-            block: Vec::new().into_iter(),
-            resume: from.file.is_some(),
+            block: Vec::new().into_iter().enumerate().skip(0),
+            resume: from.file.is_some().then(|| from.clone()),
             start: from,
         })
     }
@@ -57,12 +58,12 @@ struct Pass {
     /// Of the file at `place_in_order`, once it is being read.
     reader: Option<Box<dyn Records>>,
     bad_records: u64,
+    /// Where to begin, until that is done.
+    resume: Option<Position>,
     /// Where `block` begins.
     start: Position,
-    /// Whether `start` is still where the pass is to begin, instead of a block that was read.
-    resume: bool,
     /// The rest of the block, each record with its index.
-    block: std::vec::IntoIter<(u64, Record)>,
+    block: Skip<Enumerate<std::vec::IntoIter<Record>>>,
 }
 
 impl Iterator for Pass {
@@ -71,7 +72,7 @@ impl Iterator for Pass {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             if let Some((index, record)) = self.block.next() {
-                let position = Position { index, ..self.start.clone() };
+                let position = Position { index: index as u64, ..self.start.clone() };
                 return Some(Ok(Document { position, content: Content::Text(record) }));
             }
             match self.read_block() {
@@ -87,11 +88,11 @@ impl Pass {
     /// Reads the next block, which may turn out empty at the end of a file; false at the end of the pass.
     fn read_block(&mut self) -> Result<bool> {
         let Some(file) = self.order.file_at(self.place_in_order) else { return Ok(false) };
-        let first = std::mem::take(&mut self.resume).then(|| self.start.clone());
+        let resume = self.resume.take();
         let mut reader = match self.reader.take() {
             Some(reader) => reader,
             None => {
-                let place = first.as_ref().map_or(Place::default(), |at| Place { offset: at.offset, line: at.line });
+                let place = resume.as_ref().map_or(Place::default(), |at| Place { offset: at.offset, line: at.line });
                 self.open(file, place)?
             }
         };
@@ -123,9 +124,7 @@ impl Pass {
             let random = keyed(seed, "order of records", &format!("{epoch} {file} {line}"));
             records = Permutation::new(records.len() as u64, random).shuffle(records);
         }
-        let skip = first.map_or(0, |at| at.index as usize);
-        let indexed = records.into_iter().zip(0..).map(|(record, index)| (index, record));
-        self.block = indexed.skip(skip).collect::<Vec<_>>().into_iter();
+        self.block = records.into_iter().enumerate().skip(resume.map_or(0, |at| at.index as usize));
         Ok(true)
     }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
+use super::Position;
 use crate::data::remote::RemoteFiles;
 use crate::{Error, Result};
 
@@ -113,6 +114,18 @@ impl Files {
 
     pub fn is_remote(&self) -> bool {
         self.remote.is_some()
+    }
+
+    /// Bytes in all, where they are known.
+    pub fn bytes(&self) -> Option<u64> {
+        self.entries.iter().map(|entry| entry.bytes).sum()
+    }
+
+    /// About how many of them were read when a pass in the order of the files has come to `position`.
+    pub fn bytes_before(&self, position: &Position) -> u64 {
+        let (before, rest) = self.entries.split_at(position.file.unwrap_or(0));
+        let within = rest.first().and_then(|entry| entry.bytes).unwrap_or(0).min(position.offset);
+        before.iter().filter_map(|entry| entry.bytes).sum::<u64>() + within
     }
 
     /// What messages call a file.

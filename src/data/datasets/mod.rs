@@ -21,7 +21,7 @@ use crate::Result;
 /// What the job config says of a dataset.
 #[derive(Debug, Clone)]
 pub struct DatasetSpec {
-    /// - `text`: plain files. One file is one document, and streamed, however large.
+    /// - `text`: plain files, each a document, however large. Shuffling shuffles the files.
     /// - `json`: JSON lines (`.json`, `.jsonl`, `.ndjson`), one document each.
     /// - `parquet`: one document per row.
     /// - `tokens`: shards of token ids, see [`Sidecar`].
