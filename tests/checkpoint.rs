@@ -9,11 +9,10 @@ use std::sync::Once;
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 use titan::Error;
-use titan::config::{self, CheckpointState, ExportDtype};
 use titan::components::checkpoint::{
-    Assets, CheckpointManager, Kind, Parameter, Progress, Resume, State, TrainState, Weights, Why, open_step,
-    steps_in,
+    Assets, CheckpointManager, Kind, Parameter, Progress, Resume, State, TrainState, Weights, Why, open_step, steps_in,
 };
+use titan::config::{self, CheckpointState, ExportDtype};
 use titan::models::args::DecoderArgs;
 
 /// A dump folder, and a run in it whose weights are made of its step.

@@ -262,7 +262,8 @@ mode = "full"
 
 #[test]
 fn golden_losses_come_out_of_the_binary() {
-    for name in ["llama3_base", "llama3_gqa_doc", "llama4_base", "llama4_gqa_top2", "llama4_irope", "llama4_softmax_after"]
+    for name in
+        ["llama3_base", "llama3_gqa_doc", "llama4_base", "llama4_gqa_top2", "llama4_irope", "llama4_softmax_after"]
     {
         let case = golden_json(&format!("{name}.json"));
         let tensors = candle_core::safetensors::load(golden(&format!("{name}.safetensors")), &Device::Cpu).unwrap();
@@ -273,7 +274,8 @@ fn golden_losses_come_out_of_the_binary() {
         let mut ids: Vec<u16> = Vec::new();
         for step in 1..=3 {
             let rows = |t: &Tensor| t.to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
-            let (tokens, labels) = (rows(&tensors[&format!("tokens.{step}")]), rows(&tensors[&format!("labels.{step}")]));
+            let (tokens, labels) =
+                (rows(&tensors[&format!("tokens.{step}")]), rows(&tensors[&format!("labels.{step}")]));
             for (tokens, labels) in tokens.iter().zip(&labels) {
                 ids.extend(tokens.iter().chain(labels.last()).map(|id| *id as u16));
             }

@@ -112,8 +112,7 @@ impl Case {
         let number = |name: &str| self.json["optimizer"][name].as_f64().unwrap();
         let kind = OptimizerKind { decoupled: true, betas: (number("beta1"), number("beta2")), eps: number("eps") };
         let mut optimizer = Optimizer::new(kind, number("weight_decay"), self.model.stages()).unwrap();
-        let (losses, norms, lrs) =
-            (f64s(&self.json["loss"]), f64s(&self.json["grad_norm"]), f64s(&self.json["lr"]));
+        let (losses, norms, lrs) = (f64s(&self.json["loss"]), f64s(&self.json["grad_norm"]), f64s(&self.json["lr"]));
         for step in 1..=3 {
             let loss = self.forward_backward(step, Recompute::EveryNth(2));
             let error = (loss / losses[step - 1] - 1.0).abs();
@@ -126,7 +125,11 @@ impl Case {
             }
             let norm = optimizer.step(self.model.stages(), lrs[step - 1], number("max_norm")).unwrap();
             let error = (norm / norms[step - 1] - 1.0).abs();
-            assert!(error < self.tolerance("grad_norm_rel"), "{}: grad_norm of step {step} is off by {error:e}", self.name);
+            assert!(
+                error < self.tolerance("grad_norm_rel"),
+                "{}: grad_norm of step {step} is off by {error:e}",
+                self.name
+            );
 
             for (fqn, ours) in self.model.state().unwrap() {
                 let expected = &self.tensors[&format!("step{step}.{fqn}")];

@@ -6,10 +6,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
+use titan::components::checkpoint::{Assets, CheckpointManager, Parameter, Progress, State, TrainState, Weights, Why};
 use titan::config::{self, ExportDtype};
-use titan::components::checkpoint::{
-    Assets, CheckpointManager, Parameter, Progress, State, TrainState, Weights, Why,
-};
 use titan::models::args::DecoderArgs;
 use titan::models::hf::{self, Family};
 
@@ -84,12 +82,7 @@ fn export(
     model: &[(String, Tensor)],
 ) -> (tempfile::TempDir, PathBuf) {
     let dump_folder = tempfile::tempdir().unwrap();
-    let settings = config::Checkpoint {
-        enable: true,
-        last_save_in_hf: true,
-        export_dtype,
-        ..Default::default()
-    };
+    let settings = config::Checkpoint { enable: true, last_save_in_hf: true, export_dtype, ..Default::default() };
     let assets = Assets {
         hf_assets_path: "nowhere".into(),
         model_name: model_name.into(),

@@ -66,11 +66,7 @@ pub fn run(args: Args) -> Result<()> {
     })?;
     info!("Checkpoint: {}", checkpoint.path().display());
 
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_k: args.top_k.map(|k| k as usize),
-        top_p: args.top_p,
-    };
+    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k.map(|k| k as usize), top_p: args.top_p };
     let mut out = std::io::stdout().lock();
     let mut write = |text: &str| -> Result<()> {
         out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("cannot write", "standard output"))

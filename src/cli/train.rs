@@ -18,7 +18,8 @@ pub struct Args {
 pub fn run(args: Args, overrides: &[Override]) -> Result<()> {
     if args.config.is_none() && overrides.is_empty() {
         return Err(Error::Usage(
-            "what to train is said by a job config\n   = for example: titan train --config configs/debug_model.toml".into(),
+            "what to train is said by a job config\n   = for example: titan train --config configs/debug_model.toml"
+                .into(),
         ));
     }
     Trainer::build(config::load(args.config.as_deref(), overrides)?)?.run()

@@ -15,7 +15,7 @@ pub struct Job {
     pub dump_folder: PathBuf,
     /// A sentence about the run, logged at its start.
     pub description: String,
-    /// Log the merged config at start, with the origin of each value.
+    /// Log the config at start, all values filled in.
     pub print_config: bool,
     /// Write the merged config as TOML to this file in `dump_folder`. "none": do not.
     pub save_config_file: Option<PathBuf>,

@@ -308,7 +308,8 @@ impl Block {
             true => (Some(&sequence.rope), &sequence.block_mask),
             false => (None, &sequence.mask),
         };
-        let attended = self.attention.forward(&ops::rms_norm(x, &self.attention_norm, self.norm_eps)?, rope, mask, cache)?;
+        let attended =
+            self.attention.forward(&ops::rms_norm(x, &self.attention_norm, self.norm_eps)?, rope, mask, cache)?;
         let h = ops::add(x, &attended)?;
         let normed = ops::rms_norm(&h, &self.ffn_norm, self.norm_eps)?;
         let y = match &self.ffn {
@@ -359,7 +360,10 @@ impl DecoderArgs {
         require(positive, "dim, n_layers, n_heads, n_kv_heads, vocab_size and multiple_of must be at least 1".into());
         if positive {
             require(dim % n_heads == 0, format!("n_heads = {n_heads} does not divide dim = {dim}"));
-            require(n_heads % n_kv_heads == 0, format!("n_kv_heads = {n_kv_heads} does not divide n_heads = {n_heads}"));
+            require(
+                n_heads % n_kv_heads == 0,
+                format!("n_kv_heads = {n_kv_heads} does not divide n_heads = {n_heads}"),
+            );
             require(
                 dim % n_heads != 0 || (dim / n_heads).is_multiple_of(2),
                 format!("a head of {} numbers cannot be rotated in pairs; dim / n_heads must be even", dim / n_heads),

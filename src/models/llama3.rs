@@ -15,8 +15,7 @@ pub fn flavor(name: &str) -> Option<DecoderArgs> {
     let debug = DecoderArgs { dim: 256, n_layers: 6, n_heads: 16, vocab_size: 2048, ..family.clone() };
     let grouped = DecoderArgs { n_kv_heads: Some(8), ffn_dim_multiplier: Some(1.3), ..family };
     let small = DecoderArgs { dim: 4096, n_layers: 32, n_heads: 32, multiple_of: 1024, ..grouped.clone() };
-    let documents =
-        |attn_type, args| DecoderArgs { attn_type, attn_mask_type: AttnMaskType::BlockCausal, ..args };
+    let documents = |attn_type, args| DecoderArgs { attn_type, attn_mask_type: AttnMaskType::BlockCausal, ..args };
     Some(match name {
         "debugmodel" => debug,
         "debugmodel_flex_attn" => documents(AttnType::Flex, debug),

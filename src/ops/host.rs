@@ -286,7 +286,7 @@ mod tests {
     #[test]
     fn rounding_to_bf16_is_that_of_half() {
         let mut values = random("values", 10_000);
-        values.extend([0.0, -0.0, f32::INFINITY, f32::MAX, 1.003_906_25, 1.011_718_75]);
+        values.extend([0.0, -0.0, f32::INFINITY, f32::MAX, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
         let expected: Vec<f32> = values.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
         assert_eq!(narrow(&values), values.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>());
         round(&mut values, DType::BF16);

@@ -74,7 +74,8 @@ impl Trainer {
         let device = Device::Cpu;
         let facts = DeviceFacts::cpu()?;
         info!("Device: {facts}");
-        let mut checkpoints = CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
+        let mut checkpoints =
+            CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         let resume = checkpoints.find()?;
         let train_state = resume.as_ref().and_then(|resume| resume.train_state.clone());
         let seed = match (&train_state, config.debug.seed) {
@@ -163,9 +164,7 @@ impl Text {
         let tokenizer = wanted.then(|| Tokenizer::from_dir(path)).transpose()?.map(Arc::new);
         let vocabulary = match (of_shards, &tokenizer) {
             (Some(vocabulary), _) => vocabulary,
-            (None, Some(tokenizer)) => {
-                Vocabulary { vocab_size: tokenizer.vocab_size(), eos_id: tokenizer.eos_id() }
-            }
+            (None, Some(tokenizer)) => Vocabulary { vocab_size: tokenizer.vocab_size(), eos_id: tokenizer.eos_id() },
             (None, None) => unreachable!("without shards that describe themselves a tokenizer is wanted"),
         };
         Ok(Self { tokenizer, vocabulary })

@@ -120,13 +120,11 @@ impl ExpertLoad {
         let counted = std::mem::replace(&mut *tokens, vec![0; n]);
         if let Some(coeff) = self.coeff {
             let mean = counted.iter().sum::<u64>() as f32 / n as f32;
-            let moves: Vec<f32> = counted
-                .iter()
-                .map(|tokens| match mean - *tokens as f32 {
-                    even if even == 0.0 => 0.0,
-                    gap => coeff * gap.signum(),
-                })
-                .collect();
+            let towards_mean = |tokens: &u64| match mean - *tokens as f32 {
+                0.0 => 0.0,
+                gap => coeff * gap.signum(),
+            };
+            let moves: Vec<f32> = counted.iter().map(towards_mean).collect();
             let drift = moves.iter().sum::<f32>() / n as f32;
             let mut bias = self.bias.write().unwrap_or_else(PoisonError::into_inner);
             bias.iter_mut().zip(moves).for_each(|(bias, by)| *bias += by - drift);
