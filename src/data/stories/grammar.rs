@@ -144,7 +144,8 @@ impl<'a, R: RngCore> Writer<'a, R> {
             "s" if value.note.is_empty() => value.text + "s",
             "s" => value.note,
             _ => {
-                let (_, f, m) = FORMS.iter().find(|(name, ..)| *name == form).unwrap_or_else(|| panic!("no form `{slot}`"));
+                let (_, f, m) =
+                    FORMS.iter().find(|(name, ..)| *name == form).unwrap_or_else(|| panic!("no form `{slot}`"));
                 match value.note.as_str() {
                     "f" => (*f).to_owned(),
                     "m" => (*m).to_owned(),
@@ -229,12 +230,10 @@ mod tests {
 
     #[test]
     fn alternatives_may_nest_and_be_empty() {
-        assert_eq!(all("start\n  a [big|[very |]small] dog | no dog\n"), [
-            "a big dog",
-            "a small dog",
-            "a very small dog",
-            "no dog"
-        ]);
+        assert_eq!(
+            all("start\n  a [big|[very |]small] dog | no dog\n"),
+            ["a big dog", "a small dog", "a very small dog", "no dog"]
+        );
     }
 
     #[test]
@@ -251,9 +250,10 @@ mod tests {
 
     #[test]
     fn a_becomes_an_by_sound() {
-        assert_eq!(all("start\n  a apple, \"A old hat,\" a hour, a one, a cat\n"), [
-            "an apple, \"An old hat,\" an hour, a one, a cat"
-        ]);
+        assert_eq!(
+            all("start\n  a apple, \"A old hat,\" a hour, a one, a cat\n"),
+            ["an apple, \"An old hat,\" an hour, a one, a cat"]
+        );
     }
 
     #[test]

@@ -64,7 +64,10 @@ pub fn train(texts: impl Iterator<Item = Result<String>> + Send, vocab_size: usi
     let model = inner.to_string(true).map_err(failed)?;
     let config = serde_json::to_string_pretty(&config()).expect("a JSON value can be written");
     let file = |name: &str, text: String| TokenizerFile { name: name.into(), bytes: text.into_bytes() };
-    Tokenizer::from_files(vec![file("tokenizer.json", model), file("tokenizer_config.json", config)], "the new tokenizer")
+    Tokenizer::from_files(
+        vec![file("tokenizer.json", model), file("tokenizer_config.json", config)],
+        "the new tokenizer",
+    )
 }
 
 /// What Hugging Face's library needs beside `tokenizer.json`.
