@@ -67,7 +67,7 @@ pub fn run(args: Args) -> Result<()> {
         max_bad_records: args.max_bad_records,
         validates: None,
     };
-    let dataset = datasets::open(&spec, None, 1, &|_| unreachable!())?;
+    let dataset = datasets::open(&spec, None, 1, &datasets::from_hub)?;
     let sidecar = Sidecar { vocab_size: tokenizer.vocab_size(), eos_id: tokenizer.eos_id(), dtype: args.dtype };
     let name = spec.dataset.replace('/', "_");
     let writer = ShardWriter::new(&args.output, &name, sidecar, args.shard_tokens)?;
