@@ -1,6 +1,5 @@
 //! Datasets of text: the records of one file after another.
 
-use std::iter::{Enumerate, Skip};
 use std::sync::Arc;
 
 use tracing::warn;
@@ -41,7 +40,7 @@ impl Dataset for TextDataset {
             fetcher: Fetcher::new(self.files.clone(), stop.clone()),
             reader: None,
             bad_records: from.bad_records,
-            block: Vec::new().into_iter().enumerate().skip(0),
+            block: std::vec::IntoIter::default(),
             resume: from.file.is_some().then(|| from.clone()),
             start: from,
         })
@@ -63,7 +62,7 @@ struct Pass {
     /// Where `block` begins.
     start: Position,
     /// The rest of the block, each record with its index.
-    block: Skip<Enumerate<std::vec::IntoIter<Record>>>,
+    block: std::vec::IntoIter<(usize, Record)>,
 }
 
 impl Iterator for Pass {
@@ -124,7 +123,8 @@ impl Pass {
             let random = keyed(seed, "order of records", &format!("{epoch} {file} {line}"));
             records = Permutation::new(records.len() as u64, random).shuffle(records);
         }
-        self.block = records.into_iter().enumerate().skip(resume.map_or(0, |at| at.index as usize));
+        let left = records.into_iter().enumerate().skip(resume.map_or(0, |at| at.index as usize));
+        self.block = left.collect::<Vec<_>>().into_iter();
         Ok(true)
     }
 
