@@ -1,12 +1,17 @@
 //! The binary as a user runs it: train, stop, go on, sample.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
+use hub_server::{HubServer, Kind};
 use serde_json::Value as Json;
+
+#[path = "common/hub_server.rs"]
+mod hub_server;
 
 fn repo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -402,4 +407,97 @@ fn a_tokenizer_that_is_not_there_is_named_with_what_to_do() {
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1));
     assert!(message.contains("no/such") && message.contains("download-tokenizer"), "{message}");
+}
+
+/// `configs/colab_a100.toml` as it stands, but for where it reads and writes and how long it runs.
+#[test]
+fn the_colab_config_trains_on_c4_from_a_hub() {
+    const MODEL: &str = "meta-llama/Llama-4-Scout-17B-16E";
+    let hub = HubServer::start();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        hub.add_file(Kind::Model, MODEL, name, std::fs::read(repo("assets/tokenizer").join(name)).unwrap());
+    }
+    for shard in 0..2 {
+        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        for index in 0..60 {
+            let text = titan::data::stories::document(7, shard * 60 + index);
+            let record =
+                serde_json::json!({ "text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://a.example" });
+            writeln!(packed, "{record}").unwrap();
+        }
+        let name = format!("en/c4-train.{shard:05}-of-00002.json.gz");
+        hub.add_file(Kind::Dataset, "allenai/c4", &name, packed.finish().unwrap());
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(repo("configs"), folder.path().join("configs")).unwrap();
+    let titan = |args: &[&str]| {
+        let mut command = titan(args);
+        command.current_dir(folder.path()).env("HF_ENDPOINT", &hub.url).env("HF_HOME", folder.path().join("hf"));
+        command.env("HF_TOKEN", "hf_secret");
+        command
+    };
+    succeed(&mut titan(&["download-tokenizer", "--repo-id", MODEL]));
+    let output = succeed(&mut titan(&["train", "--config", "configs/colab_a100.toml", "--training.steps", "3"]));
+
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.contains("no effect") && message.contains("compile.backend"), "{message}");
+    assert!(!message.contains("validate"), "{message}");
+    let dump_folder = folder.path().join("outputs");
+    assert_eq!(losses(&dump_folder).keys().copied().collect::<Vec<_>>(), [1]);
+    // Exported as the config asks, and still there to go on from.
+    assert!(dump_folder.join("checkpoint/step-3-hf/config.json").is_file());
+    assert!(dump_folder.join("checkpoint/step-3/optimizer.safetensors").is_file());
+    assert!(dump_folder.join("tb").is_dir());
+    let requests = hub.requests();
+    assert!(requests.iter().any(|r| r.path.contains("c4-train.00000-of-00002.json.gz")));
+    assert!(requests.iter().filter(|r| r.path.starts_with("storage:")).all(|r| r.authorization.is_none()));
+}
+
+#[test]
+fn a_larger_tokenizer_enlarges_the_model_but_not_against_its_will() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text.txt");
+    std::fs::write(&text, (0..300).map(|i| titan::data::stories::document(9, i) + "\n").collect::<String>()).unwrap();
+    let tokenizer = folder.path().join("tokenizer");
+    let tokenizer = tokenizer.to_str().unwrap();
+    let text = text.to_str().unwrap();
+    succeed(&mut titan(&["train-tokenizer", text, "--vocab-size", "2100", "--output", tokenizer]));
+
+    let job = small_job(folder.path());
+    let flags = ["--training.dataset=text", "--training.dataset_path", text, "--model.hf_assets_path", tokenizer];
+    let flags = [&flags[..], &["--training.steps=2", "--validation.no-enable"]].concat();
+    let output = succeed(train(&job, 2).args(&flags));
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.contains("2,100") && message.contains("parameters more"), "{message}");
+
+    let output = train(&job, 2).args(&flags).args(["--model.args.vocab_size=2048"]).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("model.args.vocab_size") && message.contains("2100"), "{message}");
+}
+
+#[test]
+fn token_shards_train_as_their_text_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let shards = folder.path().join("shards");
+    let shards = shards.to_str().unwrap();
+    succeed(&mut titan(&[
+        "tokenize",
+        "--dataset",
+        "c4_validation",
+        "--tokenizer",
+        "assets/tokenizer",
+        "--output",
+        shards,
+    ]));
+    let run = |name: &str, flags: &[&str]| {
+        let folder = folder.path().join(name);
+        std::fs::create_dir(&folder).unwrap();
+        let plain = ["--data.no-shuffle", "--validation.no-enable", "--training.steps=5"];
+        succeed(train(&small_job(&folder), 2).args(plain).args(flags));
+        losses(&folder.join("outputs"))
+    };
+    let text = run("text", &["--training.dataset=c4_validation"]);
+    assert_eq!(text, run("tokens", &["--training.dataset=tokens", "--training.dataset_path", shards]));
 }
