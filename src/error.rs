@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::tools::signals::Signal;
+
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +44,14 @@ pub enum Error {
     #[error("{0}")]
     Training(String),
 
+    /// The user stopped a run; not a fault, but not the end of the run either.
+    #[error("stopped by {signal} after step {step}; {}", if *saved {
+        "its state is saved: the same command goes on"
+    } else {
+        "nothing was saved, as checkpoint.enable is false"
+    })]
+    Interrupted { signal: Signal, step: usize, saved: bool },
+
     /// A fault of the tensor library; reaching a user it is a bug of titan.
     #[error("internal tensor error: {0}")]
     Tensor(#[from] candle_core::Error),
@@ -54,9 +64,10 @@ impl Error {
         move |source| Self::Io { path, action, source }
     }
 
-    /// 2 for usage and config, 1 for everything else.
+    /// 2 for usage and config, 128 and its number for a signal, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
+            Self::Interrupted { signal, .. } => 128 + signal.number(),
             Self::Config(_) | Self::Usage(_) => 2,
             _ => 1,
         }

@@ -5,6 +5,7 @@
 //! write checkpoints and metrics, and [`generate`] samples from what was learned. [`config`] states it all, and
 //! [`cli`] is what a user types.
 
+pub mod autograd;
 pub mod cli;
 pub mod components;
 pub mod config;

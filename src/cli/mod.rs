@@ -5,6 +5,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::config::{Override, split_overrides};
+use crate::tools::{logging, signals};
+
 pub mod config;
 pub mod download_tokenizer;
 pub mod generate;
@@ -34,28 +37,48 @@ enum Command {
 
 /// Parses `argv`, runs the subcommand, and turns an [`crate::Error`] into a message and an exit code.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let (argv, overrides) = split_overrides(argv);
     let cli = match Cli::try_parse_from(argv) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
-    let result = match cli.command {
-        Command::Train(args) => train::run(args),
+    let result = prepare(&cli.command).and_then(|()| match cli.command {
+        Command::Train(args) => train::run(args, &overrides),
+        Command::Config(args) => config::run(args, &overrides),
+        _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
         Command::Generate(args) => generate::run(args),
-        Command::Config(args) => config::run(args),
         Command::DownloadTokenizer(args) => download_tokenizer::run(args),
         Command::TrainTokenizer(args) => train_tokenizer::run(args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::WriteStories(args) => write_stories::run(args),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // A config report brings its own headings.
             match error {
+                // A config report brings its own headings.
                 crate::Error::Config(ref report) => eprintln!("{report}"),
+                crate::Error::Interrupted { .. } => eprintln!("{error}"),
                 ref error => eprintln!("error: {error}"),
             }
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// Logging, and quiet ends of pipes: all but training end when nobody reads on.
+fn prepare(command: &Command) -> crate::Result<()> {
+    logging::init()?;
+    match command {
+        Command::Train(_) => Ok(()),
+        _ => signals::end_on_broken_pipe(),
+    }
+}
+
+fn takes_no_overrides(overrides: &[Override]) -> crate::Error {
+    let flags: Vec<_> = overrides.iter().map(|given| given.flag.as_str()).collect();
+    crate::Error::Usage(format!(
+        "this subcommand takes no job config keys: {}; only `train` and `config` do",
+        flags.join(", ")
+    ))
 }

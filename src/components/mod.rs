@@ -3,3 +3,5 @@
 pub mod checkpoint;
 pub mod lr_scheduler;
 pub mod metrics;
+pub mod optimizer;
+pub mod validate;

@@ -1,1 +1,125 @@
+//! Forward and backward over the stages of a model.
+//!
+//! The stage is the unit of everything: the embedding, each block, the head with the loss. The engine keeps between
+//! forward and backward only what the [`Recompute`] mode says, and walks backward stage by stage; a stage's activations
+//! are freed the moment its backward is done. No code outside knows how backward is organised, and no layer knows which
+//! mode is on.
 
+use candle_core::Tensor;
+
+use crate::Result;
+use crate::autograd::{StageBuilder, Value};
+use crate::ops::LossAndGrad;
+
+/// What a pass over a block is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// The one pass of a training step that counts.
+    Training,
+    /// A repetition of [`Pass::Training`] for its activations.
+    Recompute,
+    /// Neither trains nor counts.
+    Evaluation,
+}
+
+/// A model as a list of stages.
+pub trait Stages {
+    /// What the blocks share in a pass, besides activations.
+    type Context;
+
+    /// The memory of each stage: embedding, blocks, head.
+    fn stages(&self) -> &[StageBuilder];
+
+    fn context(&self, tokens: &Tensor) -> Result<Self::Context>;
+
+    /// `(b, s)` tokens to `(b, s, dim)`.
+    fn embed(&self, tokens: &Tensor) -> Result<Tensor>;
+
+    /// Adds to the embedding's gradient.
+    fn embed_backward(&self, tokens: &Tensor, dy: &Tensor) -> Result<()>;
+
+    fn n_blocks(&self) -> usize;
+
+    /// `(b, s, dim) -> (b, s, dim)`.
+    fn block(&self, index: usize, x: &Value, context: &Self::Context, pass: Pass) -> Result<Value>;
+
+    /// The mean loss over `labels`, `(b, s)`.
+    fn loss(&self, x: Tensor, labels: &Tensor) -> Result<f32>;
+
+    /// As [`Stages::loss`], times `scale`, with its gradient.
+    fn loss_grad(&self, x: Tensor, labels: &Tensor, scale: f64) -> Result<LossAndGrad>;
+}
+
+/// Which blocks run forward a second time in backward, instead of keeping their activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recompute {
+    None,
+    /// Blocks `n - 1, 2n - 1, ...`
+    EveryNth(usize),
+    All,
+}
+
+impl Recompute {
+    fn includes(self, block: usize) -> bool {
+        match self {
+            Self::None => false,
+            Self::EveryNth(n) => (block + 1).is_multiple_of(n),
+            Self::All => true,
+        }
+    }
+}
+
+/// What is kept of a block between its forward and its backward.
+enum Kept {
+    Input(Tensor),
+    Graph(Value),
+}
+
+/// Runs a micro-batch forward and backward: adds the gradients of `scale` times the mean loss to the accumulators of all
+/// parameters, and returns that loss.
+///
+/// # Shapes
+/// `tokens` and `labels`: `(b, s)`, u32.
+pub fn forward_backward<M: Stages>(
+    model: &M,
+    tokens: &Tensor,
+    labels: &Tensor,
+    scale: f64,
+    recompute: Recompute,
+) -> Result<f32> {
+    let context = model.context(tokens)?;
+    let mut x = model.embed(tokens)?;
+    let mut kept = Vec::with_capacity(model.n_blocks());
+    for index in 0..model.n_blocks() {
+        if recompute.includes(index) {
+            let y = model.block(index, &Value::constant(x.clone()), &context, Pass::Training)?;
+            kept.push(Kept::Input(std::mem::replace(&mut x, y.tensor().clone())));
+        } else {
+            let y = model.block(index, &Value::input(x), &context, Pass::Training)?;
+            x = y.tensor().clone();
+            kept.push(Kept::Graph(y));
+        }
+    }
+
+    let LossAndGrad { loss, dx } = model.loss_grad(x, labels, scale)?;
+    let mut grad = dx;
+    while let Some(block) = kept.pop() {
+        let graph = match block {
+            Kept::Graph(graph) => graph,
+            Kept::Input(x) => model.block(kept.len(), &Value::input(x), &context, Pass::Recompute)?,
+        };
+        grad = graph.backward(grad)?;
+    }
+    model.embed_backward(tokens, &grad)?;
+    Ok(loss)
+}
+
+/// The mean loss of a batch, forward only; changes nothing.
+pub fn evaluate<M: Stages>(model: &M, tokens: &Tensor, labels: &Tensor) -> Result<f32> {
+    let context = model.context(tokens)?;
+    let mut x = model.embed(tokens)?;
+    for index in 0..model.n_blocks() {
+        x = model.block(index, &Value::constant(x), &context, Pass::Evaluation)?.tensor().clone();
+    }
+    model.loss(x, labels)
+}

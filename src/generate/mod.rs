@@ -1,1 +1,122 @@
+//! Continuing text, one token at a time.
 
+mod sampling;
+
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor};
+use rand_chacha::ChaCha8Rng;
+
+pub use sampling::Sampling;
+
+use crate::autograd::Precision;
+use crate::components::checkpoint::StepFolder;
+use crate::config;
+use crate::data::tokenizer::{Tokenizer, TokenizerFile};
+use crate::models::{self, Decoder};
+use crate::{Error, Result};
+
+/// A trained model with its tokenizer, from a checkpoint alone.
+pub struct Generator {
+    model: Decoder,
+    tokenizer: Tokenizer,
+    device: Device,
+}
+
+/// How fast text came.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pace {
+    /// Tokens of the prompt, and the time to read them.
+    pub prompt_tokens: usize,
+    pub prompt: Duration,
+    /// Tokens made, and the time to make them.
+    pub new_tokens: usize,
+    pub decode: Duration,
+}
+
+impl Generator {
+    /// `longest`: positions that will be asked for, where that is more than the model was trained with.
+    pub fn load(checkpoint: &StepFolder, longest: impl Fn(&Tokenizer) -> Result<usize>) -> Result<Self> {
+        let origin = checkpoint.path().display().to_string();
+        let job = config::parse(&format!("{origin}/config.toml"), &checkpoint.config_toml()?)?.config;
+        let files: Vec<_> =
+            checkpoint.tokenizer_files()?.into_iter().map(|(name, bytes)| TokenizerFile { name, bytes }).collect();
+        if files.is_empty() {
+            return Err(Error::Tokenizer(format!(
+                "{origin} holds no tokenizer: the run was trained on token shards and named none\n   = train with \
+                 model.hf_assets_path set to the tokenizer that made the shards"
+            )));
+        }
+        let tokenizer = Tokenizer::from_files(files, &origin)?;
+
+        let base = models::flavor(&job.model.name, &job.model.flavor)
+            .ok_or_else(|| Error::Model(format!("there is no model {} {}", job.model.name, job.model.flavor)))?;
+        let mut args = job.model.args.apply(&base)?;
+        let longest = longest(&tokenizer)?;
+        if longest > args.max_seq_len {
+            tracing::warn!(
+                "{longest} positions are more than the {} that the model was trained with: the text may fall apart",
+                args.max_seq_len
+            );
+            args.max_seq_len = longest;
+        }
+        let mut model = Decoder::new(&args, tokenizer.eos_id())?;
+        let device = Device::Cpu;
+        model.allocate(Precision { storage: DType::F32, compute: DType::F32 }, &device, false)?;
+        checkpoint.model()?.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))?;
+        Ok(Self { model, tokenizer, device })
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Continues `prompt` by at most `max_new_tokens`, until the model ends the text. Hands on each piece of text as
+    /// soon as it is whole characters.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if there is no token to begin with; whatever `emit` returns.
+    pub fn generate(
+        &self,
+        prompt: &str,
+        max_new_tokens: usize,
+        sampling: &Sampling,
+        rng: &mut ChaCha8Rng,
+        mut emit: impl FnMut(&str) -> Result<()>,
+    ) -> Result<Pace> {
+        let ids = self.tokenizer.encode(prompt, true, false)?;
+        if ids.is_empty() {
+            return Err(Error::Usage("the prompt is empty, and the tokenizer has no token that begins a text".into()));
+        }
+        let mut pace = Pace { prompt_tokens: ids.len(), ..Pace::default() };
+        let mut cache = self.model.cache();
+        let mut text = self.tokenizer.stream();
+        let mut next_logits = |ids: &[u32]| -> Result<Vec<f32>> {
+            let tokens = Tensor::from_slice(ids, (1, ids.len()), &self.device)?;
+            Ok(self.model.next_logits(&tokens, &mut cache)?.squeeze(0)?.to_dtype(DType::F32)?.to_vec1()?)
+        };
+
+        let start = Instant::now();
+        let mut logits = next_logits(&ids)?;
+        pace.prompt = start.elapsed();
+        let start = Instant::now();
+        while pace.new_tokens < max_new_tokens {
+            let id = sampling.sample(&logits, rng);
+            pace.new_tokens += 1;
+            if Some(id) == self.tokenizer.eos_id() {
+                break;
+            }
+            if let Some(piece) = text.push(id)? {
+                emit(&piece)?;
+            }
+            if pace.new_tokens < max_new_tokens {
+                logits = next_logits(&[id])?;
+            }
+        }
+        if let Some(piece) = text.finish()? {
+            emit(&piece)?;
+        }
+        pace.decode = start.elapsed();
+        Ok(pace)
+    }
+}

@@ -8,24 +8,34 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields, default)]
 pub struct DecoderArgs {
     /// Width of the residual stream.
+    #[schemars(range(min = 1))]
     pub dim: usize,
     /// Number of transformer blocks.
+    #[schemars(range(min = 1))]
     pub n_layers: usize,
     /// Number of query heads; must divide `dim`.
+    #[schemars(range(min = 1))]
     pub n_heads: usize,
     /// Number of key/value heads, each shared by `n_heads / n_kv_heads` query heads. "none": as many as `n_heads`.
+    #[schemars(range(min = 1))]
     pub n_kv_heads: Option<usize>,
     /// Rows of the embedding table and of the output layer. Left alone, the tokenizer's size is taken where that is larger.
+    #[schemars(range(min = 1))]
     pub vocab_size: usize,
     /// The feed-forward width is rounded up to a multiple of this.
+    #[schemars(range(min = 1))]
     pub multiple_of: usize,
     /// Factor on the feed-forward width of `8 / 3 * dim`.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub ffn_dim_multiplier: Option<f64>,
     /// Epsilon inside RMSNorm's square root.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub norm_eps: f64,
     /// Base of the rotary frequencies.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub rope_theta: f64,
     /// Longest sequence that the model takes. Training sets it to `training.seq_len`.
+    #[schemars(range(min = 1))]
     pub max_seq_len: usize,
     /// Scale the initial weights of a layer's outputs by its depth, instead of by the number of layers.
     pub depth_init: bool,
@@ -39,13 +49,15 @@ pub struct DecoderArgs {
     /// Let `top_k` routed and the shared experts together be as wide as one dense feed-forward.
     pub auto_scale_hidden_dim: bool,
     /// Layers 0, n, 2n, ... have no rotary positions and attend without blocks. "none": all layers rotate.
+    #[schemars(range(min = 1))]
     pub every_n_layers_nope: Option<usize>,
-    /// With `attn_type` "flex", rotary layers of a model that has `every_n_layers_nope` attend only within blocks of
-    /// this many positions.
-    pub fixed_attn_block_size: usize,
+    /// With `attn_type` "flex", rotary layers attend only within blocks of this many positions. "none": no blocks.
+    #[schemars(range(min = 1))]
+    pub fixed_attn_block_size: Option<usize>,
     /// The mixture of experts. "none": every feed-forward is dense.
     pub moe_args: Option<MoeArgs>,
     /// Every n-th layer is a mixture of experts (layers n - 1, 2n - 1, ...).
+    #[schemars(range(min = 1))]
     pub interleave_moe_layer_step: usize,
 }
 
@@ -54,12 +66,16 @@ pub struct DecoderArgs {
 #[serde(deny_unknown_fields, default)]
 pub struct RopeScalingArgs {
     /// Long wavelengths are multiplied by this.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub scaling_factor: f64,
     /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are stretched in full.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub low_freq_factor: f64,
     /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are left alone.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub high_freq_factor: f64,
     /// Context length before the stretching.
+    #[schemars(range(min = 1))]
     pub original_max_position_embeddings: usize,
 }
 
@@ -68,20 +84,24 @@ pub struct RopeScalingArgs {
 #[serde(deny_unknown_fields, default)]
 pub struct MoeArgs {
     /// Number of routed experts.
+    #[schemars(range(min = 1))]
     pub num_experts: usize,
     /// Experts that see every token, built as one feed-forward of their joint width.
     pub num_shared_experts: usize,
     /// Routed experts per token.
+    #[schemars(range(min = 1))]
     pub top_k: usize,
     /// How router logits become scores.
     pub score_func: ScoreFunc,
     /// Divide a token's chosen scores by their sum.
     pub route_norm: bool,
     /// Factor on the chosen scores.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub route_scale: f64,
     /// Multiply by the score before the expert (else after it).
     pub score_before_experts: bool,
     /// Step by which each expert's bias follows its load. "none": no bias.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub load_balance_coeff: Option<f64>,
     /// Send tokens round robin, for timing.
     pub force_load_balance: bool,
@@ -109,6 +129,35 @@ pub enum ScoreFunc {
     Softmax,
 }
 
+impl DecoderArgs {
+    /// Width of a dense feed-forward: two thirds of `4 * dim`, times `ffn_dim_multiplier`, up to a multiple of `multiple_of`.
+    pub fn ffn_hidden_dim(&self) -> usize {
+        self.unrounded_hidden_dim().next_multiple_of(self.multiple_of)
+    }
+
+    /// Width of one expert: that of a dense feed-forward, shared among the active experts if `auto_scale_hidden_dim`.
+    pub fn moe_hidden_dim(&self) -> usize {
+        let active = match &self.moe_args {
+            Some(moe) if self.auto_scale_hidden_dim => moe.top_k + moe.num_shared_experts,
+            _ => 1,
+        };
+        (self.unrounded_hidden_dim() / active).next_multiple_of(self.multiple_of)
+    }
+
+    /// Layers `n - 1, 2n - 1, ...` of an `interleave_moe_layer_step` of `n`, where there are experts at all.
+    pub fn is_moe_layer(&self, layer: usize) -> bool {
+        self.moe_args.is_some() && (layer + 1).is_multiple_of(self.interleave_moe_layer_step)
+    }
+
+    fn unrounded_hidden_dim(&self) -> usize {
+        let hidden_dim = 8 * self.dim / 3;
+        match self.ffn_dim_multiplier {
+            Some(factor) => (factor * hidden_dim as f64) as usize,
+            None => hidden_dim,
+        }
+    }
+}
+
 impl Default for DecoderArgs {
     /// A dense decoder of Llama 3's kind.
     fn default() -> Self {
@@ -129,7 +178,7 @@ impl Default for DecoderArgs {
             rope_scaling_args: None,
             auto_scale_hidden_dim: false,
             every_n_layers_nope: None,
-            fixed_attn_block_size: 8192,
+            fixed_attn_block_size: None,
             moe_args: None,
             interleave_moe_layer_step: 1,
         }
@@ -160,5 +209,26 @@ impl Default for MoeArgs {
             load_balance_coeff: Some(1e-3),
             force_load_balance: false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feed_forward_widths_are_those_of_the_published_models() {
+        let llama3_8b = DecoderArgs { multiple_of: 1024, ffn_dim_multiplier: Some(1.3), ..Default::default() };
+        assert_eq!(llama3_8b.ffn_hidden_dim(), 14_336);
+
+        let llama4_scout = DecoderArgs {
+            dim: 5120,
+            multiple_of: 2048,
+            ffn_dim_multiplier: Some(1.2),
+            auto_scale_hidden_dim: true,
+            moe_args: Some(MoeArgs { num_experts: 16, ..Default::default() }),
+            ..Default::default()
+        };
+        assert_eq!((llama4_scout.ffn_hidden_dim(), llama4_scout.moe_hidden_dim()), (16_384, 8192));
     }
 }

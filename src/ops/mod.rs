@@ -1,1 +1,32 @@
+//! Differentiable functions on tensors: what a decoder is computed with.
+//!
+//! One folder each. `mod.rs` states the contract, records the backward, and holds the composed float64 reference
+//! that the tests compare with; `cpu.rs` is the arithmetic on one device, from slices to slices. Every op computes in
+//! f32 inside, whatever its inputs are stored in, and gives the same bits on any number of threads.
 
+mod adamw;
+mod add;
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod host;
+mod linear;
+mod matmul;
+mod moe;
+mod rms_norm;
+mod rope;
+mod swiglu;
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use adamw::{AdamStep, adam_step, sum_of_squares};
+pub use add::add;
+pub(crate) use add::add_tensors;
+pub use attention::{AttentionMask, attention};
+pub use cross_entropy::{LossAndGrad, cross_entropy_grad, cross_entropy_loss};
+pub use embedding::{embedding, embedding_backward};
+pub use linear::linear;
+pub use moe::{Experts, Router, Routing, experts, route};
+pub use rms_norm::rms_norm;
+pub use rope::{RopeTable, rope};
+pub use swiglu::swiglu;

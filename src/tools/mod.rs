@@ -1,4 +1,6 @@
-//! Logging and facts about the device.
+//! Logging, signals, random numbers, and facts about the device.
 
 pub mod device;
 pub mod logging;
+pub mod random;
+pub mod signals;

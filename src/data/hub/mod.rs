@@ -4,7 +4,11 @@
 //! where they were cut off. `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` mean what they mean elsewhere.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+
+use super::remote::RemoteFiles;
+use crate::Result;
 
 #[cfg(not(feature = "hub"))]
 mod absent;
@@ -55,4 +59,9 @@ impl HubOptions {
             first_wait: Duration::from_secs(1),
         }
     }
+}
+
+/// The dataset `name` on the hub of the environment, at its main branch.
+pub fn open_dataset(name: &str) -> Result<Arc<dyn RemoteFiles>> {
+    Ok(Arc::new(Hub::from_env(None)?.repo(RepoKind::Dataset, name, None)?))
 }

@@ -1,0 +1,155 @@
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::Result;
+
+/// The distribution of a parameter's initial values.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    Constant(f64),
+    /// Zero mean, redrawn until it falls into `[-limit, limit]` (an absolute bound; infinite for a plain normal).
+    Normal {
+        std: f64,
+        limit: f64,
+    },
+}
+
+/// Which numbers a stage holds its parameters in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Precision {
+    /// Of the weights that the optimizer updates, and of its state.
+    pub storage: DType,
+    /// Of the copy that forward and backward read.
+    pub compute: DType,
+}
+
+/// The memory of a stage: flat buffers that every parameter of the stage is a window of, so that norm, clipping,
+/// reduction and optimizer pass once over each.
+#[derive(Debug)]
+pub struct StageBuffers {
+    /// What the optimizer updates, `(numel,)` in the storage dtype.
+    pub weights: Tensor,
+    /// What forward and backward read, `(numel,)` in the compute dtype. Shares memory with `weights` if the dtypes are
+    /// equal.
+    pub compute: Tensor,
+    /// Where backward adds gradients, `(numel,)` f32; `None` where the model only runs forward.
+    pub grads: Option<Tensor>,
+}
+
+/// Lays out the parameters of one stage. Building a model takes no memory for weights: parameters are described and
+/// counted first, and usable after [`StageBuilder::allocate`].
+#[derive(Debug, Default)]
+pub struct StageBuilder {
+    numel: usize,
+    parameters: Vec<Arc<Parameter>>,
+    buffers: Arc<OnceLock<StageBuffers>>,
+}
+
+impl StageBuilder {
+    /// Appends a parameter to the stage's layout.
+    pub fn parameter(&mut self, fqn: impl Into<String>, shape: &[usize], init: Init) -> Arc<Parameter> {
+        let parameter = Arc::new(Parameter {
+            fqn: fqn.into(),
+            shape: shape.to_vec(),
+            init,
+            offset: self.numel,
+            buffers: self.buffers.clone(),
+        });
+        self.numel += parameter.numel();
+        self.parameters.push(parameter.clone());
+        parameter
+    }
+
+    pub fn parameters(&self) -> &[Arc<Parameter>] {
+        &self.parameters
+    }
+
+    pub fn numel(&self) -> usize {
+        self.numel
+    }
+
+    /// Takes the memory, zeroed. Weights are then written with [`Parameter::set`].
+    pub fn allocate(&self, precision: Precision, device: &Device, with_grads: bool) -> Result<()> {
+        let weights = Tensor::zeros(self.numel, precision.storage, device)?;
+        let compute = if precision.compute == precision.storage {
+            weights.clone()
+        } else {
+            Tensor::zeros(self.numel, precision.compute, device)?
+        };
+        let grads = with_grads.then(|| Tensor::zeros(self.numel, DType::F32, device)).transpose()?;
+        self.buffers.set(StageBuffers { weights, compute, grads }).expect("a stage is allocated once");
+        Ok(())
+    }
+
+    /// The stage's memory.
+    pub fn buffers(&self) -> &StageBuffers {
+        self.buffers.get().expect("a stage is allocated before it is used")
+    }
+}
+
+/// A trainable tensor: a window of its stage's buffers.
+#[derive(Debug)]
+pub struct Parameter {
+    fqn: String,
+    shape: Vec<usize>,
+    init: Init,
+    offset: usize,
+    buffers: Arc<OnceLock<StageBuffers>>,
+}
+
+impl Parameter {
+    /// The field path, as in `layers.0.attention.wq.weight`.
+    pub fn fqn(&self) -> &str {
+        &self.fqn
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    pub fn init(&self) -> Init {
+        self.init
+    }
+
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The weights as forward and backward read them, in the compute dtype.
+    pub fn compute(&self) -> Result<Tensor> {
+        self.window(&self.buffers().compute)
+    }
+
+    /// The weights as the optimizer updates them, in the storage dtype.
+    pub fn weights(&self) -> Result<Tensor> {
+        self.window(&self.buffers().weights)
+    }
+
+    /// The gradient accumulator, f32.
+    pub fn grad(&self) -> Result<Tensor> {
+        self.window(self.buffers().grads.as_ref().expect("gradients are asked for where they were allocated"))
+    }
+
+    /// This parameter's part of one of the stage's flat buffers (or of a buffer laid out like them).
+    pub fn window(&self, flat: &Tensor) -> Result<Tensor> {
+        Ok(flat.narrow(0, self.offset, self.numel())?.reshape(self.shape.as_slice())?)
+    }
+
+    /// Overwrites the weights, and the compute copy with them.
+    ///
+    /// # Errors
+    /// If the shape of `values` is another.
+    pub fn set(&self, values: &Tensor) -> Result<()> {
+        let buffers = self.buffers();
+        let flat = values.reshape(self.shape.as_slice())?.flatten_all()?.to_device(buffers.weights.device())?;
+        for buffer in [&buffers.weights, &buffers.compute] {
+            buffer.slice_set(&flat.to_dtype(buffer.dtype())?, 0, self.offset)?;
+        }
+        Ok(())
+    }
+
+    fn buffers(&self) -> &StageBuffers {
+        self.buffers.get().expect("a parameter is used after its stage is allocated")
+    }
+}

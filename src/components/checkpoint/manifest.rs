@@ -1,0 +1,216 @@
+//! `manifest.json`: what a checkpoint folder must hold, to the bit.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::staged::hex;
+
+pub const MANIFEST: &str = "manifest.json";
+const FORMAT_VERSION: u32 = 1;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub format_version: u32,
+    pub step: usize,
+    pub kind: Kind,
+    /// By path relative to the folder, with `/`.
+    pub files: BTreeMap<String, FileFacts>,
+    /// Of this manifest with this field empty.
+    sha256: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Everything that training needs to go on.
+    Full,
+    /// Weights, config and tokenizer.
+    ModelOnly,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileFacts {
+    pub size: u64,
+    pub sha256: String,
+}
+
+/// What is wrong with a folder, in words for its owner.
+pub type Damage = String;
+
+impl Manifest {
+    pub fn new(step: usize, kind: Kind, files: BTreeMap<String, FileFacts>) -> Self {
+        let mut manifest = Self { format_version: FORMAT_VERSION, step, kind, files, sha256: String::new() };
+        let mut hasher = Sha256::new();
+        hasher.update(manifest.to_json());
+        manifest.sha256 = hex(hasher);
+        manifest
+    }
+
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("strings and numbers only")
+    }
+
+    pub fn read(folder: &Path) -> Result<Self, Damage> {
+        let json = fs::read(folder.join(MANIFEST)).map_err(|error| format!("{MANIFEST}: {error}"))?;
+        Self::from_json(&json)
+    }
+
+    /// Accepts a manifest only if it is, byte for byte, what titan wrote.
+    fn from_json(json: &[u8]) -> Result<Self, Damage> {
+        let found: Self = serde_json::from_slice(json).map_err(|error| format!("{MANIFEST} is damaged: {error}"))?;
+        if found.format_version > FORMAT_VERSION {
+            return Err(format!("{MANIFEST}: format version {} needs a newer titan", found.format_version));
+        }
+        let manifest = Self::new(found.step, found.kind, found.files);
+        if manifest.to_json() != json {
+            return Err(format!("{MANIFEST} is damaged: its hash does not match"));
+        }
+        if let Some(path) = manifest.files.keys().find(|path| !is_plain(path)) {
+            return Err(format!("{MANIFEST} names a file outside its folder: {path}"));
+        }
+        Ok(manifest)
+    }
+
+    /// Compares the folder with the manifest: names and sizes of all files, hashes of those that `hashed` selects.
+    ///
+    /// Hidden files that the manifest does not name are left to the file manager that put them there.
+    pub fn verify(&self, folder: &Path, hashed: impl Fn(&str) -> bool + Sync) -> Result<(), Damage> {
+        let mut damages: Vec<Damage> = self
+            .files
+            .par_iter()
+            .filter_map(|(name, facts)| verify_file(folder, name, facts, hashed(name)).err())
+            .collect();
+        let found = files_in(folder, "").map_err(|error| error.to_string())?;
+        damages.extend(
+            found
+                .into_iter()
+                .filter(|name| name != MANIFEST && !self.files.contains_key(name))
+                .map(|name| format!("{name} is not in {MANIFEST}")),
+        );
+        if damages.is_empty() { Ok(()) } else { Err(damages.join("; ")) }
+    }
+}
+
+fn verify_file(folder: &Path, name: &str, facts: &FileFacts, hashed: bool) -> Result<(), Damage> {
+    let path = folder.join(name);
+    let fault = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => format!("{name} is missing"),
+        _ => format!("{name}: {error}"),
+    };
+    if !path.canonicalize().map_err(fault)?.starts_with(folder.canonicalize().map_err(fault)?) {
+        return Err(format!("{name} is a link out of the folder"));
+    }
+    let size = path.metadata().map_err(fault)?.len();
+    if size != facts.size {
+        return Err(format!("{name} has {size} bytes instead of {}", facts.size));
+    }
+    if hashed && sha256_of(&path).map_err(fault)? != facts.sha256 {
+        return Err(format!("{name} has changed: its sha256 does not match"));
+    }
+    Ok(())
+}
+
+fn sha256_of(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hex(hasher)),
+            n => hasher.update(&buffer[..n]),
+        }
+    }
+}
+
+/// Visible files below `folder`, as the manifest names them.
+fn files_in(folder: &Path, prefix: &str) -> io::Result<Vec<String>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with('.') {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            files.extend(files_in(&entry.path(), &format!("{prefix}{name}/"))?);
+        } else {
+            files.push(format!("{prefix}{name}"));
+        }
+    }
+    Ok(files)
+}
+
+/// Whether a path from a file stays inside its folder: names only, neither absolute nor with `..`.
+pub fn is_plain(path: &str) -> bool {
+    use std::path::Component;
+    !path.is_empty()
+        && !path.contains(['\\', '\0'])
+        && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder_with(name: &str, content: &[u8]) -> (tempfile::TempDir, Manifest) {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("file"), content).unwrap();
+        let mut hasher = Sha256::new();
+        hasher.update(content);
+        let facts = FileFacts { size: content.len() as u64, sha256: hex(hasher) };
+        let manifest = Manifest::new(7, Kind::Full, BTreeMap::from([(name.to_owned(), facts)]));
+        fs::write(folder.path().join(MANIFEST), manifest.to_json()).unwrap();
+        (folder, manifest)
+    }
+
+    #[test]
+    fn any_flipped_bit_of_the_manifest_is_noticed() {
+        let (folder, manifest) = folder_with("file", b"weights");
+        assert_eq!(Manifest::read(folder.path()).unwrap(), manifest);
+        let json = manifest.to_json();
+        for bit in 0..json.len() * 8 {
+            let mut flipped = json.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(Manifest::from_json(&flipped).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn each_way_of_not_matching_is_named() {
+        let check = |change: &dyn Fn(&Path)| {
+            let (folder, manifest) = folder_with("file", b"weights");
+            assert_eq!(manifest.verify(folder.path(), |_| true), Ok(()));
+            change(folder.path());
+            manifest.verify(folder.path(), |_| true).unwrap_err()
+        };
+        assert_eq!(
+            check(&|folder| fs::write(folder.join("file"), b"Weights").unwrap()),
+            "file has changed: its sha256 does not match"
+        );
+        assert_eq!(check(&|folder| fs::write(folder.join("file"), b"").unwrap()), "file has 0 bytes instead of 7");
+        assert_eq!(check(&|folder| fs::remove_file(folder.join("file")).unwrap()), "file is missing");
+        assert_eq!(check(&|folder| fs::write(folder.join("more"), b"").unwrap()), "more is not in manifest.json");
+        assert_eq!(
+            check(&|folder| {
+                fs::remove_file(folder.join("file")).unwrap();
+                std::os::unix::fs::symlink(std::env::current_exe().unwrap(), folder.join("file")).unwrap();
+            }),
+            "file is a link out of the folder"
+        );
+    }
+
+    #[test]
+    fn paths_that_leave_the_folder_are_refused() {
+        for name in ["../file", "/etc/passwd", "a/../../file", "", "a\\..\\b"] {
+            let (folder, _) = folder_with(name, b"weights");
+            assert!(Manifest::read(folder.path()).unwrap_err().contains("outside its folder"), "{name}");
+        }
+        assert!(is_plain("tokenizer/tokenizer.json"));
+    }
+}

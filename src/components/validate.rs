@@ -1,0 +1,49 @@
+//! The loss on data that is not trained on.
+
+use std::time::{Duration, Instant};
+
+use candle_core::Device;
+
+use crate::data::Loader;
+use crate::engine::{self, Stages};
+use crate::{Error, Result};
+
+/// Measures a model on the same batches every time. Nothing of the training state changes.
+pub struct Validator {
+    loader: Loader,
+    /// Batches to measure on; `None`: all that there are.
+    steps: Option<usize>,
+}
+
+/// What a validation found.
+#[derive(Clone, Copy, Debug)]
+pub struct Validated {
+    /// Mean over all tokens, in nats.
+    pub loss: f32,
+    pub n_tokens: u64,
+    pub elapsed: Duration,
+}
+
+impl Validator {
+    /// `loader` does not repeat.
+    pub fn new(loader: Loader, steps: Option<usize>) -> Self {
+        Self { loader, steps }
+    }
+
+    pub fn run<M: Stages>(&mut self, model: &M, device: &Device) -> Result<Validated> {
+        let start = Instant::now();
+        self.loader.rewind();
+        let (mut sum, mut batches, mut n_tokens) = (0.0, 0, 0);
+        while self.steps.is_none_or(|steps| batches < steps) {
+            let Some(batch) = self.loader.next_batch()? else { break };
+            let (tokens, labels) = batch.tensors(device)?;
+            n_tokens += labels.elem_count() as u64;
+            sum += f64::from(engine::evaluate(model, &tokens, &labels)?);
+            batches += 1;
+        }
+        if batches == 0 {
+            return Err(Error::Data("the validation dataset does not fill one batch".into()));
+        }
+        Ok(Validated { loss: (sum / batches as f64) as f32, n_tokens, elapsed: start.elapsed() })
+    }
+}

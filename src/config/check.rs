@@ -1,0 +1,195 @@
+//! Rules that no single key can break: values that exclude each other, and capabilities that a value would need.
+
+use super::JobConfig;
+use super::activation_checkpoint::AcMode;
+use super::diagnostic::{Fault, nearest};
+use crate::models::{self, args::DecoderArgs};
+
+/// Families that TorchTitan has and titan does not have yet.
+const FAMILIES_TO_COME: [&str; 4] = ["qwen3", "deepseek_v3", "llama3_ft", "flux"];
+
+/// Datasets that are nowhere until `dataset_path` says where.
+const DATASETS_OF_FILES: [&str; 4] = ["text", "json", "parquet", "tokens"];
+
+/// The faults of a job whose values are all right one by one.
+pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    faults.extend(model_name(config));
+    faults.extend(batch_size(config));
+    faults.extend(dataset_path("training", &config.training.dataset, config.training.dataset_path.is_some()));
+    if config.validation.enable {
+        faults.extend(dataset_path("validation", &config.validation.dataset, config.validation.dataset_path.is_some()));
+    }
+    faults.extend(parallelism(config));
+    faults.extend(activation_checkpoint(config));
+    checkpoint(config, &mut faults);
+    faults
+}
+
+fn model_name(config: &JobConfig) -> Option<Fault> {
+    let quoted = |names: &[&str]| names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
+    let meant =
+        |word, names: &[&str]| nearest(word, names.iter().copied()).map(|name| format!("did you mean {name:?}?"));
+    let (name, flavor) = (config.model.name.as_str(), config.model.flavor.as_str());
+
+    let Some((_, flavors)) = models::FAMILIES.iter().find(|(family, _)| *family == name) else {
+        let names: Vec<_> = models::FAMILIES.iter().map(|(family, _)| *family).collect();
+        let hint = if FAMILIES_TO_COME.contains(&name) {
+            Some("titan does not have this family yet".to_owned())
+        } else {
+            meant(name, &names)
+        };
+        let fault = Fault::new(format!("`model.name` cannot be {name:?}"), &["model.name"]);
+        return Some(fault.hint(hint).note(format!("allowed: {}", quoted(&names))));
+    };
+    (!flavors.contains(&flavor)).then(|| {
+        Fault::new(format!("`model.flavor` cannot be {flavor:?}"), &["model.flavor", "model.name"])
+            .hint(meant(flavor, flavors))
+            .note(format!("flavors of {name}: {}", quoted(flavors)))
+            .note("[model.args] makes any other size of the nearest flavor")
+    })
+}
+
+fn batch_size(config: &JobConfig) -> Option<Fault> {
+    let (local, global) = (config.training.local_batch_size, config.training.global_batch_size?);
+    let below = global / local * local;
+    (below != global).then(|| {
+        let nearest = match below {
+            0 => local.to_string(),
+            _ => format!("{below}, {}", below.saturating_add(local)),
+        };
+        Fault::new(
+            format!("`training.global_batch_size` {global} does not divide into equal batches"),
+            &["training.global_batch_size", "training.local_batch_size"],
+        )
+        .note(format!("must be a multiple of `training.local_batch_size` = {local}; nearest: {nearest}"))
+    })
+}
+
+fn dataset_path(section: &str, dataset: &str, has_path: bool) -> Option<Fault> {
+    (DATASETS_OF_FILES.contains(&dataset) && !has_path).then(|| {
+        Fault::new(
+            format!("`{section}.dataset` {dataset:?} needs `{section}.dataset_path`"),
+            &[&format!("{section}.dataset"), &format!("{section}.dataset_path")],
+        )
+        .note("a file, a folder or a glob, such as \"data/*.txt\"")
+    })
+}
+
+fn parallelism(config: &JobConfig) -> Option<Fault> {
+    let degree = config.parallelism.data_parallel_shard_degree.filter(|&degree| degree > 1)?;
+    let key = "parallelism.data_parallel_shard_degree";
+    let fault = Fault::new(format!("`{key}` cannot be {degree}"), &[key]);
+    Some(fault.hint("titan trains on one device so far".to_owned()).note("leave it at -1, or set it to 1"))
+}
+
+fn activation_checkpoint(config: &JobConfig) -> Option<Fault> {
+    let section = &config.activation_checkpoint;
+    if section.mode == AcMode::MemoryBudget {
+        return Some(
+            Fault::new("`activation_checkpoint.mode` cannot be \"memory_budget\"", &["activation_checkpoint.mode"])
+                .hint("titan does not plan by a memory budget yet".to_owned())
+                .note("allowed: \"selective\", \"full\", \"none\""),
+        );
+    }
+    let option = &section.selective_ac_option;
+    (option != "op" && section.selective_every().is_none_or(|n| n == 0)).then(|| {
+        let key = "activation_checkpoint.selective_ac_option";
+        Fault::new(format!("`{key}` cannot be {option:?}"), &[key])
+            .note("allowed: \"op\", or the distance of recomputed layers in quotes, such as \"2\"")
+    })
+}
+
+fn checkpoint(config: &JobConfig, faults: &mut Vec<Fault>) {
+    let checkpoint = &config.checkpoint;
+    if checkpoint.keep_latest_k == 1 {
+        faults.push(
+            Fault::new("`checkpoint.keep_latest_k` cannot be 1", &["checkpoint.keep_latest_k"])
+                .note("a fault while the next one is saved would leave none; allowed: 0 (keep all), 2 and more"),
+        );
+    }
+    if checkpoint.last_save_in_hf && !checkpoint.last_save_model_only {
+        faults.push(
+            Fault::new(
+                "`checkpoint.last_save_in_hf` needs `checkpoint.last_save_model_only`",
+                &["checkpoint.last_save_in_hf", "checkpoint.last_save_model_only"],
+            )
+            .note(
+                "Hugging Face's format holds weights alone; the resumable checkpoint of the last step stays beside it",
+            ),
+        );
+    }
+    if checkpoint.initial_load_in_hf && !checkpoint.initial_load_model_only {
+        faults.push(
+            Fault::new(
+                "`checkpoint.initial_load_in_hf` needs `checkpoint.initial_load_model_only`",
+                &["checkpoint.initial_load_in_hf", "checkpoint.initial_load_model_only"],
+            )
+            .note("Hugging Face's format holds weights alone"),
+        );
+    }
+    if checkpoint.create_seed_checkpoint && !checkpoint.enable {
+        faults.push(
+            Fault::new(
+                "`checkpoint.create_seed_checkpoint` needs `checkpoint.enable`",
+                &["checkpoint.create_seed_checkpoint", "checkpoint.enable"],
+            )
+            .note("add `enable = true` to [checkpoint]"),
+        );
+    }
+    if checkpoint.create_seed_checkpoint && checkpoint.load_only {
+        faults.push(Fault::new(
+            "`checkpoint.create_seed_checkpoint` writes a checkpoint, and `checkpoint.load_only` forbids it",
+            &["checkpoint.create_seed_checkpoint", "checkpoint.load_only"],
+        ));
+    }
+}
+
+/// The faults of a model's arguments.
+pub(super) fn decoder(args: &DecoderArgs) -> Vec<Fault> {
+    let mut faults = Vec::new();
+    let DecoderArgs { dim, n_heads, .. } = *args;
+    let n_kv_heads = args.n_kv_heads.unwrap_or(n_heads);
+
+    if !dim.is_multiple_of(n_heads) {
+        faults.push(
+            Fault::new(
+                format!("`dim` {dim} does not divide into {n_heads} heads"),
+                &["model.args.dim", "model.args.n_heads"],
+            )
+            .note(format!("`dim` must be a multiple of `n_heads`; nearest: {}", dim.div_ceil(n_heads) * n_heads)),
+        );
+    } else if (dim / n_heads) % 2 == 1 {
+        faults.push(
+            Fault::new(
+                format!("heads of {} numbers cannot rotate in pairs", dim / n_heads),
+                &["model.args.dim", "model.args.n_heads"],
+            )
+            .note("`dim / n_heads` must be even"),
+        );
+    }
+    if !n_heads.is_multiple_of(n_kv_heads) {
+        // No model has more heads; a slip of twelve digits should not take minutes.
+        let allowed: Vec<_> =
+            (1..=n_heads.min(1000)).filter(|n| n_heads.is_multiple_of(*n)).map(|n| n.to_string()).collect();
+        faults.push(
+            Fault::new(
+                format!("{n_heads} query heads cannot share {n_kv_heads} key/value heads equally"),
+                &["model.args.n_kv_heads", "model.args.n_heads"],
+            )
+            .note(format!("`n_kv_heads` must divide `n_heads`; allowed: {}", allowed.join(", "))),
+        );
+    }
+    if let Some(moe) = &args.moe_args
+        && moe.top_k > moe.num_experts
+    {
+        faults.push(
+            Fault::new(
+                format!("a token cannot go to {} of {} experts", moe.top_k, moe.num_experts),
+                &["model.args.moe_args.top_k", "model.args.moe_args.num_experts"],
+            )
+            .note("`top_k` must be at most `num_experts`"),
+        );
+    }
+    faults
+}

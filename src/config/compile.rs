@@ -1,0 +1,32 @@
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::schema::TORCH;
+
+/// `torch.compile`. titan's operations are compiled already, so nothing here has an effect.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Compile {
+    /// Compile the `components`.
+    #[schemars(extend("x-no-effect" = TORCH))]
+    pub enable: bool,
+    /// What to compile: "model", "loss".
+    #[schemars(extend("x-no-effect" = TORCH))]
+    pub components: Vec<Component>,
+    /// The compiler.
+    #[schemars(extend("x-no-effect" = TORCH))]
+    pub backend: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Component {
+    Model,
+    Loss,
+}
+
+impl Default for Compile {
+    fn default() -> Self {
+        Self { enable: false, components: vec![Component::Model, Component::Loss], backend: "inductor".into() }
+    }
+}

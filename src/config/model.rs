@@ -1,0 +1,103 @@
+use std::path::PathBuf;
+
+use schemars::transform::{RecursiveTransform, Transform};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::{Deserialize, Serialize};
+
+use super::none;
+use super::schema::{self, TORCH};
+use crate::models::args::DecoderArgs;
+use crate::{Error, Result};
+
+/// Which model, and the files that come with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Model {
+    /// Family: "llama3" or "llama4".
+    pub name: String,
+    /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it.
+    pub flavor: String,
+    /// Folder with `tokenizer.json`, `tokenizer_config.json` and, to start from Hugging Face weights, the safetensors.
+    /// `titan download-tokenizer` fills one. titan ships the tokenizer of the default.
+    pub hf_assets_path: PathBuf,
+    /// Deprecated name of `hf_assets_path`, which wins over it.
+    pub tokenizer_path: Option<PathBuf>,
+    /// Changes to the model before training: "float8", "mx".
+    #[schemars(extend("x-not-yet" = "titan does not convert models to float8 or MX yet"))]
+    pub converters: Vec<String>,
+    /// Log the model after its conversion.
+    #[schemars(extend("x-no-effect" = TORCH))]
+    pub print_after_conversion: bool,
+    /// The model's arguments, over those of its flavor: any of them, such as `dim = 512` or `moe_args.num_experts = 16`.
+    pub args: ModelArgs,
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self {
+            name: "llama3".into(),
+            flavor: "debugmodel".into(),
+            hf_assets_path: "./assets/tokenizer".into(),
+            tokenizer_path: None,
+            converters: Vec::new(),
+            print_after_conversion: false,
+            args: ModelArgs::default(),
+        }
+    }
+}
+
+/// `[model.args]`: those of the [`DecoderArgs`] that the job sets itself.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ModelArgs(pub toml::Table);
+
+impl ModelArgs {
+    /// All of `args`, so that no flavor shows through.
+    pub fn all(args: &DecoderArgs) -> Self {
+        Self(none::to_table(args, &schema::keys_of::<DecoderArgs>()))
+    }
+
+    /// `base`, with what the job sets in place of its values. Where `base` has no `moe_args` or `rope_scaling_args`, a
+    /// job that sets one of their fields gets the defaults of the others.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where a value does not fit, which [`super::load`] has already ruled out.
+    pub fn apply(&self, base: &DecoderArgs) -> Result<DecoderArgs> {
+        let mut args = Self::all(base).0;
+        overlay(&mut args, &self.0);
+        none::from_table(args).map_err(|error| Error::Config(format!("error: [model.args]: {error}")))
+    }
+
+    /// Whether the job itself sets the argument. A `vocab_size` that it does not set follows the tokenizer.
+    pub fn sets(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+}
+
+/// Puts the values of `over` into `table`, key by key in tables that both have.
+pub(super) fn overlay(table: &mut toml::Table, over: &toml::Table) {
+    for (key, value) in over {
+        match (table.get_mut(key), value) {
+            (Some(toml::Value::Table(inner)), toml::Value::Table(over)) => overlay(inner, over),
+            _ => {
+                table.insert(key.clone(), value.clone());
+            }
+        }
+    }
+}
+
+impl JsonSchema for ModelArgs {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ModelArgs".into()
+    }
+
+    /// That of [`DecoderArgs`] without defaults, for those come from the flavor.
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut schema = DecoderArgs::json_schema(generator);
+        RecursiveTransform(|schema: &mut Schema| {
+            schema.remove("default");
+        })
+        .transform(&mut schema);
+        schema
+    }
+}

@@ -1,0 +1,42 @@
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Traces of where time and memory go.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Profiling {
+    /// Write a Chrome trace every `profile_freq` steps.
+    #[schemars(extend("x-not-yet" = "titan does not write profiles yet"))]
+    pub enable_profiling: bool,
+    /// Folder of the traces, in `job.dump_folder`.
+    pub save_traces_folder: PathBuf,
+    /// Steps from one trace to the next.
+    #[schemars(range(min = 1))]
+    pub profile_freq: usize,
+    /// Steps that a trace covers.
+    #[schemars(range(min = 1))]
+    pub profiler_active: usize,
+    /// Steps that the profiler runs before a trace, so that its own start does not show.
+    pub profiler_warmup: usize,
+    /// Write a record of every allocation with each trace.
+    #[schemars(extend("x-not-yet" = "titan does not write memory snapshots yet"))]
+    pub enable_memory_snapshot: bool,
+    /// Folder of the memory snapshots, in `job.dump_folder`.
+    pub save_memory_snapshot_folder: PathBuf,
+}
+
+impl Default for Profiling {
+    fn default() -> Self {
+        Self {
+            enable_profiling: false,
+            save_traces_folder: "profile_traces".into(),
+            profile_freq: 10,
+            profiler_active: 1,
+            profiler_warmup: 3,
+            enable_memory_snapshot: false,
+            save_memory_snapshot_folder: "memory_snapshot".into(),
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! The records of one file, whatever its format, from any place in it.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Cursor, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use super::Format;
+use super::json::JsonLines;
+use super::parquet::ParquetColumn;
+use super::text::TextPieces;
+use crate::{Error, Result};
+
+const BUFFER_BYTES: usize = 256 * 1024;
+
+/// A text, and whether a document begins and ends with it. All but the pieces of a plain text file do both.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    pub text: String,
+    pub begins: bool,
+    pub ends: bool,
+}
+
+impl Record {
+    pub fn document(text: String) -> Self {
+        Self { text, begins: true, ends: true }
+    }
+}
+
+/// A record, or what is wrong with it, opening with file and line; the records after it can still be read.
+pub type Parsed = Result<Record, String>;
+
+/// Where a record begins.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Place {
+    /// Bytes of decompressed text before it; for parquet, rows.
+    pub offset: u64,
+    /// Lines or rows before it.
+    pub line: u64,
+}
+
+/// Reads one file's records in order.
+pub trait Records: Send {
+    /// `None` at the end of the file.
+    ///
+    /// # Errors
+    /// The file cannot be read any further. A malformed record is no such error but an inner one.
+    fn next(&mut self) -> Result<Option<Parsed>>;
+
+    /// Where the next record begins.
+    fn place(&self) -> Place;
+}
+
+/// Opens a file at the place of a record; `name` is what messages call the file.
+pub fn open(path: &Path, name: &str, format: Format, text_field: &str, place: Place) -> Result<Box<dyn Records>> {
+    let file = || File::open(path).map_err(Error::io("cannot open", path));
+    let text = || text_at(BufReader::with_capacity(BUFFER_BYTES, file()?), name, place);
+    Ok(match format {
+        Format::Text => Box::new(TextPieces::new(text()?, name, place)),
+        Format::Json => Box::new(JsonLines::new(text()?, name, text_field, place)),
+        Format::Parquet => Box::new(ParquetColumn::open(file()?, name, text_field, place)?),
+        Format::Shipped(bytes) => {
+            Box::new(JsonLines::new(text_at(Cursor::new(bytes), name, place)?, name, "text", place))
+        }
+    })
+}
+
+/// A file's text, decompressed where it is gzip or zstd, from an offset into that text on.
+fn text_at(
+    mut file: impl BufRead + Seek + Send + 'static,
+    name: &str,
+    place: Place,
+) -> Result<Box<dyn BufRead + Send>> {
+    let mut reader = match file.fill_buf().map_err(unreadable(name, 0))? {
+        // A gzip file may be several, one after another: the plain decoder would stop after the first.
+        [0x1f, 0x8b, ..] => buffered(flate2::bufread::MultiGzDecoder::new(file)),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => buffered(zstd::Decoder::with_buffer(file).map_err(unreadable(name, 0))?),
+        _ => {
+            file.seek(SeekFrom::Start(place.offset)).map_err(unreadable(name, place.line))?;
+            return Ok(Box::new(file));
+        }
+    };
+    io::copy(&mut reader.by_ref().take(place.offset), &mut io::sink()).map_err(unreadable(name, 0))?;
+    Ok(reader)
+}
+
+fn buffered(reader: impl Read + Send + 'static) -> Box<dyn BufRead + Send> {
+    Box::new(BufReader::with_capacity(BUFFER_BYTES, reader))
+}
+
+/// For `map_err`: the file broke off after `line` lines.
+pub fn unreadable(name: &str, line: u64) -> impl FnOnce(io::Error) -> Error {
+    let at = format!("{name}:{}", line + 1);
+    move |source| Error::Data(format!("{at}: cannot be read any further: {source}; is the file complete?"))
+}

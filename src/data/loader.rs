@@ -1,0 +1,194 @@
+//! Batches for the trainer, read ahead on other threads, from a position that can be saved.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
+
+use serde::Deserialize;
+use tracing::{info, warn};
+
+use crate::data::datasets::{self, DatasetSpec, Position, StopOnDrop};
+use crate::data::packing::{Batch, Packing, Positioned};
+use crate::data::pipeline::{Encode, Plan, Tokenized, join, spawn};
+use crate::data::remote::OpenRemote;
+use crate::data::state::State;
+use crate::{Error, Result};
+
+/// Batches that may wait for the trainer.
+const BATCHES_AHEAD: usize = 8;
+
+#[derive(Debug, Clone)]
+pub struct LoaderOptions {
+    /// Rows of a batch on each rank.
+    pub batch_size: usize,
+    pub seq_len: usize,
+    pub dp_rank: usize,
+    pub dp_degree: usize,
+    /// Seed of the shuffle; `None` keeps the order of the data.
+    pub shuffle: Option<u64>,
+    /// Whether to start over at the end of the data, as for training, or to end there, as for validation.
+    pub repeat: bool,
+    /// Threads that tokenize; `None` is one for each core but one.
+    pub num_workers: Option<usize>,
+}
+
+/// Packs documents into rows of `seq_len + 1` tokens, one after another without a gap, as if they were one text.
+pub struct Loader {
+    dataset: String,
+    packing: Packing,
+    plan: Plan,
+    /// Of the first token behind the batches that were taken.
+    position: Position,
+    /// A batch that was read to see whether the data is good.
+    ready: Option<Positioned>,
+    running: Option<Running>,
+}
+
+/// The threads that read ahead; dropping it ends them.
+struct Running {
+    batches: Receiver<Result<Positioned>>,
+    packer: JoinHandle<()>,
+    _stop: StopOnDrop,
+}
+
+impl Loader {
+    /// Opens the dataset. Of a local one the first batch is read, so that most faults show now.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if there is no such dataset, it is empty, or cannot fill one row (one batch, where it does not
+    /// repeat); [`Error::Tokenizer`] if it is text and there is no `encoder`.
+    pub fn new(
+        spec: &DatasetSpec,
+        encoder: Option<Arc<dyn Encode>>,
+        options: LoaderOptions,
+        open_remote: OpenRemote,
+    ) -> Result<Self> {
+        let LoaderOptions { batch_size, seq_len, dp_rank, dp_degree, shuffle, repeat, num_workers } = options;
+        if encoder.is_none() && spec.dataset != "tokens" {
+            return Err(Error::Tokenizer(format!("dataset {:?} is text, which needs a tokenizer", spec.dataset)));
+        }
+        let vocab_size = encoder.as_ref().map(|encoder| encoder.vocab_size());
+        let dataset = datasets::open(spec, vocab_size, seq_len + 1, open_remote)?;
+        let origin = dataset.files().origin.clone();
+        let is_remote = dataset.files().is_remote();
+
+        let mut loader = Self {
+            dataset: spec.dataset.clone(),
+            packing: Packing { origin, batch_size, seq_len, dp_rank, dp_degree },
+            plan: Plan { dataset, encoder, shuffle, repeat, n_workers: num_workers.unwrap_or_else(default_workers) },
+            position: Position::default(),
+            ready: None,
+            running: None,
+        };
+        // What is remote may not be wanted from its beginning, should a state be loaded.
+        if !is_remote {
+            loader.ready = loader.pull()?;
+        }
+        Ok(loader)
+    }
+
+    /// The next batch; `None` at the end of data that does not repeat. Waits where reading ahead has not kept up.
+    ///
+    /// # Errors
+    /// What went wrong on the way to this batch. Calling again tries again.
+    pub fn next_batch(&mut self) -> Result<Option<Batch>> {
+        let next = match self.ready.take() {
+            Some(ready) => Some(ready),
+            None => self.pull()?,
+        };
+        let Some((batch, position)) = next else { return Ok(None) };
+        if position.epoch > self.position.epoch {
+            let (name, epoch) = (&self.dataset, position.epoch + 1);
+            match self.position.epoch {
+                0 => warn!("dataset {name}: all of it was read, and it starts over: epoch {epoch}"),
+                _ => info!("dataset {name}: epoch {epoch}"),
+            }
+        }
+        self.position = position;
+        Ok(Some(batch))
+    }
+
+    fn pull(&mut self) -> Result<Option<Positioned>> {
+        let running = match self.running.take() {
+            Some(running) => running,
+            None => self.start()?,
+        };
+        match running.batches.recv() {
+            Ok(batch) => {
+                let batch = batch?;
+                self.running = Some(running);
+                Ok(Some(batch))
+            }
+            // The packer is through with the data, or it panicked.
+            Err(_) => join(running.packer).map(|()| None),
+        }
+    }
+
+    fn start(&self) -> Result<Running> {
+        let (sender, batches) = sync_channel(BATCHES_AHEAD);
+        let documents = Tokenized::new(&self.plan, self.position.clone())?;
+        let stop = StopOnDrop(documents.stop());
+        let whole = self.position == Position { epoch: self.position.epoch, ..Position::default() };
+        let (packing, repeat) = (self.packing.clone(), self.plan.repeat);
+        let packer = spawn("pack-data", move || packing.run(documents, whole, repeat, &sender))?;
+        Ok(Running { batches, packer, _stop: stop })
+    }
+
+    /// Goes back to the first batch.
+    pub fn rewind(&mut self) {
+        self.go_to(Position::default());
+    }
+
+    fn go_to(&mut self, position: Position) {
+        self.position = position;
+        self.ready = None;
+        // Should it fail, the next batch tries again and says why.
+        self.running = self.start().ok();
+    }
+
+    /// The position behind the batches that were taken, whatever was read ahead of them.
+    pub fn state(&self) -> serde_json::Value {
+        serde_json::to_value(self.state_here()).expect("a state is plain data")
+    }
+
+    fn state_here(&self) -> State {
+        let Plan { dataset, shuffle, .. } = &self.plan;
+        State::new(&self.dataset, self.packing.seq_len, *shuffle, self.position.clone(), dataset.files())
+    }
+
+    /// Continues where [`Loader::state`] was taken: the batches that followed it follow again, bit for bit.
+    ///
+    /// A shuffle goes on with the state's seed. Where the data is not what it was, a warning says what changed, and
+    /// where the file that was being read is gone, the data starts over.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if `state` is not a loader's.
+    pub fn load_state(&mut self, state: &serde_json::Value) -> Result<()> {
+        let state = State::deserialize(state)
+            .map_err(|error| Error::Checkpoint(format!("the saved data position cannot be read: {error}")))?;
+        let files = self.plan.dataset.files();
+        for change in state.changes(&self.state_here(), files) {
+            warn!("{change}: the run goes on, but on other tokens than without that change");
+        }
+
+        let file = state.file.as_ref().map(|name| files.entries.iter().position(|entry| entry.name == *name));
+        let position = match file {
+            Some(None) => {
+                warn!("dataset {} starts over: it lacks the file that was being read", self.dataset);
+                Position::default()
+            }
+            Some(file) => Position { file, ..state.position },
+            None => state.position,
+        };
+        // Another seed would lead to other documents from here on.
+        self.plan.shuffle = self.plan.shuffle.map(|seed| state.shuffle_seed.unwrap_or(seed));
+        self.go_to(position);
+        Ok(())
+    }
+}
+
+/// One for each core but the trainer's.
+pub fn default_workers() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    (cores - 1).max(1)
+}

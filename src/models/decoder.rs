@@ -1,0 +1,384 @@
+//! One decoder, described by data.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::args::{AttnMaskType, AttnType, DecoderArgs};
+use super::layers::{Attention, ExpertLoad, FeedForward, LayerCache, Moe};
+use crate::autograd::{Init, Parameter, Precision, StageBuilder, Value};
+use crate::engine::{Pass, Stages};
+use crate::ops::{self, AttentionMask, LossAndGrad, RopeTable};
+use crate::{Error, Result};
+
+/// Token embedding, transformer blocks, and an output layer with the loss.
+#[derive(Debug)]
+pub struct Decoder {
+    args: DecoderArgs,
+    tok_embeddings: Arc<Parameter>,
+    blocks: Vec<Block>,
+    norm: Arc<Parameter>,
+    output: Arc<Parameter>,
+    /// Memory of the embedding, of each block, of norm and output.
+    stages: Vec<StageBuilder>,
+    /// The token that ends a document, where masks separate documents.
+    eos_id: Option<u32>,
+    rope: RopeTable,
+}
+
+/// `h = x + attention(norm(x))`, `y = h + feed_forward(norm(h))`.
+#[derive(Debug)]
+struct Block {
+    attention_norm: Arc<Parameter>,
+    attention: Attention,
+    ffn_norm: Arc<Parameter>,
+    ffn: Ffn,
+    uses_rope: bool,
+    norm_eps: f64,
+}
+
+#[derive(Debug)]
+enum Ffn {
+    Dense(FeedForward),
+    Moe(Moe),
+}
+
+/// What the blocks of one forward pass share: where its tokens stand and what they see.
+#[derive(Debug)]
+pub struct Sequence {
+    rope: RopeTable,
+    /// Of layers that see the whole sequence, and of those that see their block of it.
+    mask: AttentionMask,
+    block_mask: AttentionMask,
+}
+
+/// Keys and values of the tokens so far, for generation.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<LayerCache>,
+    len: usize,
+}
+
+impl Decoder {
+    /// Describes the model. `eos_id` is needed where `args` mask documents.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if the arguments contradict each other.
+    pub fn new(args: &DecoderArgs, eos_id: Option<u32>) -> Result<Self> {
+        args.check()?;
+        if args.masks_documents() && eos_id.is_none() {
+            return Err(Error::Model(
+                "attn_mask_type = \"block_causal\" separates documents, but the tokenizer names no end-of-text token; \
+                 use \"causal\", or a tokenizer with an eos_token"
+                    .into(),
+            ));
+        }
+        let mut stages: Vec<StageBuilder> = (0..args.n_layers + 2).map(|_| StageBuilder::default()).collect();
+        let tok_embeddings = stages[0].parameter(
+            "tok_embeddings.weight",
+            &[args.vocab_size, args.dim],
+            Init::Normal { std: 1.0, limit: f64::INFINITY },
+        );
+        let blocks = (0..args.n_layers).map(|layer| Block::new(&mut stages[layer + 1], layer, args)).collect();
+        let head = &mut stages[args.n_layers + 1];
+        let norm = head.parameter("norm.weight", &[args.dim], Init::Constant(1.0));
+        let std = (args.dim as f64).powf(-0.5);
+        let output =
+            head.parameter("output.weight", &[args.vocab_size, args.dim], Init::Normal { std, limit: 3.0 * std });
+        // Filled by `allocate`, when it is known where and whether this model will run.
+        let rope = RopeTable::new(args.head_dim(), args.rope_theta, None, 0, &Device::Cpu)?;
+        Ok(Self { args: args.clone(), tok_embeddings, blocks, norm, output, stages, eos_id, rope })
+    }
+
+    /// Takes the memory for weights, and for gradients if the model is to be trained.
+    pub fn allocate(&mut self, precision: Precision, device: &Device, with_grads: bool) -> Result<()> {
+        let args = &self.args;
+        let scaling = args.rope_scaling_args.as_ref();
+        self.rope = RopeTable::new(args.head_dim(), args.rope_theta, scaling, args.max_seq_len, device)?;
+        self.stages.iter().try_for_each(|stage| stage.allocate(precision, device, with_grads))
+    }
+
+    pub fn args(&self) -> &DecoderArgs {
+        &self.args
+    }
+
+    /// All parameters, in the order of the stages.
+    pub fn parameters(&self) -> impl Iterator<Item = &Arc<Parameter>> {
+        self.stages.iter().flat_map(StageBuilder::parameters)
+    }
+
+    /// The expert loads, by layer.
+    pub fn expert_loads(&self) -> BTreeMap<usize, &Arc<ExpertLoad>> {
+        let moes = self.blocks.iter().enumerate().filter_map(|(layer, block)| match &block.ffn {
+            Ffn::Moe(moe) => Some((layer, moe.load())),
+            Ffn::Dense(_) => None,
+        });
+        moes.collect()
+    }
+
+    /// Everything that a checkpoint of the model holds: parameters, and the biases of experts.
+    pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut state: Vec<(String, Tensor)> =
+            self.parameters().map(|p| Ok((p.fqn().to_owned(), p.weights()?))).collect::<Result<_>>()?;
+        for load in self.expert_loads().values() {
+            if let Some(bias) = load.bias() {
+                let n = bias.len();
+                state.push((load.fqn().to_owned(), Tensor::from_vec(bias, n, &Device::Cpu)?));
+            }
+        }
+        Ok(state)
+    }
+
+    /// Names and shapes of what [`Decoder::state`] holds; needs no memory.
+    pub fn state_shapes(&self) -> Vec<(String, Vec<usize>)> {
+        let parameters = self.parameters().map(|p| (p.fqn().to_owned(), p.shape().to_vec()));
+        let biases = self.expert_loads().into_values();
+        let biases = biases.filter_map(|load| Some((load.fqn().to_owned(), vec![load.bias()?.len()])));
+        parameters.chain(biases).collect()
+    }
+
+    /// Overwrites one entry of what [`Decoder::state`] holds.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if there is no such entry.
+    pub fn set(&self, fqn: &str, values: &Tensor) -> Result<()> {
+        if let Some(parameter) = self.parameters().find(|parameter| parameter.fqn() == fqn) {
+            return parameter.set(values);
+        }
+        match self.expert_loads().values().find(|load| load.fqn() == fqn) {
+            Some(load) => load.set_bias(&values.to_dtype(DType::F32)?.to_vec1()?),
+            None => return Err(Error::Model(format!("the model has no parameter {fqn}"))),
+        }
+        Ok(())
+    }
+
+    /// Number of parameters. Biases of experts are not trained and do not count.
+    pub fn n_params(&self) -> usize {
+        self.stages.iter().map(StageBuilder::numel).sum()
+    }
+
+    /// Floating-point operations to train on one token, forward and backward: 6 per weight that a token meets (an
+    /// expert counts as often as it is chosen, the embedding not at all), and `6 · n_layers · n_heads · 2 head_dim ·
+    /// seq_len` for attention.
+    ///
+    /// # Source
+    /// Chowdhery et al., arXiv:2204.02311, appendix B.
+    pub fn flops_per_token(&self, seq_len: usize) -> u64 {
+        let active: usize = self
+            .parameters()
+            .filter(|p| !Arc::ptr_eq(p, &self.tok_embeddings))
+            .map(|p| match &self.args.moe_args {
+                Some(moe) if p.fqn().contains(".moe.experts.") => p.numel() * moe.top_k / moe.num_experts,
+                _ => p.numel(),
+            })
+            .sum();
+        let attention = self.args.n_layers * self.args.n_heads * 2 * self.args.head_dim() * seq_len;
+        6 * (active + attention) as u64
+    }
+
+    /// The logits of all tokens, `(b, s, vocab_size)`, in the compute dtype.
+    pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
+        let sequence = self.context(tokens)?;
+        let mut x = self.embed(tokens)?;
+        for layer in 0..self.n_blocks() {
+            x = self.block(layer, &Value::constant(x), &sequence, Pass::Evaluation)?.tensor().clone();
+        }
+        self.output(x)
+    }
+
+    /// An empty cache.
+    pub fn cache(&self) -> KvCache {
+        KvCache { layers: self.blocks.iter().map(|_| LayerCache::default()).collect(), len: 0 }
+    }
+
+    /// The logits that follow `tokens`, `(b, s)`, which continue what `cache` holds: `(b, vocab_size)`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] if that is more than `max_seq_len` positions.
+    pub fn next_logits(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let (b, s) = tokens.dims2()?;
+        let positions = cache.len..cache.len + s;
+        // Generation continues one document, so that nothing separates its tokens.
+        let sequence = self.positions(AttentionMask::causal(), b, positions.clone())?;
+        cache.len = positions.end;
+        let mut x = self.embed(tokens)?;
+        for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {
+            x = block.forward(&Value::constant(x), &sequence, Pass::Evaluation, Some(cache))?.tensor().clone();
+        }
+        Ok(self.output(x.narrow(1, s - 1, 1)?)?.squeeze(1)?)
+    }
+
+    fn output(&self, x: Tensor) -> Result<Tensor> {
+        let x = ops::rms_norm(&Value::constant(x), &self.norm, self.args.norm_eps)?;
+        Ok(ops::linear(&x, &self.output)?.tensor().clone())
+    }
+
+    fn positions(&self, mask: AttentionMask, rows: usize, positions: Range<usize>) -> Result<Sequence> {
+        if positions.end > self.rope.positions() {
+            return Err(Error::Model(format!(
+                "{} positions are more than this model's max_seq_len of {}",
+                positions.end,
+                self.rope.positions()
+            )));
+        }
+        let block_mask = match self.args.attn_block_size() {
+            Some(size) => mask.clone().within_blocks(size, rows, positions.clone()),
+            None => mask.clone(),
+        };
+        Ok(Sequence { rope: self.rope.narrow(positions.start, positions.len())?, mask, block_mask })
+    }
+}
+
+impl Stages for Decoder {
+    type Context = Sequence;
+
+    fn stages(&self) -> &[StageBuilder] {
+        &self.stages
+    }
+
+    fn context(&self, tokens: &Tensor) -> Result<Sequence> {
+        let (b, s) = tokens.dims2()?;
+        let mut mask = AttentionMask::causal();
+        if let (true, Some(eos_id)) = (self.args.masks_documents(), self.eos_id) {
+            mask = mask.within_documents(&tokens.flatten_all()?.to_vec1::<u32>()?, s, eos_id);
+        }
+        self.positions(mask, b, 0..s)
+    }
+
+    fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
+        ops::embedding(tokens, &self.tok_embeddings)
+    }
+
+    fn embed_backward(&self, tokens: &Tensor, dy: &Tensor) -> Result<()> {
+        ops::embedding_backward(tokens, &self.tok_embeddings, dy)
+    }
+
+    fn n_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    fn block(&self, layer: usize, x: &Value, sequence: &Sequence, pass: Pass) -> Result<Value> {
+        self.blocks[layer].forward(x, sequence, pass, None)
+    }
+
+    fn loss(&self, x: Tensor, labels: &Tensor) -> Result<f32> {
+        let x = ops::rms_norm(&Value::constant(x), &self.norm, self.args.norm_eps)?;
+        ops::cross_entropy_loss(x.tensor(), &self.output, labels)
+    }
+
+    fn loss_grad(&self, x: Tensor, labels: &Tensor, scale: f64) -> Result<LossAndGrad> {
+        let x = ops::rms_norm(&Value::input(x), &self.norm, self.args.norm_eps)?;
+        let LossAndGrad { loss, dx } = ops::cross_entropy_grad(x.tensor(), &self.output, labels, scale)?;
+        Ok(LossAndGrad { loss, dx: x.backward(dx)? })
+    }
+}
+
+impl Block {
+    fn new(stage: &mut StageBuilder, layer: usize, args: &DecoderArgs) -> Self {
+        let prefix = format!("layers.{layer}");
+        let out_std = 0.02 / (2.0 * if args.depth_init { layer + 1 } else { args.n_layers } as f64).sqrt();
+        let norm = |stage: &mut StageBuilder, name| {
+            stage.parameter(format!("{prefix}.{name}.weight"), &[args.dim], Init::Constant(1.0))
+        };
+        Self {
+            attention: Attention::new(stage, &format!("{prefix}.attention"), args, out_std),
+            ffn: match &args.moe_args {
+                Some(moe) if args.is_moe_layer(layer) => {
+                    let hidden_dim = args.moe_hidden_dim();
+                    Ffn::Moe(Moe::new(stage, &format!("{prefix}.moe"), moe, args.dim, hidden_dim, out_std))
+                }
+                _ => {
+                    let hidden_dim = args.ffn_hidden_dim();
+                    let prefix = format!("{prefix}.feed_forward");
+                    Ffn::Dense(FeedForward::new(stage, &prefix, args.dim, hidden_dim, out_std))
+                }
+            },
+            attention_norm: norm(stage, "attention_norm"),
+            ffn_norm: norm(stage, "ffn_norm"),
+            uses_rope: args.uses_rope(layer),
+            norm_eps: args.norm_eps,
+        }
+    }
+
+    /// `(b, s, dim) -> (b, s, dim)`.
+    fn forward(&self, x: &Value, sequence: &Sequence, pass: Pass, cache: Option<&mut LayerCache>) -> Result<Value> {
+        let (rope, mask) = match self.uses_rope {
+            true => (Some(&sequence.rope), &sequence.block_mask),
+            false => (None, &sequence.mask),
+        };
+        let attended =
+            self.attention.forward(&ops::rms_norm(x, &self.attention_norm, self.norm_eps)?, rope, mask, cache)?;
+        let h = ops::add(x, &attended)?;
+        let normed = ops::rms_norm(&h, &self.ffn_norm, self.norm_eps)?;
+        let y = match &self.ffn {
+            Ffn::Dense(feed_forward) => feed_forward.forward(&normed)?,
+            Ffn::Moe(moe) => moe.forward(&normed, pass == Pass::Training)?,
+        };
+        ops::add(&h, &y)
+    }
+}
+
+impl DecoderArgs {
+    /// Width of a head.
+    pub fn head_dim(&self) -> usize {
+        self.dim / self.n_heads
+    }
+
+    /// Number of key/value heads.
+    pub fn n_kv_heads(&self) -> usize {
+        self.n_kv_heads.unwrap_or(self.n_heads)
+    }
+
+    /// Whether attention stays inside documents.
+    pub fn masks_documents(&self) -> bool {
+        self.attn_type != AttnType::Sdpa && self.attn_mask_type == AttnMaskType::BlockCausal
+    }
+
+    /// The blocks of positions that rotary layers attend within.
+    fn attn_block_size(&self) -> Option<usize> {
+        self.fixed_attn_block_size.filter(|_| self.attn_type == AttnType::Flex)
+    }
+
+    fn uses_rope(&self, layer: usize) -> bool {
+        self.every_n_layers_nope.is_none_or(|n| !layer.is_multiple_of(n))
+    }
+
+    /// # Errors
+    /// [`Error::Model`] naming every clash between arguments.
+    pub fn check(&self) -> Result<()> {
+        let mut faults = Vec::new();
+        let mut require = |holds: bool, fault: String| {
+            if !holds {
+                faults.push(fault);
+            }
+        };
+        let Self { dim, n_layers, n_heads, vocab_size, multiple_of, .. } = *self;
+        let n_kv_heads = self.n_kv_heads();
+        let positive = dim > 0 && n_layers > 0 && n_heads > 0 && n_kv_heads > 0 && vocab_size > 0 && multiple_of > 0;
+        require(positive, "dim, n_layers, n_heads, n_kv_heads, vocab_size and multiple_of must be at least 1".into());
+        if positive {
+            require(dim % n_heads == 0, format!("n_heads = {n_heads} does not divide dim = {dim}"));
+            require(
+                n_heads % n_kv_heads == 0,
+                format!("n_kv_heads = {n_kv_heads} does not divide n_heads = {n_heads}"),
+            );
+            require(
+                dim % n_heads != 0 || (dim / n_heads).is_multiple_of(2),
+                format!("a head of {} numbers cannot be rotated in pairs; dim / n_heads must be even", dim / n_heads),
+            );
+            require(self.ffn_hidden_dim() > 0, "the feed-forward would have no width; raise ffn_dim_multiplier".into());
+        }
+        require(self.interleave_moe_layer_step > 0, "interleave_moe_layer_step must be at least 1".into());
+        require(self.every_n_layers_nope != Some(0), "every_n_layers_nope must be at least 1, or \"none\"".into());
+        require(self.fixed_attn_block_size != Some(0), "fixed_attn_block_size must be at least 1, or \"none\"".into());
+        if let Some(moe) = &self.moe_args {
+            require(
+                (1..=moe.num_experts).contains(&moe.top_k),
+                format!("moe_args.top_k = {} is not within 1 and num_experts = {}", moe.top_k, moe.num_experts),
+            );
+        }
+        if faults.is_empty() { Ok(()) } else { Err(Error::Model(faults.join("\n"))) }
+    }
+}

@@ -1,0 +1,19 @@
+//! What a block is made of.
+
+mod attention;
+mod feed_forward;
+mod moe;
+
+pub use attention::{Attention, LayerCache};
+pub use feed_forward::FeedForward;
+pub use moe::{ExpertLoad, Moe};
+
+use crate::autograd::Init;
+
+/// The normal distribution of most weights; its bound of 2 is absolute and all but never met.
+pub fn normal(std: f64) -> Init {
+    Init::Normal { std, limit: 2.0 }
+}
+
+/// Standard deviation of weights that read the residual stream.
+pub const STD: f64 = 0.02;

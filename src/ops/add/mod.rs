@@ -1,0 +1,45 @@
+//! Sums of activations.
+
+mod cpu;
+
+use candle_core::Tensor;
+
+use crate::Result;
+use crate::autograd::Value;
+
+/// `x + y`, in `x`'s dtype: the residual stream keeps its own precision whatever is added to it.
+///
+/// # Shapes
+/// Equal.
+pub fn add(x: &Value, y: &Value) -> Result<Value> {
+    let sum = add_tensors(x.tensor(), y.tensor())?;
+    let dtype = y.tensor().dtype();
+    Ok(Value::record(sum, [x, y], move |grad| {
+        let dy = grad.to_dtype(dtype)?;
+        Ok([Some(grad), Some(dy)])
+    }))
+}
+
+/// As [`add`], on bare tensors.
+pub(crate) fn add_tensors(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    cpu::add(x, y)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::ops::testing::{Case, random_tensor};
+
+    #[test]
+    fn add_matches_its_reference() -> Result<()> {
+        for dtype in [DType::F32, DType::BF16] {
+            Case::new("add")
+                .input(random_tensor("x", &[3, 37])?)
+                .input(random_tensor("y", &[3, 37])?.to_dtype(dtype)?)
+                .check(|v| add(&v[0], &v[1]), |t| Ok((&t[0] + &t[1])?))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,167 @@
+//! Attention with a streaming softmax: no matrix of scores is ever held whole.
+
+mod cpu;
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::autograd::Value;
+
+/// Which keys each query sees: those from its own lower bound up to its own position.
+///
+/// Causal, chunked and document masks, and any of them together, are all such bounds, one number per query.
+#[derive(Clone, Debug, Default)]
+pub struct AttentionMask {
+    /// `b · s` lower bounds, row-major; `None`: every query sees everything before it.
+    starts: Option<Arc<Vec<u32>>>,
+}
+
+impl AttentionMask {
+    /// Every token sees itself and all before it.
+    pub fn causal() -> Self {
+        Self::default()
+    }
+
+    /// Besides, tokens see only their own document: a document begins after each `eos_id`, which belongs to the
+    /// document that it ends. `tokens` holds rows of `seq_len`.
+    pub fn within_documents(self, tokens: &[u32], seq_len: usize, eos_id: u32) -> Self {
+        let starts = tokens.chunks(seq_len).flat_map(|row| {
+            let mut start = 0;
+            row.iter().enumerate().map(move |(position, token)| {
+                let own = start;
+                if *token == eos_id {
+                    start = position as u32 + 1;
+                }
+                own
+            })
+        });
+        self.raised_to(starts.collect())
+    }
+
+    /// Besides, tokens see only their own block of `block_size` positions, in `rows` rows of queries at `positions`.
+    pub fn within_blocks(self, block_size: usize, rows: usize, positions: std::ops::Range<usize>) -> Self {
+        if positions.end <= block_size {
+            return self;
+        }
+        let row = positions.map(|position| (position / block_size * block_size) as u32);
+        self.raised_to(std::iter::repeat_n(row, rows).flatten().collect())
+    }
+
+    fn raised_to(self, mut starts: Vec<u32>) -> Self {
+        if let Some(own) = &self.starts {
+            starts.iter_mut().zip(own.iter()).for_each(|(start, own)| *start = (*start).max(*own));
+        }
+        Self { starts: Some(Arc::new(starts)) }
+    }
+
+    /// The first key that query `query` of row `row` sees.
+    fn start(&self, row: usize, query: usize, n_queries: usize) -> usize {
+        self.starts.as_ref().map_or(0, |starts| starts[row * n_queries + query] as usize)
+    }
+}
+
+/// `softmax(scale · q kᵀ) v` for each query head, over the keys that `mask` lets it see; query head `i` reads key/value
+/// head `i / (h / kv)`. Scores, softmax statistics and sums are f32; the result has `q`'s dtype.
+///
+/// The `sq` queries stand at the last `sq` of the `sk` positions (`sq < sk` when keys are cached). Saves one logsumexp
+/// per query; backward recomputes the probabilities from it, block by block.
+///
+/// # Shapes
+/// `q`: `(b, sq, h, hd)`. `k`, `v`: `(b, sk, kv, hd)`. Returns `(b, sq, h, hd)`.
+///
+/// # Source
+/// Dao, arXiv:2307.08691, algorithms 1 and 2.
+pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scale: f32) -> Result<Value> {
+    let (y, logsumexp) = cpu::forward(q.tensor(), k.tensor(), v.tensor(), mask, scale)?;
+    let (saved_q, saved_k, saved_v) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
+    let (saved_y, mask) = (y.clone(), mask.clone());
+    Ok(Value::record(y, [q, k, v], move |dy| {
+        let saved = cpu::Saved { q: &saved_q, k: &saved_k, v: &saved_v, y: &saved_y, logsumexp: &logsumexp };
+        let (dq, dk, dv) = cpu::backward(saved, &dy, &mask, scale)?;
+        Ok([Some(dq), Some(dk), Some(dv)])
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{D, DType, Device, Tensor};
+
+    use super::*;
+    use crate::ops::testing::{Case, on_threads, random_tensor};
+
+    /// Scores as a matrix, masked by `-inf`, softmax, product: in the dtype of its inputs.
+    fn reference(t: &[Tensor], mask: &AttentionMask, scale: f64) -> Result<Tensor> {
+        let (b, sq, h, _) = t[0].dims4()?;
+        let (_, sk, kv, _) = t[1].dims4()?;
+        let allowed: Vec<f64> = (0..b * sq * sk)
+            .map(|i| {
+                let (row, query, key) = (i / (sq * sk), i / sk % sq, i % sk);
+                let sees = key >= mask.start(row, query, sq) && key <= sk - sq + query;
+                if sees { 0.0 } else { f64::NEG_INFINITY }
+            })
+            .collect();
+        let allowed = Tensor::from_vec(allowed, (b, 1, sq, sk), &Device::Cpu)?;
+        let heads = |t: &Tensor| -> Result<Tensor> {
+            let (b, s, n, hd) = t.dims4()?;
+            let repeated = t.transpose(1, 2)?.unsqueeze(2)?.broadcast_as((b, n, h / n, s, hd))?;
+            Ok(repeated.reshape((b, h, s, hd))?)
+        };
+        assert_eq!(h % kv, 0);
+        let (q, k, v) = (heads(&t[0])?, heads(&t[1])?, heads(&t[2])?);
+        let scores = (q.matmul(&k.t()?)? * scale)?.broadcast_add(&allowed)?;
+        let probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?;
+        Ok(probabilities.matmul(&v)?.transpose(1, 2)?.contiguous()?)
+    }
+
+    fn check(dtype: DType, [b, sq, sk, h, kv, hd]: [usize; 6], mask: &AttentionMask) -> Result<()> {
+        let scale = 0.3;
+        Case::new("attention")
+            .input(random_tensor("q", &[b, sq, h, hd])?.to_dtype(dtype)?)
+            .input(random_tensor("k", &[b, sk, kv, hd])?.to_dtype(dtype)?)
+            .input(random_tensor("v", &[b, sk, kv, hd])?.to_dtype(dtype)?)
+            .check(|x| attention(&x[0], &x[1], &x[2], mask, scale), |t| reference(t, mask, f64::from(scale)))
+    }
+
+    #[test]
+    fn attention_matches_its_reference() -> Result<()> {
+        for dtype in [DType::F32, DType::BF16] {
+            check(dtype, [2, 33, 33, 3, 3, 8], &AttentionMask::causal())?;
+            check(dtype, [1, 1, 1, 1, 1, 2], &AttentionMask::causal())?;
+            check(dtype, [1, 70, 201, 4, 2, 16], &AttentionMask::causal())?;
+            check(dtype, [2, 150, 150, 6, 2, 10], &AttentionMask::causal())?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn masks_of_documents_and_blocks_hide_what_they_should() -> Result<()> {
+        let (b, s) = (2, 150);
+        let tokens: Vec<u32> = (0..b * s).map(|i| u32::from((i * i) % 41 == 3)).collect();
+        let documents = AttentionMask::causal().within_documents(&tokens, s, 1);
+        let both = documents.clone().within_blocks(64, b, 0..s);
+        for mask in [&documents, &both, &AttentionMask::causal().within_blocks(7, b, 0..s)] {
+            check(DType::F32, [b, s, s, 4, 2, 8], mask)?;
+        }
+        assert_eq!(both.start(0, 149, s), documents.start(0, 149, s).max(128));
+        Ok(())
+    }
+
+    #[test]
+    fn an_end_of_text_belongs_to_the_document_it_ends() {
+        let mask = AttentionMask::causal().within_documents(&[5, 1, 6, 7, 5, 5, 5, 1], 4, 1);
+        assert_eq!(mask.starts.unwrap().as_slice(), [0, 0, 2, 2, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn attention_is_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
+        let run = || -> Result<Vec<f32>> {
+            let q = Value::input(random_tensor("q", &[2, 140, 4, 8])?);
+            let k = Value::constant(random_tensor("k", &[2, 140, 2, 8])?);
+            let y = attention(&q, &k, &k, &AttentionMask::causal(), 0.4)?;
+            let dy = random_tensor("dy", &[2, 140, 4, 8])?;
+            Ok(y.backward(dy)?.flatten_all()?.to_vec1()?)
+        };
+        assert_eq!(on_threads(1, run)?, on_threads(3, run)?);
+        Ok(())
+    }
+}

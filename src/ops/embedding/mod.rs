@@ -1,0 +1,55 @@
+//! Rows of a table by index.
+
+mod cpu;
+
+use candle_core::Tensor;
+
+use crate::Result;
+use crate::autograd::Parameter;
+
+/// The rows of `table` at `tokens`, in f32: the residual stream begins here.
+///
+/// # Shapes
+/// `tokens`: `(b, s)`, u32, all below `vocab_size`. `table`: `(vocab_size, dim)`. Returns `(b, s, dim)`.
+///
+/// # Errors
+/// If a token is not in the table.
+pub fn embedding(tokens: &Tensor, table: &Parameter) -> Result<Tensor> {
+    cpu::forward(tokens, &table.weights()?)
+}
+
+/// Adds the gradient of the looked-up rows to the table's accumulator; only rows that occur are touched.
+pub fn embedding_backward(tokens: &Tensor, table: &Parameter, dy: &Tensor) -> Result<()> {
+    cpu::backward(tokens, &table.grad()?, dy)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+
+    use super::*;
+    use crate::ops::testing::{assert_close, parameters, random_tensor};
+
+    #[test]
+    fn embedding_matches_its_reference() -> Result<()> {
+        let table = random_tensor("table", &[11, 37])?;
+        let tokens = Tensor::new(&[[3u32, 0, 10], [3, 3, 7]], &Device::Cpu)?;
+        let parameter = &parameters(std::slice::from_ref(&table), DType::BF16)?[0];
+        let dy = random_tensor("dy", &[2, 3, 37])?;
+
+        let wide = Var::from_tensor(&table.to_dtype(DType::F64)?)?;
+        let expected = wide.embedding(&tokens.flatten_all()?)?.reshape((2, 3, 37))?;
+        assert_close("embedding", &embedding(&tokens, parameter)?, &expected, 0.0)?;
+        embedding_backward(&tokens, parameter, &dy)?;
+        let grads = (expected * dy.to_dtype(DType::F64)?)?.sum_all()?.backward()?;
+        assert_close("gradient of the table", &parameter.grad()?, grads.get(&wide).unwrap(), 1e-6)
+    }
+
+    #[test]
+    fn a_token_outside_the_table_is_an_error() -> Result<()> {
+        let parameter = &parameters(&[random_tensor("table", &[4, 2])?], DType::F32)?[0];
+        let error = embedding(&Tensor::new(&[[4u32]], &Device::Cpu)?, parameter).unwrap_err().to_string();
+        assert!(error.contains("token 4") && error.contains("vocab_size 4"), "{error}");
+        Ok(())
+    }
+}

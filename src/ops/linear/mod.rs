@@ -1,0 +1,53 @@
+//! Products with a weight matrix.
+
+mod cpu;
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::autograd::{Parameter, Value};
+
+/// `y = x Wᵀ`, computed and returned in the compute dtype of `weight`, with f32 sums.
+///
+/// Backward returns `dx = dy W` and adds `dW = dyᵀ x` to the parameter's accumulator.
+///
+/// # Shapes
+/// `x`: `(…, in)`. `weight`: `(out, in)`. Returns `(…, out)`.
+pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
+    let y = cpu::forward(x.tensor(), &weight.compute()?)?;
+    let (saved, weight) = (x.tensor().clone(), weight.clone());
+    Ok(Value::record(y, [x], move |dy| Ok([Some(cpu::backward(&saved, &weight.compute()?, &weight.grad()?, &dy)?)])))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::ops::testing::{Case, random_tensor};
+
+    #[test]
+    fn linear_matches_its_reference() -> Result<()> {
+        for dtype in [DType::F32, DType::BF16] {
+            for (rows, inner, outer) in [(7, 33, 19), (1, 64, 5), (130, 16, 48)] {
+                Case::new("linear")
+                    .compute(dtype)
+                    .input(random_tensor("x", &[1, rows, inner])?)
+                    .parameter("w", &[outer, inner])
+                    .check_with_parameters(
+                        |v, p| linear(&v[0], &p[0]),
+                        |t, p| Ok(t[0].broadcast_matmul(&p[0].t()?)?),
+                    )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn linear_takes_transposed_inputs() -> Result<()> {
+        Case::new("linear of a transpose")
+            .input(random_tensor("x", &[12, 5])?.t()?)
+            .parameter("w", &[3, 12])
+            .check_with_parameters(|v, p| linear(&v[0], &p[0]), |t, p| Ok(t[0].matmul(&p[0].t()?)?))
+    }
+}

@@ -1,0 +1,232 @@
+//! Token-choice mixture of experts: routing, and the experts on the tokens that chose them.
+
+mod cpu;
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::autograd::{Parameter, Value};
+use crate::models::args::ScoreFunc;
+
+/// How router logits become choices and weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Router {
+    pub score_func: ScoreFunc,
+    pub top_k: usize,
+    /// Divide a token's chosen scores by their sum.
+    pub route_norm: bool,
+    /// Factor on the chosen scores.
+    pub route_scale: f32,
+    /// Choice `j` of token `t` is expert `(t · top_k + j) mod n_experts`, whatever the scores.
+    pub force_load_balance: bool,
+}
+
+/// Who goes where. A slot is one choice of one token: slot `t · top_k + j` is choice `j` of token `t`.
+#[derive(Debug)]
+pub struct Routing {
+    /// The expert of each slot.
+    pub experts: Vec<u32>,
+    /// The slots, sorted by expert and within an expert by slot.
+    sorted: Vec<u32>,
+    /// Where expert `e` begins in `sorted`; one more entry than experts.
+    offsets: Vec<usize>,
+    top_k: usize,
+}
+
+impl Routing {
+    fn new(experts: Vec<u32>, n_experts: usize, top_k: usize) -> Self {
+        let mut offsets = vec![0; n_experts + 1];
+        experts.iter().for_each(|e| offsets[*e as usize + 1] += 1);
+        (0..n_experts).for_each(|e| offsets[e + 1] += offsets[e]);
+        let mut next = offsets.clone();
+        let mut sorted = vec![0; experts.len()];
+        for (slot, expert) in experts.iter().enumerate() {
+            sorted[next[*expert as usize]] = slot as u32;
+            next[*expert as usize] += 1;
+        }
+        Self { experts, sorted, offsets, top_k }
+    }
+
+    /// How many slots chose each expert.
+    pub fn tokens_per_expert(&self) -> impl Iterator<Item = usize> {
+        self.offsets.windows(2).map(|pair| pair[1] - pair[0])
+    }
+}
+
+/// Chooses `top_k` experts for each token and weighs them.
+///
+/// Scores are `sigmoid` or `softmax` of the logits, in f32. The experts with the largest `score + bias` are chosen (of
+/// equals the first); the weight of each is its score without the bias, normalised and scaled as `router` says.
+/// Returns the weights, `(n, top_k)` f32, and the choices. Gradients flow through the weights, not the choices.
+///
+/// # Shapes
+/// `logits`: `(n, n_experts)`. `bias`: `n_experts`.
+pub fn route(logits: &Value, bias: Option<&[f32]>, router: &Router) -> Result<(Value, Arc<Routing>)> {
+    let (weights, routing) = cpu::route(logits.tensor(), bias, router)?;
+    let routing = Arc::new(routing);
+    let (saved, choices, router) = (logits.tensor().clone(), routing.clone(), *router);
+    let weights = Value::record(weights, [logits], move |dweights| {
+        Ok([Some(cpu::route_backward(&saved, &choices, &router, &dweights)?)])
+    });
+    Ok((weights, routing))
+}
+
+/// The weights of all experts of a layer.
+#[derive(Clone, Debug)]
+pub struct Experts {
+    /// `(n_experts, hidden, dim)`: the gate.
+    pub w1: Arc<Parameter>,
+    /// `(n_experts, dim, hidden)`.
+    pub w2: Arc<Parameter>,
+    /// `(n_experts, hidden, dim)`.
+    pub w3: Arc<Parameter>,
+    /// Multiply a token by its weight before the expert, else its result after it.
+    pub score_before_experts: bool,
+}
+
+/// For each token, the sum over its chosen experts of the weighted SwiGLU feed-forward
+/// `W₂ (silu(W₁ x) · W₃ x)`. Tokens are gathered by expert, without padding; an expert that none chose costs nothing
+/// and has no gradient.
+///
+/// # Shapes
+/// `x`: `(n, dim)`. `weights`: `(n, top_k)`, as [`route`] returned them with `routing`. Returns `(n, dim)`, in `x`'s
+/// dtype.
+pub fn experts(x: &Value, weights: &Value, routing: &Arc<Routing>, experts: &Experts) -> Result<Value> {
+    let forward = cpu::forward(x.tensor(), weights.tensor(), routing, experts)?;
+    let (y, hidden) = (forward.y, forward.hidden);
+    let (saved_x, saved_weights) = (x.tensor().clone(), weights.tensor().clone());
+    let (routing, experts) = (routing.clone(), experts.clone());
+    Ok(Value::record(y, [x, weights], move |dy| {
+        let (dx, dweights) = cpu::backward(&saved_x, &saved_weights, &hidden, &routing, &experts, &dy)?;
+        Ok([Some(dx), Some(dweights)])
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{D, DType, Device, Tensor};
+
+    use super::*;
+    use crate::ops::testing::{Case, on_threads, parameters, random_tensor};
+
+    fn router(score_func: ScoreFunc, top_k: usize, route_norm: bool) -> Router {
+        Router { score_func, top_k, route_norm, route_scale: 2.5, force_load_balance: false }
+    }
+
+    #[test]
+    fn routing_weights_match_their_reference() -> Result<()> {
+        for score_func in [ScoreFunc::Sigmoid, ScoreFunc::Softmax] {
+            for (top_k, route_norm) in [(1, false), (3, false), (2, true)] {
+                let router = router(score_func, top_k, route_norm);
+                let logits = random_tensor("logits", &[23, 5])?;
+                let bias = [0.1, -0.2, 0.0, 0.3, 0.05];
+                let (_, routing) = route(&Value::constant(logits.clone()), Some(&bias), &router)?;
+                let choices = Tensor::from_vec(routing.experts.clone(), (23, top_k), &Device::Cpu)?;
+                Case::new("route").input(logits).check(
+                    |v| Ok(route(&v[0], Some(&bias), &router)?.0),
+                    |t| {
+                        let scores = match score_func {
+                            ScoreFunc::Sigmoid => (t[0].neg()?.exp()? + 1.0)?.recip()?,
+                            ScoreFunc::Softmax => candle_nn::ops::softmax(&t[0], D::Minus1)?,
+                        };
+                        let chosen = scores.gather(&choices, 1)?;
+                        let chosen = if route_norm { chosen.broadcast_div(&chosen.sum_keepdim(1)?)? } else { chosen };
+                        Ok((chosen * 2.5)?)
+                    },
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_bias_changes_who_is_chosen_but_not_the_weights() -> Result<()> {
+        let logits = Value::constant(Tensor::new(&[[0f32, 1., 2.]], &Device::Cpu)?);
+        let router = Router { route_scale: 1.0, ..router(ScoreFunc::Sigmoid, 2, false) };
+        let (weights, routing) = route(&logits, Some(&[1.0, 0.0, 0.0]), &router)?;
+        assert_eq!(routing.experts, [0, 2]);
+        assert_eq!(weights.tensor().to_vec2::<f32>()?, [[0.5, 1.0 / (1.0 + (-2f32).exp())]]);
+        assert_eq!(routing.tokens_per_expert().collect::<Vec<_>>(), [1, 0, 1]);
+        Ok(())
+    }
+
+    #[test]
+    fn forced_balance_goes_round_robin() -> Result<()> {
+        let logits = Value::constant(random_tensor("logits", &[4, 3])?);
+        let router = Router { force_load_balance: true, ..router(ScoreFunc::Softmax, 2, false) };
+        assert_eq!(route(&logits, None, &router)?.1.experts, [0, 1, 2, 0, 1, 2, 0, 1]);
+        Ok(())
+    }
+
+    /// Every expert on every token, weighted by a dense matrix of weights that is zero where it was not chosen.
+    fn reference(t: &[Tensor], p: &[Tensor], choices: &[u32], before: bool) -> Result<Tensor> {
+        let (n, top_k) = t[1].dims2()?;
+        let n_experts = p[0].dim(0)?;
+        let mut sum = t[0].zeros_like()?;
+        for e in 0..n_experts {
+            let chosen: Vec<f64> = choices.iter().map(|c| f64::from(u8::from(*c as usize == e))).collect();
+            let weight = (&t[1] * Tensor::from_vec(chosen, (n, top_k), &Device::Cpu)?)?;
+            for j in 0..top_k {
+                let weight = weight.narrow(1, j, 1)?;
+                let x = if before { t[0].broadcast_mul(&weight)? } else { t[0].clone() };
+                let (w1, w2, w3) = (p[0].get(e)?, p[1].get(e)?, p[2].get(e)?);
+                let hidden = (candle_nn::ops::silu(&x.matmul(&w1.t()?)?)? * x.matmul(&w3.t()?)?)?;
+                let y = hidden.matmul(&w2.t()?)?;
+                sum = (sum + if before { y } else { y.broadcast_mul(&weight)? })?;
+            }
+        }
+        Ok(sum)
+    }
+
+    #[test]
+    fn experts_match_their_reference() -> Result<()> {
+        let (n, dim, hidden, n_experts, top_k) = (29, 6, 10, 4, 2);
+        // Expert 2 is chosen by none.
+        let choices: Vec<u32> = (0..n).flat_map(|t| [[0, 1], [3, 0], [1, 3]][t % 3]).collect();
+        for dtype in [DType::F32, DType::BF16] {
+            for before in [true, false] {
+                let routing = Arc::new(Routing::new(choices.clone(), n_experts, top_k));
+                Case::new("experts")
+                    .compute(dtype)
+                    .input(random_tensor("x", &[n, dim])?)
+                    .input(random_tensor("weights", &[n, top_k])?)
+                    .parameter("w1", &[n_experts, hidden, dim])
+                    .parameter("w2", &[n_experts, dim, hidden])
+                    .parameter("w3", &[n_experts, hidden, dim])
+                    .check_with_parameters(
+                        |v, p| {
+                            let (w1, w2, w3) = (p[0].clone(), p[1].clone(), p[2].clone());
+                            experts(&v[0], &v[1], &routing, &Experts { w1, w2, w3, score_before_experts: before })
+                        },
+                        |t, p| reference(t, p, &choices, before),
+                    )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn experts_are_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
+        let (n, dim, hidden, n_experts) = (300, 24, 40, 5);
+        let run = || -> Result<Vec<Vec<f32>>> {
+            let choices = (0..2 * n).map(|slot| (slot * slot % n_experts) as u32).collect();
+            let routing = Arc::new(Routing::new(choices, n_experts, 2));
+            let shapes = [[n_experts, hidden, dim], [n_experts, dim, hidden], [n_experts, hidden, dim]];
+            let values = shapes.iter().map(|s| random_tensor("w", s)).collect::<Result<Vec<_>>>()?;
+            let p = parameters(&values, DType::F32)?;
+            let (w1, w2, w3) = (p[0].clone(), p[1].clone(), p[2].clone());
+            let x = Value::input(random_tensor("x", &[n, dim])?);
+            let weights = Value::constant(random_tensor("weights", &[n, 2])?);
+            let y = experts(&x, &weights, &routing, &Experts { w1, w2, w3, score_before_experts: true })?;
+            let forward = y.tensor().flatten_all()?.to_vec1()?;
+            let dx = y.backward(random_tensor("dy", &[n, dim])?)?;
+            let mut all = vec![forward, dx.flatten_all()?.to_vec1()?];
+            for p in &p {
+                all.push(p.grad()?.flatten_all()?.to_vec1()?);
+            }
+            Ok(all)
+        };
+        assert!(on_threads(1, run)? == on_threads(3, run)?);
+        Ok(())
+    }
+}

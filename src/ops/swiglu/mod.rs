@@ -1,0 +1,47 @@
+//! The gate of a SwiGLU feed-forward.
+
+pub(in crate::ops) mod cpu;
+
+use crate::Result;
+use crate::autograd::Value;
+
+/// `silu(gate) · up` with `silu(z) = z / (1 + e⁻ᶻ)`, elementwise, in the inputs' dtype.
+///
+/// # Source
+/// Shazeer, arXiv:2002.05202.
+pub fn swiglu(gate: &Value, up: &Value) -> Result<Value> {
+    let y = cpu::forward(gate.tensor(), up.tensor())?;
+    let saved = (gate.tensor().clone(), up.tensor().clone());
+    Ok(Value::record(y, [gate, up], move |dy| {
+        let (dgate, dup) = cpu::backward(&saved.0, &saved.1, &dy)?;
+        Ok([Some(dgate), Some(dup)])
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::ops::testing::{Case, random_tensor};
+
+    #[test]
+    fn swiglu_matches_its_reference() -> Result<()> {
+        for dtype in [DType::F32, DType::BF16] {
+            Case::new("swiglu")
+                .input((random_tensor("gate", &[3, 1001])? * 4.0)?.to_dtype(dtype)?)
+                .input(random_tensor("up", &[3, 1001])?.to_dtype(dtype)?)
+                .check(|v| swiglu(&v[0], &v[1]), |t| Ok((candle_nn::ops::silu(&t[0])? * &t[1])?))?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn swiglu_is_finite_for_large_gates() -> Result<()> {
+        let gate =
+            Value::input(candle_core::Tensor::new(&[-1e30f32, -200., 0., 200., 1e30], &candle_core::Device::Cpu)?);
+        let up = Value::constant(candle_core::Tensor::ones(5, DType::F32, &candle_core::Device::Cpu)?);
+        assert_eq!(swiglu(&gate, &up)?.tensor().to_vec1::<f32>()?, [0., 0., 0., 200., 1e30]);
+        Ok(())
+    }
+}

@@ -1,0 +1,299 @@
+//! From a job config to a [`Trainer`] that is ready to step.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use tracing::{info, warn};
+
+use super::Trainer;
+use crate::autograd::Precision;
+use crate::components::checkpoint::{Assets, CheckpointManager, Weights};
+use crate::components::lr_scheduler::LrScheduler;
+use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
+use crate::components::optimizer::{Optimizer, OptimizerKind};
+use crate::components::validate::Validator;
+use crate::config::{AcMode, JobConfig, Loaded, ModelArgs, OptimizerName};
+use crate::data::datasets::{self, DatasetSpec, Vocabulary};
+use crate::data::tokenizer::Tokenizer;
+use crate::data::{Encode, Loader, LoaderOptions, hub};
+use crate::engine::{Recompute, Stages};
+use crate::models::args::DecoderArgs;
+use crate::models::{self, Decoder};
+use crate::tools::device::DeviceFacts;
+use crate::{Error, Result};
+
+/// What the metrics need to know of a run.
+pub struct RunFacts {
+    device: DeviceFacts,
+    flops_per_token: f64,
+}
+
+impl RunFacts {
+    pub fn metrics(&self, config: &JobConfig, start_step: usize) -> Result<MetricsLogger> {
+        let settings = MetricsSettings {
+            log_freq: config.metrics.log_freq as u64,
+            enable_tensorboard: config.metrics.enable_tensorboard,
+            save_tb_folder: config.metrics.save_tb_folder.clone(),
+            disable_color_printing: config.metrics.disable_color_printing,
+        };
+        let facts = metrics::RunFacts {
+            flops_per_token: self.flops_per_token,
+            device: self.device.clone(),
+            total_steps: config.training.steps as u64,
+            start_step: start_step as u64,
+        };
+        MetricsLogger::new(settings, &config.job.dump_folder, facts)
+    }
+}
+
+/// What the model must know of the text, and what a checkpoint keeps of it.
+struct Text {
+    tokenizer: Option<Arc<Tokenizer>>,
+    vocabulary: Vocabulary,
+}
+
+impl Trainer {
+    /// Builds every part, and brings all of them to where the run's own checkpoint, or `initial_load_path`, left off.
+    pub fn build(loaded: Loaded) -> Result<Self> {
+        let text = Text::of(&loaded.config)?;
+        let args = decoder_args(&loaded.config, &text.vocabulary)?;
+        loaded.notices.iter().for_each(|notice| warn!("{notice}"));
+        let mut config = loaded.config;
+        config.model.args = ModelArgs::all(&args);
+        if config.job.print_config {
+            info!("Running with this config:\n{}", config.to_toml());
+        }
+        if let Some(file) = &config.job.save_config_file {
+            let path = config.job.dump_folder.join(file);
+            let folder = path.parent().unwrap_or(&config.job.dump_folder);
+            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+            std::fs::write(&path, config.to_toml()).map_err(Error::io("write", &path))?;
+        }
+
+        let device = Device::Cpu;
+        let facts = DeviceFacts::cpu()?;
+        info!("Device: {facts}");
+        let mut checkpoints =
+            CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
+        let resume = checkpoints.find()?;
+        let train_state = resume.as_ref().and_then(|resume| resume.train_state.clone());
+        let seed = match (&train_state, config.debug.seed) {
+            (Some(state), Some(seed)) if state.seed != seed => {
+                warn!("debug.seed = {seed} is not used: this run began with seed {}", state.seed);
+                state.seed
+            }
+            (Some(state), _) => state.seed,
+            (None, Some(seed)) => seed,
+            // Small enough to be typed.
+            (None, None) => u64::from(rand::random::<u32>()),
+        };
+
+        info!("Seed: {seed}");
+
+        // Data before memory: what is wrong with a dataset shows at once.
+        let mut loader = train_loader(&config, &text, seed)?;
+        let validator = validator(&config, &text)?;
+
+        let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
+        let flops_per_token = model.flops_per_token(config.training.seq_len);
+        info!(
+            "Model {} {}: {} parameters, {:.1} MFLOP per token",
+            config.model.name,
+            config.model.flavor,
+            grouped(model.n_params() as f64, 0),
+            flops_per_token as f64 / 1e6
+        );
+        let storage = config.training.dtype.into();
+        model.allocate(Precision { storage, compute: config.training.mixed_precision_param.into() }, &device, true)?;
+        let kind = OptimizerKind {
+            decoupled: config.optimizer.name == OptimizerName::AdamW,
+            betas: (config.optimizer.beta1, config.optimizer.beta2),
+            eps: config.optimizer.eps,
+        };
+        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.stages())?;
+
+        let step = train_state.as_ref().map_or(0, |state| state.step);
+        match resume.as_ref().and_then(|resume| resume.model.as_ref()) {
+            Some(weights) => load_model(&model, weights)?,
+            None => model.parameters().try_for_each(|parameter| models::initialize(parameter, seed))?,
+        }
+        if let Some(resume) = &resume {
+            if let Some(weights) = &resume.optimizer {
+                load_moments(&mut optimizer, &model, weights, step as u64)?;
+            }
+            if let Some(state) = &resume.dataloader {
+                loader.load_state(state)?;
+            }
+        }
+
+        let scheduler = &config.lr_scheduler;
+        let schedule = LrScheduler::new(
+            config.training.steps,
+            scheduler.warmup_steps,
+            scheduler.decay_ratio,
+            scheduler.decay_type,
+            scheduler.min_lr_factor,
+        );
+        let local_batch_size = config.training.local_batch_size;
+        Ok(Self {
+            recompute: recompute(&config),
+            grad_accum: config.training.global_batch_size.map_or(1, |global| global / local_batch_size),
+            n_tokens_seen: train_state.map_or(0, |state| state.n_tokens_seen),
+            run: RunFacts { device: facts, flops_per_token: flops_per_token as f64 },
+            config,
+            device,
+            model,
+            optimizer,
+            schedule,
+            loader,
+            validator,
+            checkpoints,
+            step,
+            seed,
+        })
+    }
+}
+
+impl Text {
+    /// The tokenizer of `model.hf_assets_path`; where token shards describe themselves, only if the config names one.
+    fn of(config: &JobConfig) -> Result<Self> {
+        let of_shards = datasets::vocabulary(&train_spec(config))?;
+        let path = &config.model.hf_assets_path;
+        let wanted = of_shards.is_none() || *path != JobConfig::default().model.hf_assets_path;
+        let tokenizer = wanted.then(|| Tokenizer::from_dir(path)).transpose()?.map(Arc::new);
+        let vocabulary = match (of_shards, &tokenizer) {
+            (Some(vocabulary), _) => vocabulary,
+            (None, Some(tokenizer)) => Vocabulary { vocab_size: tokenizer.vocab_size(), eos_id: tokenizer.eos_id() },
+            (None, None) => unreachable!("without shards that describe themselves a tokenizer is wanted"),
+        };
+        Ok(Self { tokenizer, vocabulary })
+    }
+
+    fn encoder(&self) -> Option<Arc<dyn Encode>> {
+        self.tokenizer.clone().map(|tokenizer| tokenizer as Arc<dyn Encode>)
+    }
+
+    fn assets(&self, config: &JobConfig, args: &DecoderArgs) -> Assets {
+        let files = self.tokenizer.iter().flat_map(|tokenizer| tokenizer.files());
+        Assets {
+            hf_assets_path: config.model.hf_assets_path.clone(),
+            model_name: config.model.name.clone(),
+            args: args.clone(),
+            config_toml: config.to_toml(),
+            tokenizer_files: files.map(|file| (file.name.clone(), file.bytes.clone())).collect(),
+            bos_id: self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id()),
+            eos_id: self.vocabulary.eos_id,
+        }
+    }
+}
+
+/// The flavor's arguments with `[model.args]` over them, fitted to the vocabulary and to the sequences.
+fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderArgs> {
+    let model = &config.model;
+    let base = models::flavor(&model.name, &model.flavor)
+        .ok_or_else(|| Error::Model(format!("there is no model {} {}", model.name, model.flavor)))?;
+    let mut args = model.args.apply(&base)?;
+
+    let (vocab_size, needed) = (args.vocab_size, vocabulary.vocab_size);
+    if needed > vocab_size {
+        if config.model.args.sets("vocab_size") {
+            return Err(Error::Config(format!(
+                "error: `model.args.vocab_size` = {vocab_size} is smaller than the tokenizer's {needed}\n   = at least \
+                 {needed}, or leave it out to take the tokenizer's"
+            )));
+        }
+        args.vocab_size = needed;
+        warn!(
+            "The tokenizer has {} entries, the flavor {}: the model takes the tokenizer's, which costs {} parameters \
+             more. A smaller tokenizer saves them.",
+            grouped(needed as f64, 0),
+            grouped(vocab_size as f64, 0),
+            grouped((2 * args.dim * (needed - vocab_size)) as f64, 0)
+        );
+    }
+    let longest = config.training.seq_len.max(if config.validation.enable { config.validation.seq_len } else { 0 });
+    if config.model.args.sets("max_seq_len") && args.max_seq_len < longest {
+        return Err(Error::Config(format!(
+            "error: `model.args.max_seq_len` = {} is shorter than the sequences of {longest} tokens to come\n   = at \
+             least {longest}, or leave it out",
+            args.max_seq_len
+        )));
+    }
+    args.max_seq_len = longest;
+    if let Some(moe) = &mut args.moe_args {
+        moe.force_load_balance |= config.debug.moe_force_load_balance;
+    }
+    Ok(args)
+}
+
+fn train_spec(config: &JobConfig) -> DatasetSpec {
+    DatasetSpec {
+        dataset: config.training.dataset.clone(),
+        dataset_path: config.training.dataset_path.clone(),
+        text_field: config.data.text_field.clone(),
+        max_bad_records: config.data.max_bad_records,
+        validates: None,
+    }
+}
+
+fn train_loader(config: &JobConfig, text: &Text, seed: u64) -> Result<Loader> {
+    let options = LoaderOptions {
+        batch_size: config.training.local_batch_size,
+        seq_len: config.training.seq_len,
+        dp_rank: 0,
+        dp_degree: 1,
+        shuffle: config.data.shuffle.then_some(seed),
+        repeat: true,
+        num_workers: config.data.num_workers,
+    };
+    Loader::new(&train_spec(config), text.encoder(), options, &hub::open_dataset)
+}
+
+fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
+    let validation = &config.validation;
+    if !validation.enable {
+        return Ok(None);
+    }
+    let spec = DatasetSpec {
+        dataset: validation.dataset.clone(),
+        dataset_path: validation.dataset_path.clone(),
+        validates: Some(config.training.dataset.clone()),
+        ..train_spec(config)
+    };
+    let options = LoaderOptions {
+        batch_size: validation.local_batch_size,
+        seq_len: validation.seq_len,
+        dp_rank: 0,
+        dp_degree: 1,
+        shuffle: None,
+        repeat: false,
+        num_workers: config.data.num_workers,
+    };
+    let loader = Loader::new(&spec, text.encoder(), options, &hub::open_dataset)?;
+    Ok(Some(Validator::new(loader, validation.steps)))
+}
+
+fn recompute(config: &JobConfig) -> Recompute {
+    let keys = &config.activation_checkpoint;
+    match keys.mode {
+        AcMode::Full => Recompute::All,
+        AcMode::Selective => keys.selective_every().map_or(Recompute::None, Recompute::EveryNth),
+        AcMode::None | AcMode::MemoryBudget => Recompute::None,
+    }
+}
+
+fn load_model(model: &Decoder, weights: &Weights) -> Result<()> {
+    weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))
+}
+
+fn load_moments(optimizer: &mut Optimizer, model: &Decoder, weights: &Weights, steps: u64) -> Result<()> {
+    let windows: HashMap<String, Tensor> = optimizer.state(model.stages())?.into_iter().collect();
+    let expected: Vec<_> = windows.iter().map(|(name, window)| (name.clone(), window.dims().to_vec())).collect();
+    weights.load(&expected, |name, tensor| {
+        let window = &windows[name];
+        Ok(window.slice_set(&tensor.to_dtype(window.dtype())?.to_device(window.device())?.contiguous()?, 0, 0)?)
+    })?;
+    optimizer.set_steps(steps);
+    Ok(())
+}

@@ -1,0 +1,246 @@
+//! The decoder against numbers that PyTorch computed in float32 (`golden/README.md` says how, and with which tolerances).
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value as Json;
+use titan::autograd::{Init, Precision, Value};
+use titan::components::checkpoint::Weights;
+use titan::components::optimizer::{Optimizer, OptimizerKind};
+use titan::engine::{self, Pass, Recompute, Stages};
+use titan::models::args::DecoderArgs;
+use titan::models::hf::Family;
+use titan::models::{self, Decoder};
+
+const F32: Precision = Precision { storage: DType::F32, compute: DType::F32 };
+
+fn read(name: &str) -> Vec<u8> {
+    std::fs::read(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+fn json(name: &str) -> Json {
+    serde_json::from_slice(&read(name)).unwrap()
+}
+
+fn f64s(json: &Json) -> Vec<f64> {
+    json.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+/// The largest difference over the largest expected magnitude.
+fn relative_error(ours: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(ours.dims(), expected.dims());
+    let max = |t: Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    f64::from(max((ours - expected).unwrap())) / f64::from(max(expected.clone())).max(1e-30)
+}
+
+struct Case {
+    name: &'static str,
+    json: Json,
+    tensors: HashMap<String, Tensor>,
+    model: Decoder,
+}
+
+impl Case {
+    fn load(name: &'static str) -> Self {
+        let json = json(&format!("{name}.json"));
+        let tensors =
+            candle_core::safetensors::load_buffer(&read(&format!("{name}.safetensors")), &Device::Cpu).unwrap();
+        let args: DecoderArgs = serde_json::from_value(json["config"].clone()).unwrap();
+        let eos_id = json["eos_id"].as_u64().map(|id| id as u32);
+        let mut model = Decoder::new(&args, eos_id).unwrap();
+        model.allocate(F32, &Device::Cpu, true).unwrap();
+        for (fqn, _) in model.state_shapes() {
+            model.set(&fqn, &tensors[&format!("init.{fqn}")]).unwrap();
+        }
+        Self { name, json, tensors, model }
+    }
+
+    fn tokens(&self, name: &str) -> Tensor {
+        self.tensors[name].to_dtype(DType::U32).unwrap()
+    }
+
+    fn tolerance(&self, name: &str) -> f64 {
+        self.json["tolerance"][name].as_f64().unwrap()
+    }
+
+    /// Runs the micro-batches of a step; returns the loss.
+    fn forward_backward(&self, step: usize, recompute: Recompute) -> f64 {
+        let (tokens, labels) = (self.tokens(&format!("tokens.{step}")), self.tokens(&format!("labels.{step}")));
+        let batch = self.json["batch"].as_u64().unwrap() as usize;
+        let grad_accum = self.json["grad_accum"].as_u64().unwrap() as usize;
+        let run = |i: usize| {
+            let rows = |t: &Tensor| t.narrow(0, i * batch, batch).unwrap();
+            let scale = 1.0 / grad_accum as f64;
+            engine::forward_backward(&self.model, &rows(&tokens), &rows(&labels), scale, recompute).unwrap()
+        };
+        (0..grad_accum).map(|i| f64::from(run(i))).sum()
+    }
+
+    fn check_forward(&self) {
+        let tokens = self.tokens("tokens.1");
+        let sequence = self.model.context(&tokens).unwrap();
+        let mut x = self.model.embed(&tokens).unwrap();
+        for layer in 0..self.model.n_blocks() {
+            x = self.model.block(layer, &Value::constant(x), &sequence, Pass::Evaluation).unwrap().tensor().clone();
+            let error = relative_error(&x, &self.tensors[&format!("block.{layer}")]);
+            assert!(error < self.tolerance("logits_rel"), "{}: block {layer} is off by {error:e}", self.name);
+        }
+        let error = relative_error(&self.model.logits(&tokens).unwrap(), &self.tensors["logits"]);
+        assert!(error < self.tolerance("logits_rel"), "{}: logits are off by {error:e}", self.name);
+    }
+
+    fn check_gradients(&self, recompute: Recompute) {
+        self.forward_backward(1, recompute);
+        for parameter in self.model.parameters() {
+            let fqn = parameter.fqn();
+            let grad = parameter.grad().unwrap();
+            let error = relative_error(&grad, &self.tensors[&format!("grad.{fqn}")]);
+            assert!(error < self.tolerance("grad_rel"), "{}: grad of {fqn} is off by {error:e}", self.name);
+            grad.zero_set().unwrap();
+        }
+        self.model.expert_loads().values().for_each(|load| {
+            // As if nothing had been counted; the bias is put back.
+            let bias = load.bias();
+            load.rebalance();
+            if let Some(bias) = bias {
+                load.set_bias(&bias);
+            }
+        });
+    }
+
+    fn check_steps(&self) {
+        let number = |name: &str| self.json["optimizer"][name].as_f64().unwrap();
+        let kind = OptimizerKind { decoupled: true, betas: (number("beta1"), number("beta2")), eps: number("eps") };
+        let mut optimizer = Optimizer::new(kind, number("weight_decay"), self.model.stages()).unwrap();
+        let (losses, norms, lrs) = (f64s(&self.json["loss"]), f64s(&self.json["grad_norm"]), f64s(&self.json["lr"]));
+        for step in 1..=3 {
+            let loss = self.forward_backward(step, Recompute::EveryNth(2));
+            let error = (loss / losses[step - 1] - 1.0).abs();
+            assert!(error < self.tolerance("loss_rel"), "{}: loss of step {step} is off by {error:e}", self.name);
+
+            for (layer, load) in self.model.expert_loads() {
+                let expected = f64s(&self.json["tokens_per_expert"][layer.to_string()][step - 1]);
+                let counted: Vec<f64> = load.rebalance().iter().map(|n| *n as f64).collect();
+                assert_eq!(counted, expected, "{}: tokens per expert of layer {layer}, step {step}", self.name);
+            }
+            let norm = optimizer.step(self.model.stages(), lrs[step - 1], number("max_norm")).unwrap();
+            let error = (norm / norms[step - 1] - 1.0).abs();
+            assert!(
+                error < self.tolerance("grad_norm_rel"),
+                "{}: grad_norm of step {step} is off by {error:e}",
+                self.name
+            );
+
+            for (fqn, ours) in self.model.state().unwrap() {
+                let expected = &self.tensors[&format!("step{step}.{fqn}")];
+                let difference = (ours - expected).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+                let difference = f64::from(difference.to_scalar::<f32>().unwrap());
+                let what = if fqn.ends_with("expert_bias") { "expert_bias_abs" } else { "params_abs" };
+                assert!(difference < self.tolerance(what), "{}: {fqn} after step {step}: {difference:e}", self.name);
+            }
+        }
+    }
+}
+
+fn check(name: &'static str) {
+    let case = Case::load(name);
+    case.check_forward();
+    for recompute in [Recompute::None, Recompute::EveryNth(2), Recompute::All] {
+        case.check_gradients(recompute);
+    }
+    case.check_steps();
+}
+
+#[test]
+fn llama3_trains_like_pytorch() {
+    check("llama3_base");
+}
+
+#[test]
+fn llama3_with_grouped_heads_and_document_masks_trains_like_pytorch() {
+    check("llama3_gqa_doc");
+}
+
+#[test]
+fn llama4_trains_like_pytorch() {
+    check("llama4_base");
+}
+
+#[test]
+fn llama4_with_two_experts_per_token_trains_like_pytorch() {
+    check("llama4_gqa_top2");
+}
+
+#[test]
+fn llama4_with_interleaved_rotary_layers_trains_like_pytorch() {
+    check("llama4_irope");
+}
+
+#[test]
+fn llama4_with_softmax_scores_after_experts_trains_like_pytorch() {
+    check("llama4_softmax_after");
+}
+
+#[test]
+fn parameters_and_flops_of_every_flavor_are_exact() {
+    let table = json("flops.json");
+    for (family, flavors) in models::FAMILIES {
+        assert_eq!(table[family].as_object().unwrap().len(), flavors.len(), "flavors of {family}");
+        for flavor in *flavors {
+            let expected = &table[family][flavor];
+            let args = models::flavor(family, flavor).unwrap();
+            let theirs: DecoderArgs = serde_json::from_value(expected["config"].clone()).unwrap();
+            assert_eq!(args, theirs, "{family}/{flavor}");
+            let model = Decoder::new(&args, Some(0)).unwrap();
+            assert_eq!(model.n_params() as u64, expected["nparams"].as_u64().unwrap(), "{family}/{flavor}");
+            for (seq_len, flops) in expected["flops_per_token"].as_object().unwrap() {
+                let ours = model.flops_per_token(seq_len.parse().unwrap());
+                assert_eq!(ours, flops.as_u64().unwrap(), "{family}/{flavor} at {seq_len}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_parameter_has_the_distribution_it_should() {
+    let table = json("init_moments.json");
+    for (name, expected) in table["init"].as_object().unwrap() {
+        let (family, flavor) = name.split_once('.').unwrap();
+        let Some(args) = models::flavor(family, flavor) else { continue };
+        let model = Decoder::new(&args, Some(0)).unwrap();
+        assert_eq!(model.parameters().count(), expected.as_object().unwrap().len(), "{name}");
+        for parameter in model.parameters() {
+            let expected = &expected[parameter.fqn()];
+            assert_eq!(parameter.numel() as u64, expected["numel"].as_u64().unwrap());
+            let (mean, std) = (expected["mean"].as_f64().unwrap(), expected["std"].as_f64().unwrap());
+            let limit = expected["high"].as_f64().unwrap_or(f64::INFINITY);
+            match parameter.init() {
+                Init::Constant(value) => assert_eq!((value, 0.0), (mean, std), "{name} {}", parameter.fqn()),
+                Init::Normal { std: ours, limit: bound } => {
+                    assert!((ours / std - 1.0).abs() < 1e-12, "{name} {}: {ours}", parameter.fqn());
+                    assert!(bound == limit || (bound / limit - 1.0).abs() < 1e-12, "{name} {}", parameter.fqn());
+                    assert_eq!(mean, 0.0);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn checkpoints_of_hugging_face_give_the_logits_of_transformers() {
+    for name in ["hf_llama3", "hf_llama4", "hf_llama4_interleaved"] {
+        let case = json(&format!("{name}/case.json"));
+        let args: DecoderArgs = serde_json::from_value(case["config"].clone()).unwrap();
+        let mut model = Decoder::new(&args, None).unwrap();
+        model.allocate(F32, &Device::Cpu, false).unwrap();
+        let folder = std::path::PathBuf::from(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR")));
+        let family = Family::of(case["model"].as_str().unwrap()).unwrap();
+        let weights = Weights::open_hugging_face(&folder, family, &args).unwrap();
+        weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor)).unwrap();
+
+        let expected = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();
+        let logits = model.logits(&expected["tokens"].to_dtype(DType::U32).unwrap()).unwrap();
+        let error = relative_error(&logits, &expected["logits"]);
+        assert!(error < case["tolerance"]["logits_rel"].as_f64().unwrap(), "{name}: logits are off by {error:e}");
+    }
+}
