@@ -1,16 +1,16 @@
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use crate::data::DatasetSpec;
+use crate::data::datasets::{self, Content, Position, Stop};
 use crate::data::tokenizer::train;
 use crate::{Error, Result};
 
 /// Train a byte-level BPE tokenizer on your own text.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Files or globs: plain text, or JSON lines where the name ends in .json or .jsonl; each may also be .gz or .zst.
-    #[arg(required = true, value_name = "FILE")]
-    files: Vec<String>,
+    /// Files, folders or globs: JSON lines and parquet by their ending, else plain text; each may be packed (.gz, .zst).
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<String>,
 
     /// Number of ids, the two special tokens and the 256 bytes included.
     #[arg(long, alias = "vocab_size", default_value_t = 2048)]
@@ -20,7 +20,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
 
-    /// The field of a JSON line that holds its text.
+    /// The field of a JSON line, or the column, that holds the text.
     #[arg(long, alias = "text_field", default_value = "text")]
     text_field: String,
 }
@@ -28,14 +28,14 @@ pub struct Args {
 /// How much text is encoded to measure bytes per token.
 const SAMPLE_BYTES: usize = 4 << 20;
 
-/// Plain text is fed in pieces of about this size, each ending with a line.
-const PIECE_BYTES: usize = 64 << 10;
-
 pub fn run(args: Args) -> Result<()> {
-    let paths = expand(&args.files)?;
+    let mut texts: Box<dyn Iterator<Item = Result<String>> + Send> = Box::new(std::iter::empty());
+    for path in &args.paths {
+        texts = Box::new(texts.chain(read(path, &args.text_field)?));
+    }
     let mut sample = Vec::new();
     let mut sample_bytes = 0;
-    let texts = paths.iter().flat_map(|path| Texts::open(path, &args.text_field)).inspect(|text| {
+    let texts = texts.inspect(|text| {
         if let Ok(text) = text
             && sample_bytes < SAMPLE_BYTES
         {
@@ -50,7 +50,7 @@ pub fn run(args: Args) -> Result<()> {
         n_tokens += tokenizer.encode(text, false, false)?.len();
     }
     if n_tokens == 0 {
-        return Err(Error::Data(format!("no text in {}", args.files.join(", "))));
+        return Err(Error::Data(format!("no text in {}", args.paths.join(", "))));
     }
     train::save(&tokenizer, &args.output)?;
     println!(
@@ -65,101 +65,25 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// The files that `patterns` name, in order.
-fn expand(patterns: &[String]) -> Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    for pattern in patterns {
-        let found = paths.len();
-        if Path::new(pattern).is_file() {
-            paths.push(pattern.into());
-            continue;
-        }
-        let matches = glob::glob(pattern).map_err(|e| Error::Usage(format!("`{pattern}` is no glob: {e}")))?;
-        paths.extend(matches.flatten().filter(|path| path.is_file()));
-        if paths.len() == found {
-            return Err(Error::Usage(format!("no file matches `{pattern}`")));
-        }
-    }
-    Ok(paths)
-}
-
-/// The texts of one file. After an error it ends.
-struct Texts {
-    path: PathBuf,
-    /// The field to take, where the file holds JSON lines.
-    json_field: Option<String>,
-    reader: Box<dyn BufRead + Send>,
-    line: usize,
-    done: bool,
-}
-
-impl Texts {
-    fn open(path: &Path, field: &str) -> impl Iterator<Item = Result<String>> + Send + use<> {
-        let texts = Self::try_open(path, field).map_err(Error::io("cannot open", path));
-        let (texts, fault) = match texts {
-            Ok(texts) => (Some(texts), None),
-            Err(fault) => (None, Some(Err(fault))),
-        };
-        fault.into_iter().chain(texts.into_iter().flatten())
-    }
-
-    fn try_open(path: &Path, field: &str) -> std::io::Result<Self> {
-        let file = BufReader::with_capacity(256 << 10, File::open(path)?);
-        let packed = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-        let (reader, inner): (Box<dyn Read + Send>, PathBuf) = match packed {
-            // One .gz may hold several members, one after another.
-            "gz" => (Box::new(flate2::bufread::MultiGzDecoder::new(file)), path.with_extension("")),
-            "zst" => (Box::new(zstd::Decoder::with_buffer(file)?), path.with_extension("")),
-            _ => (Box::new(file), path.to_owned()),
-        };
-        let is_json = inner.extension().is_some_and(|e| e == "json" || e == "jsonl");
-        Ok(Self {
-            path: path.to_owned(),
-            json_field: is_json.then(|| field.to_owned()),
-            reader: Box::new(BufReader::with_capacity(256 << 10, reader)),
-            line: 0,
-            done: false,
-        })
-    }
-
-    /// The next record or piece; `None` at the end.
-    fn read(&mut self) -> Result<Option<String>> {
-        let min_bytes = if self.json_field.is_some() { 1 } else { PIECE_BYTES };
-        let mut bytes = Vec::new();
-        while bytes.len() < min_bytes {
-            self.line += 1;
-            let n = self.reader.read_until(b'\n', &mut bytes).map_err(Error::io("cannot read", &self.path))?;
-            if n == 0 {
-                break;
-            }
-            if self.json_field.is_some() && bytes.trim_ascii().is_empty() {
-                bytes.clear();
-            }
-        }
-        if bytes.is_empty() {
-            return Ok(None);
-        }
-        let bad = |what: String| Error::Data(format!("{}:{}: {what}", self.path.display(), self.line));
-        match &self.json_field {
-            None => String::from_utf8(bytes).map(Some).map_err(|e| bad(format!("not UTF-8: {e}"))),
-            Some(field) => {
-                let record: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-                let text = record.get(field).and_then(|text| text.as_str());
-                text.map(|text| Some(text.to_owned())).ok_or_else(|| bad(format!("no text in field `{field}`")))
-            }
-        }
-    }
-}
-
-impl Iterator for Texts {
-    type Item = Result<String>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.done {
-            return None;
-        }
-        let text = self.read().transpose();
-        self.done = !matches!(text, Some(Ok(_)));
-        text
-    }
+/// The texts at `path`, in order.
+fn read(path: &str, text_field: &str) -> Result<impl Iterator<Item = Result<String>> + Send + use<>> {
+    let unpacked = path.trim_end_matches(".gz").trim_end_matches(".zst");
+    let format = match unpacked.rsplit_once('.').map(|(_, ending)| ending) {
+        Some("json" | "jsonl" | "ndjson") => "json",
+        Some("parquet") => "parquet",
+        _ => "text",
+    };
+    let spec = DatasetSpec {
+        dataset: format.into(),
+        dataset_path: Some(path.into()),
+        text_field: text_field.into(),
+        ..DatasetSpec::default()
+    };
+    let dataset = datasets::open(&spec, None, 1, &|_| unreachable!("files are not on the hub"))?;
+    let documents = dataset.pass(Position::default(), None, &Stop::default());
+    Ok(documents.filter_map(|document| match document.map(|document| document.content) {
+        Ok(Content::Text(record)) => Some(Ok(record.text)),
+        Ok(Content::Tokens(_)) => None,
+        Err(error) => Some(Err(error)),
+    }))
 }

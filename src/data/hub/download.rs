@@ -10,6 +10,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use super::repo::HubRepo;
+use crate::tools::logging;
 use crate::{Error, Result};
 
 /// What a cut connection can cost, and what is held in memory.
@@ -126,7 +127,7 @@ fn hex(bytes: &[u8]) -> String {
 fn bar(entry: &Entry) -> ProgressBar {
     let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
     let style = ProgressStyle::with_template(style).expect("the template is well-formed");
-    ProgressBar::new(entry.size).with_style(style).with_message(entry.path.clone())
+    logging::bars().add(ProgressBar::new(entry.size).with_style(style).with_message(entry.path.clone()))
 }
 
 /// Moves the bar while a piece arrives.
