@@ -1,6 +1,6 @@
 //! Datasets of text: the records of one file after another.
 
-use std::iter::{Enumerate, Skip};
+use std::iter::Enumerate;
 use std::sync::Arc;
 
 use tracing::warn;
@@ -41,7 +41,7 @@ impl Dataset for TextDataset {
             fetcher: Fetcher::new(self.files.clone(), stop.clone()),
             reader: None,
             bad_records: from.bad_records,
-            block: Vec::new().into_iter().enumerate().skip(0),
+            block: Vec::new().into_iter().enumerate(),
             resume: from.file.is_some().then(|| from.clone()),
             start: from,
         })
@@ -63,7 +63,7 @@ struct Pass {
     /// Where `block` begins.
     start: Position,
     /// The rest of the block, each record with its index.
-    block: Skip<Enumerate<std::vec::IntoIter<Record>>>,
+    block: Enumerate<std::vec::IntoIter<Record>>,
 }
 
 impl Iterator for Pass {
@@ -124,7 +124,8 @@ impl Pass {
             let random = keyed(seed, "order of records", &format!("{epoch} {file} {line}"));
             records = Permutation::new(records.len() as u64, random).shuffle(records);
         }
-        self.block = records.into_iter().enumerate().skip(resume.map_or(0, |at| at.index as usize));
+        self.block = records.into_iter().enumerate();
+        self.block.by_ref().take(resume.map_or(0, |at| at.index as usize)).for_each(drop);
         Ok(true)
     }
 
