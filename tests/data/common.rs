@@ -65,7 +65,7 @@ pub fn first_error(loader: &mut Loader) -> Error {
 
 /// All tokens of one pass, in order.
 pub fn pass(spec: &DatasetSpec, shuffle: Option<u64>) -> Vec<u32> {
-    let dataset = datasets::open(spec, Some(258), 8, &no_hub).unwrap();
+    let dataset = datasets::open(spec, Some(Bytes.vocab_size()), 8, &no_hub).unwrap();
     let plan = Plan { dataset, encoder: Some(Arc::new(Bytes)), shuffle, repeat: false, n_workers: 3 };
     Tokenized::new(&plan, Position::default()).unwrap().flat_map(|document| document.unwrap().tokens).collect()
 }

@@ -1,4 +1,4 @@
-//! Datasets of the hub, which is faked here.
+//! Datasets of the hub, which is faked here, and once served on the loopback address.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -184,4 +184,34 @@ fn dropping_a_loader_ends_its_threads_even_amid_a_download() {
     // The reader and the workers hold the encoder as long as they live.
     assert!(eventually(|| Arc::strong_count(&encoder) == 1));
     hub.let_go.store(true, Ordering::Relaxed);
+}
+
+#[cfg(feature = "hub")]
+#[test]
+fn titan_tokenize_reads_the_shards_of_c4_from_the_hub() {
+    use crate::hub_server::{HubServer, Kind};
+    use titan::data::tokenizer::Tokenizer;
+
+    let server = HubServer::start();
+    let texts: Vec<String> = (0..4000).map(|i| format!("Story {i} about the number {}.", i * i)).collect();
+    for (name, part) in C4_TRAIN.iter().zip(texts.chunks(1500)) {
+        server.add_file(Kind::Dataset, "allenai/c4", name, gzip(&json_lines(part)));
+    }
+    let home = TempDir::new().unwrap();
+    let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tokenizer");
+    let titan = |dataset: &str| {
+        let mut titan = assert_cmd::Command::cargo_bin("titan").unwrap();
+        titan.current_dir(&home).env("HF_ENDPOINT", &server.url).env("HF_HOME", home.path());
+        for variable in ["HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"] {
+            titan.env_remove(variable);
+        }
+        titan.args(["tokenize", "--output=out", "--tokenizer", tokenizer, "--dataset", dataset]).assert()
+    };
+    titan("c4").success().stdout(predicates::str::starts_with("4,000 documents, "));
+
+    let tokenizer = Tokenizer::from_dir(tokenizer).unwrap();
+    let expected: Vec<u32> = texts.iter().flat_map(|text| tokenizer.encode(text, true, true).unwrap()).collect();
+    assert_eq!(pass(&crate::common::spec("tokens", home.path().join("out")), None), expected);
+
+    titan("acme/none").failure().code(1).stderr(predicates::str::contains("acme/none"));
 }

@@ -4,5 +4,8 @@ mod common;
 mod faults;
 mod formats;
 mod hub;
+#[cfg(feature = "hub")]
+#[path = "../common/hub_server.rs"]
+mod hub_server;
 mod resume;
 mod shards;

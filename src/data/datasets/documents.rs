@@ -1,5 +1,6 @@
 //! Datasets of text: the records of one file after another.
 
+use std::iter::Enumerate;
 use std::sync::Arc;
 
 use tracing::warn;
@@ -40,7 +41,7 @@ impl Dataset for TextDataset {
             fetcher: Fetcher::new(self.files.clone(), stop.clone()),
             reader: None,
             bad_records: from.bad_records,
-            block: std::vec::IntoIter::default(),
+            block: Vec::new().into_iter().enumerate(),
             resume: from.file.is_some().then(|| from.clone()),
             start: from,
         })
@@ -62,7 +63,7 @@ struct Pass {
     /// Where `block` begins.
     start: Position,
     /// The rest of the block, each record with its index.
-    block: std::vec::IntoIter<(usize, Record)>,
+    block: Enumerate<std::vec::IntoIter<Record>>,
 }
 
 impl Iterator for Pass {
@@ -123,8 +124,8 @@ impl Pass {
             let random = keyed(seed, "order of records", &format!("{epoch} {file} {line}"));
             records = Permutation::new(records.len() as u64, random).shuffle(records);
         }
-        let left = records.into_iter().enumerate().skip(resume.map_or(0, |at| at.index as usize));
-        self.block = left.collect::<Vec<_>>().into_iter();
+        self.block = records.into_iter().enumerate();
+        self.block.by_ref().take(resume.map_or(0, |at| at.index as usize)).for_each(drop);
         Ok(true)
     }
 
