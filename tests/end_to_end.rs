@@ -482,15 +482,7 @@ fn token_shards_train_as_their_text_does() {
     let folder = tempfile::tempdir().unwrap();
     let shards = folder.path().join("shards");
     let shards = shards.to_str().unwrap();
-    succeed(&mut titan(&[
-        "tokenize",
-        "--dataset",
-        "c4_validation",
-        "--tokenizer",
-        "assets/tokenizer",
-        "--output",
-        shards,
-    ]));
+    succeed(&mut titan(&["tokenize", "--dataset", "c4_test", "--tokenizer", "assets/tokenizer", "--output", shards]));
     let run = |name: &str, flags: &[&str]| {
         let folder = folder.path().join(name);
         std::fs::create_dir(&folder).unwrap();
@@ -498,6 +490,6 @@ fn token_shards_train_as_their_text_does() {
         succeed(train(&small_job(&folder), 2).args(plain).args(flags));
         losses(&folder.join("outputs"))
     };
-    let text = run("text", &["--training.dataset=c4_validation"]);
+    let text = run("text", &["--training.dataset=c4_test"]);
     assert_eq!(text, run("tokens", &["--training.dataset=tokens", "--training.dataset_path", shards]));
 }

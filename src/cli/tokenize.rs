@@ -9,7 +9,7 @@ use crate::data::loader::default_workers;
 use crate::data::pipeline::Plan;
 use crate::data::shards::{Counts, ShardWriter, tokenize};
 use crate::data::tokenizer::Tokenizer;
-use crate::data::{DatasetSpec, Encode};
+use crate::data::{DatasetSpec, Encode, hub};
 use crate::{Error, Result};
 
 /// Write text as token shards, so that training need not tokenize.
@@ -67,7 +67,7 @@ pub fn run(args: Args) -> Result<()> {
         max_bad_records: args.max_bad_records,
         validates: None,
     };
-    let dataset = datasets::open(&spec, None, 1, &datasets::from_hub)?;
+    let dataset = datasets::open(&spec, None, 1, &hub::open_dataset)?;
     let sidecar = Sidecar { vocab_size: tokenizer.vocab_size(), eos_id: tokenizer.eos_id(), dtype: args.dtype };
     let name = spec.dataset.replace('/', "_");
     let writer = ShardWriter::new(&args.output, &name, sidecar, args.shard_tokens)?;

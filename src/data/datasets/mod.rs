@@ -6,19 +6,17 @@ mod json;
 mod open;
 mod parquet;
 mod records;
-mod shipped;
 mod text;
 mod tokens;
 
 use serde::{Deserialize, Serialize};
 
 pub use files::{FileEntry, Files, Stop, StopOnDrop};
-pub use open::{from_hub, open, vocabulary};
+pub use open::{open, vocabulary};
 pub use records::Record;
 pub use tokens::{Dtype, Sidecar, Vocabulary};
 
 use crate::Result;
-use crate::data::stories::Split;
 
 /// What the job config says of a dataset.
 #[derive(Debug, Clone)]
@@ -64,8 +62,8 @@ pub enum Format {
     Text,
     Json,
     Parquet,
-    /// Part of titan; such a file exists in name only.
-    Stories(Split),
+    /// JSON lines that are part of the program; such a file exists in name only.
+    Shipped(&'static [u8]),
 }
 
 /// Where in a dataset a token is. Small, and cheap to return to.
@@ -79,9 +77,9 @@ pub struct Position {
     /// Index of the file in the dataset; `None` before the first record of a pass.
     #[serde(skip)]
     pub file: Option<usize>,
-    /// Of text, bytes (decompressed); of parquet, rows; of shipped stories, stories; of token ids, ids.
+    /// Of text, bytes (decompressed); of parquet, rows; of token ids, ids.
     pub offset: u64,
-    /// Lines, rows or stories before the block.
+    /// Lines or rows before the block.
     pub line: u64,
     /// In shuffled token shards, the window's number in the shuffled order of all.
     pub index: u64,

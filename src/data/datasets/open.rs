@@ -9,9 +9,8 @@ use super::documents::TextDataset;
 use super::files::has_ending;
 use super::tokens::TokenDataset;
 use super::{Dataset, DatasetSpec, Files, Format, Vocabulary};
-use crate::data::hub::{Hub, RepoKind};
 use crate::data::remote::{OpenRemote, RemoteFiles};
-use crate::data::stories::Split;
+use crate::data::stories;
 use crate::{Error, Result};
 
 const TEXT: &[&str] = &[".txt", ".text", ".md"];
@@ -59,9 +58,9 @@ pub fn open(
         }
 
         ("c4" | "c4_test" | "c4_validation", Some(path)) => text(Files::local(path, JSON)?, Format::Json),
-        ("c4_test", None) => text(Files::shipped(name), Format::Stories(Split::Train)),
+        ("c4_test", None) => text(Files::shipped(name), Format::Shipped(stories::TRAIN)),
         ("c4_validation", None) if spec.validates.as_deref().is_some_and(|training| !is_remote(training)) => {
-            text(Files::shipped(name), Format::Stories(Split::Validation))
+            text(Files::shipped(name), Format::Shipped(stories::VALIDATION))
         }
         ("c4" | "c4_validation", None) => {
             let split = if name == "c4" { "train" } else { "validation" };
@@ -77,11 +76,6 @@ pub fn open(
         }
         _ => Err(unknown(name)),
     }
-}
-
-/// A dataset repository of the Hugging Face hub that the environment names.
-pub fn from_hub(repo: &str) -> Result<Arc<dyn RemoteFiles>> {
-    Ok(Arc::new(Hub::from_env(None)?.repo(RepoKind::Dataset, repo, None)?))
 }
 
 fn is_remote(dataset: &str) -> bool {

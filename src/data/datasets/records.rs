@@ -1,13 +1,12 @@
 //! The records of one file, whatever its format, from any place in it.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufRead, BufReader, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use super::Format;
 use super::json::JsonLines;
 use super::parquet::ParquetColumn;
-use super::shipped::Stories;
 use super::text::TextPieces;
 use crate::{Error, Result};
 
@@ -54,18 +53,23 @@ pub trait Records: Send {
 /// Opens a file at the place of a record; `name` is what messages call the file.
 pub fn open(path: &Path, name: &str, format: Format, text_field: &str, place: Place) -> Result<Box<dyn Records>> {
     let file = || File::open(path).map_err(Error::io("cannot open", path));
-    let text = || text_at(file()?, name, place);
+    let text = || text_at(BufReader::with_capacity(BUFFER_BYTES, file()?), name, place);
     Ok(match format {
         Format::Text => Box::new(TextPieces::new(text()?, name, place)),
         Format::Json => Box::new(JsonLines::new(text()?, name, text_field, place)),
         Format::Parquet => Box::new(ParquetColumn::open(file()?, name, text_field, place)?),
-        Format::Stories(split) => Box::new(Stories::new(split, place)),
+        Format::Shipped(bytes) => {
+            Box::new(JsonLines::new(text_at(Cursor::new(bytes), name, place)?, name, "text", place))
+        }
     })
 }
 
 /// A file's text, decompressed where it is gzip or zstd, from an offset into that text on.
-fn text_at(file: File, name: &str, place: Place) -> Result<Box<dyn BufRead + Send>> {
-    let mut file = BufReader::with_capacity(BUFFER_BYTES, file);
+fn text_at(
+    mut file: impl BufRead + Seek + Send + 'static,
+    name: &str,
+    place: Place,
+) -> Result<Box<dyn BufRead + Send>> {
     let mut reader = match file.fill_buf().map_err(unreadable(name, 0))? {
         // A gzip file may be several, one after another: the plain decoder would stop after the first.
         [0x1f, 0x8b, ..] => buffered(flate2::bufread::MultiGzDecoder::new(file)),
