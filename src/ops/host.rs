@@ -13,7 +13,8 @@ use crate::{Error, Result};
 /// on the number of threads.
 pub const GRAIN: usize = 1 << 14;
 
-/// Runs a loop compiled for the widest vectors that this processor has.
+/// Runs a loop compiled for the widest vectors that this processor has. The closure must be `#[inline(always)]`: it is
+/// compiled for them only where it is inlined.
 #[inline(always)]
 pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
@@ -94,9 +95,12 @@ pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result
 /// Rounds to what `dtype` can hold, to nearest even.
 pub fn round(values: &mut [f32], dtype: DType) {
     if dtype == DType::BF16 {
-        values
-            .par_chunks_mut(GRAIN)
-            .for_each(|chunk| vectorized(|| chunk.iter_mut().for_each(|x| *x = round_bf16(*x))));
+        values.par_chunks_mut(GRAIN).for_each(|chunk| {
+            vectorized(
+                #[inline(always)]
+                || chunk.iter_mut().for_each(|x| *x = round_bf16(*x)),
+            )
+        });
     }
 }
 
@@ -112,7 +116,10 @@ fn round_bf16(x: f32) -> f32 {
 fn widen(values: &[bf16]) -> Vec<f32> {
     let mut out = vec![0f32; values.len()];
     out.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(out, values)| {
-        vectorized(|| out.iter_mut().zip(values).for_each(|(o, v)| *o = f32::from_bits(u32::from(v.to_bits()) << 16)));
+        vectorized(
+            #[inline(always)]
+            || out.iter_mut().zip(values).for_each(|(o, v)| *o = f32::from_bits(u32::from(v.to_bits()) << 16)),
+        );
     });
     out
 }
@@ -120,9 +127,14 @@ fn widen(values: &[bf16]) -> Vec<f32> {
 fn narrow(values: &[f32]) -> Vec<bf16> {
     let mut out = vec![bf16::ZERO; values.len()];
     out.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(out, values)| {
-        vectorized(|| {
-            out.iter_mut().zip(values).for_each(|(o, v)| *o = bf16::from_bits((round_bf16(*v).to_bits() >> 16) as u16));
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                out.iter_mut()
+                    .zip(values)
+                    .for_each(|(o, v)| *o = bf16::from_bits((round_bf16(*v).to_bits() >> 16) as u16));
+            },
+        );
     });
     out
 }
