@@ -13,12 +13,23 @@ use crate::{Error, Result};
 /// on the number of threads.
 pub const GRAIN: usize = 1 << 14;
 
-/// Runs a loop compiled for the widest vectors that this processor has. The closure must be `#[inline(always)]`: it is
-/// compiled for them only where it is inlined.
-#[inline(always)]
-pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(body)
+/// Runs an expression compiled for the widest vectors that this processor has.
+macro_rules! vectorized {
+    ($body:expr $(,)?) => {{
+        let once = $crate::ops::host::Once;
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                let _moved = once;
+                $body
+            },
+        )
+    }};
 }
+/// What a closure consumes, so that it can be called but once. Such a closure is inlined into the vectorised function
+/// itself; any other kind is called through a shim, which is compiled for the narrowest vectors.
+pub(in crate::ops) struct Once;
+pub(in crate::ops) use vectorized;
 
 /// The elements of a tensor, row-major, as f32: borrowed where they are stored so, converted where not.
 pub enum Floats<'a> {
@@ -95,12 +106,7 @@ pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result
 /// Rounds to what `dtype` can hold, to nearest even.
 pub fn round(values: &mut [f32], dtype: DType) {
     if dtype == DType::BF16 {
-        values.par_chunks_mut(GRAIN).for_each(|chunk| {
-            vectorized(
-                #[inline(always)]
-                || chunk.iter_mut().for_each(|x| *x = round_bf16(*x)),
-            )
-        });
+        values.par_chunks_mut(GRAIN).for_each(|chunk| vectorized!(chunk.iter_mut().for_each(|x| *x = round_bf16(*x))));
     }
 }
 
@@ -116,10 +122,7 @@ fn round_bf16(x: f32) -> f32 {
 fn widen(values: &[bf16]) -> Vec<f32> {
     let mut out = vec![0f32; values.len()];
     out.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(out, values)| {
-        vectorized(
-            #[inline(always)]
-            || out.iter_mut().zip(values).for_each(|(o, v)| *o = f32::from_bits(u32::from(v.to_bits()) << 16)),
-        );
+        vectorized!(out.iter_mut().zip(values).for_each(|(o, v)| *o = f32::from_bits(u32::from(v.to_bits()) << 16)));
     });
     out
 }
@@ -127,14 +130,9 @@ fn widen(values: &[bf16]) -> Vec<f32> {
 fn narrow(values: &[f32]) -> Vec<bf16> {
     let mut out = vec![bf16::ZERO; values.len()];
     out.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(out, values)| {
-        vectorized(
-            #[inline(always)]
-            || {
-                out.iter_mut()
-                    .zip(values)
-                    .for_each(|(o, v)| *o = bf16::from_bits((round_bf16(*v).to_bits() >> 16) as u16));
-            },
-        );
+        vectorized!({
+            out.iter_mut().zip(values).for_each(|(o, v)| *o = bf16::from_bits((round_bf16(*v).to_bits() >> 16) as u16));
+        },);
     });
     out
 }
@@ -265,9 +263,9 @@ pub fn exp(x: f32) -> f32 {
     }
     let mantissa = p * r * r + r + 1.0;
     // In two factors, because 2¹²⁸ is out of range although mantissa · 2¹²⁸ may not be.
-    let half = (n * 0.5).floor() as i32;
+    let n = n as i32;
     let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    let value = mantissa * power(half) * power(n as i32 - half);
+    let value = mantissa * power(n >> 1) * power(n - (n >> 1));
     if x < -87.3 {
         0.0
     } else if x > 88.8 {

@@ -64,23 +64,18 @@ fn step_in<T: Stored>(buffers: &StageBuffers, exp_avg: &Tensor, exp_avg_sq: &Ten
                     let moments = m.par_chunks_mut(GRAIN).zip(v.par_chunks_mut(GRAIN));
                     weights.par_chunks_mut(GRAIN).zip(grads.par_chunks_mut(GRAIN)).zip(moments).for_each(
                         |((weights, grads), (m, v))| {
-                            vectorized(
-                                #[inline(always)]
-                                || {
-                                    for (((w, g), m), v) in weights.iter_mut().zip(grads).zip(m).zip(v) {
-                                        let weight = w.load();
-                                        let grad = *g * grad_scale + decay * weight;
-                                        let first = beta1 * m.load() + one_minus_beta1 * grad;
-                                        let second = beta2 * v.load() + one_minus_beta2 * grad * grad;
-                                        *w = T::store(
-                                            weight * keep - rate * first / (second.sqrt() * inverse_sqrt2 + eps),
-                                        );
-                                        *m = T::store(first);
-                                        *v = T::store(second);
-                                        *g = 0.0;
-                                    }
-                                },
-                            );
+                            vectorized!({
+                                for (((w, g), m), v) in weights.iter_mut().zip(grads).zip(m).zip(v) {
+                                    let weight = w.load();
+                                    let grad = *g * grad_scale + decay * weight;
+                                    let first = beta1 * m.load() + one_minus_beta1 * grad;
+                                    let second = beta2 * v.load() + one_minus_beta2 * grad * grad;
+                                    *w = T::store(weight * keep - rate * first / (second.sqrt() * inverse_sqrt2 + eps));
+                                    *m = T::store(first);
+                                    *v = T::store(second);
+                                    *g = 0.0;
+                                }
+                            },);
                         },
                     );
                 })
@@ -98,10 +93,7 @@ fn refresh(buffers: &StageBuffers) -> Result<()> {
     let weights = floats(&buffers.weights)?;
     let copy = |compute: &mut [bf16]| {
         compute.par_chunks_mut(GRAIN).zip(weights.par_chunks(GRAIN)).for_each(|(compute, weights)| {
-            vectorized(
-                #[inline(always)]
-                || compute.iter_mut().zip(weights).for_each(|(c, w)| *c = bf16::from_f32(*w)),
-            );
+            vectorized!(compute.iter_mut().zip(weights).for_each(|(c, w)| *c = bf16::from_f32(*w)));
         });
     };
     if buffers.compute.dtype() == DType::BF16 {
@@ -115,17 +107,7 @@ pub fn sum_of_squares(grads: &Tensor) -> Result<f64> {
     // Short enough sums of f32 that their rounding does not show, added in f64.
     const SPAN: usize = 512;
     let grads = floats(grads)?;
-    let chunk_sum = |chunk: &[f32]| {
-        chunk
-            .chunks(SPAN)
-            .map(|span| {
-                f64::from(vectorized(
-                    #[inline(always)]
-                    || dot(span, span),
-                ))
-            })
-            .sum::<f64>()
-    };
+    let chunk_sum = |chunk: &[f32]| chunk.chunks(SPAN).map(|span| f64::from(vectorized!(dot(span, span)))).sum::<f64>();
     let partial: Vec<f64> = grads.par_chunks(GRAIN).map(chunk_sum).collect();
     Ok(partial.iter().sum())
 }

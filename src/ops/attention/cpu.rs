@@ -86,18 +86,15 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: 
             for (key, n_keys) in sizes.key_blocks(mask, row, i0, n) {
                 let (q, k) = (sizes.queries(&qs, row, i0, n, head), sizes.keys(&ks, row, key, n_keys, kv_head));
                 matmul(scores, KEYS, Into::Overwrite, scale, q, k.t(), Parallelism::None);
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for i in 0..n {
-                            let visible = sizes.visible(mask, row, i0 + i, key, n_keys);
-                            let scores = &mut scores[i * KEYS..i * KEYS + n_keys];
-                            let (sum, correction) = exponentials(scores, visible, &mut max[i]);
-                            total[i] = total[i] * correction + sum;
-                            sums[i * hd..(i + 1) * hd].iter_mut().for_each(|x| *x *= correction);
-                        }
-                    },
-                );
+                vectorized!({
+                    for i in 0..n {
+                        let visible = sizes.visible(mask, row, i0 + i, key, n_keys);
+                        let scores = &mut scores[i * KEYS..i * KEYS + n_keys];
+                        let (sum, correction) = exponentials(scores, visible, &mut max[i]);
+                        total[i] = total[i] * correction + sum;
+                        sums[i * hd..(i + 1) * hd].iter_mut().for_each(|x| *x *= correction);
+                    }
+                },);
                 let probabilities = Mat::strided(scores, n, n_keys, KEYS);
                 let v = sizes.keys(&vs, row, key, n_keys, kv_head);
                 matmul(sums, hd, Into::Add, 1.0, probabilities, v, Parallelism::None);
@@ -176,23 +173,21 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> 
                         (sizes.keys(&ks, row, key, n_keys, kv_head), sizes.keys(&vs, row, key, n_keys, kv_head));
                     matmul(&mut p, KEYS, Into::Overwrite, scale, q, k.t(), Parallelism::None);
                     matmul(&mut dp, KEYS, Into::Overwrite, 1.0, dy, v.t(), Parallelism::None);
-                    vectorized(
-                        #[inline(always)]
-                        || {
-                            for i in 0..n {
-                                let visible = sizes.visible(mask, row, i0 + i, key, n_keys);
-                                let (p, ds) = (&mut p[i * KEYS..][..n_keys], &mut dp[i * KEYS..][..n_keys]);
-                                for hidden in [0..visible.start, visible.end..n_keys] {
-                                    p[hidden.clone()].fill(0.0);
-                                    ds[hidden].fill(0.0);
-                                }
-                                for (p, ds) in p[visible.clone()].iter_mut().zip(&mut ds[visible]) {
-                                    *p = exp(*p - lse[i0 + i]);
-                                    *ds = *p * (*ds - d[i]);
-                                }
+                    vectorized!({
+                        for i in 0..n {
+                            let visible = sizes.visible(mask, row, i0 + i, key, n_keys);
+                            let (p, ds) = (&mut p[i * KEYS..][..n_keys], &mut dp[i * KEYS..][..n_keys]);
+                            for hidden in [0..visible.start, visible.end..n_keys] {
+                                p[hidden.clone()].fill(0.0);
+                                ds[hidden].fill(0.0);
                             }
-                        },
-                    );
+                            let (lse, d) = (lse[i0 + i], d[i]);
+                            for (p, ds) in p[visible.clone()].iter_mut().zip(&mut ds[visible]) {
+                                *p = exp(*p - lse);
+                                *ds = *p * (*ds - d);
+                            }
+                        }
+                    },);
                     let (p, ds) = (Mat::strided(&p, n, n_keys, KEYS), Mat::strided(&dp, n, n_keys, KEYS));
                     matmul(&mut dv_head[key * hd..], hd, Into::Add, 1.0, p.t(), dy, Parallelism::None);
                     matmul(&mut dk_head[key * hd..], hd, Into::Add, scale, ds.t(), q, Parallelism::None);

@@ -84,17 +84,14 @@ fn losses(logits: &mut [f32], targets: &[u32], vocab_size: usize, then: impl Fn(
         .par_chunks_mut(vocab_size)
         .zip(targets)
         .map(|(logits, target)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let max = max_of(logits, f32::NEG_INFINITY);
-                    let sum: f64 = logits.chunks(256).map(|chunk| f64::from(sum_of(chunk, |l| exp(l - max)))).sum();
-                    let logsumexp = max + (sum as f32).ln();
-                    let loss = f64::from(logsumexp) - f64::from(logits[*target as usize]);
-                    then(logits, *target as usize, logsumexp);
-                    loss
-                },
-            )
+            vectorized!({
+                let max = max_of(logits, f32::NEG_INFINITY);
+                let sum: f64 = logits.chunks(256).map(|chunk| f64::from(sum_of(chunk, |l| exp(l - max)))).sum();
+                let logsumexp = max + (sum as f32).ln();
+                let loss = f64::from(logsumexp) - f64::from(logits[*target as usize]);
+                then(logits, *target as usize, logsumexp);
+                loss
+            },)
         })
         .collect();
     rows.iter().sum()

@@ -196,10 +196,7 @@ fn gather(x: &[f32], dim: usize, routing: &Routing, weights: Option<&[f32]>, dty
     rows.par_chunks_mut(dim).zip(&routing.sorted).with_min_len(GRAIN / dim.min(GRAIN)).for_each(|(row, slot)| {
         let x = &x[*slot as usize / routing.top_k * dim..][..dim];
         let weight = weights.map_or(1.0, |w| w[*slot as usize]);
-        vectorized(
-            #[inline(always)]
-            || row.iter_mut().zip(x).for_each(|(row, x)| *row = x * weight),
-        );
+        vectorized!(row.iter_mut().zip(x).for_each(|(row, x)| *row = x * weight));
     });
     round(&mut rows, dtype);
     rows
@@ -214,10 +211,7 @@ fn scatter_sum(y: &mut [f32], dim: usize, rows: &[f32], routing: &Routing, weigh
         for slot in token * routing.top_k..(token + 1) * routing.top_k {
             let row = &rows[position_of[slot] as usize * dim..][..dim];
             let weight = weights.map_or(1.0, |w| w[slot]);
-            vectorized(
-                #[inline(always)]
-                || y.iter_mut().zip(row).for_each(|(y, row)| *y += row * weight),
-            );
+            vectorized!(y.iter_mut().zip(row).for_each(|(y, row)| *y += row * weight));
         }
     });
 }

@@ -11,19 +11,17 @@ const ROWS: usize = 32;
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f32, dtype: DType) -> Result<(Tensor, Vec<f32>)> {
     let dim = x.dim(D::Minus1)?;
     let (values, weight) = (floats(x)?, floats(weight)?);
+    let weight: &[f32] = &weight; // an enum inside a loop would keep it from vectorising
     let mut y = vec![0f32; values.len()];
     let mut rstd = vec![0f32; values.len() / dim];
     y.par_chunks_mut(ROWS * dim).zip(values.par_chunks(ROWS * dim)).zip(rstd.par_chunks_mut(ROWS)).for_each(
         |((y, x), rstd)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for ((y, x), rstd) in y.chunks_exact_mut(dim).zip(x.chunks_exact(dim)).zip(rstd) {
-                        *rstd = 1.0 / (dot(x, x) / dim as f32 + eps).sqrt();
-                        y.iter_mut().zip(x.iter().zip(weight.iter())).for_each(|(y, (x, w))| *y = x * *rstd * w);
-                    }
-                },
-            );
+            vectorized!({
+                for ((y, x), rstd) in y.chunks_exact_mut(dim).zip(x.chunks_exact(dim)).zip(rstd) {
+                    *rstd = 1.0 / (dot(x, x) / dim as f32 + eps).sqrt();
+                    y.iter_mut().zip(x.iter().zip(weight)).for_each(|(y, (x, w))| *y = x * *rstd * w);
+                }
+            },);
         },
     );
     Ok((tensor(y, x.shape(), dtype)?, rstd))
@@ -32,28 +30,26 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f32, dtype: DType) -> Result<(T
 pub fn backward(x: &Tensor, weight: &Tensor, grad: &Tensor, rstd: &[f32], dy: &Tensor) -> Result<Tensor> {
     let dim = x.dim(D::Minus1)?;
     let (values, weights, dy) = (floats(x)?, floats(weight)?, floats(dy)?);
+    let weights: &[f32] = &weights;
     let mut dx = vec![0f32; values.len()];
     let partial_dw: Vec<Vec<f32>> = dx
         .par_chunks_mut(ROWS * dim)
         .zip(values.par_chunks(ROWS * dim).zip(dy.par_chunks(ROWS * dim)))
         .zip(rstd.par_chunks(ROWS))
         .map(|((dx, (x, dy)), rstd)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut dw = vec![0f32; dim];
-                    let rows = x.chunks_exact(dim).zip(dy.chunks_exact(dim));
-                    for ((dx, (x, dy)), &rstd) in dx.chunks_exact_mut(dim).zip(rows).zip(rstd) {
-                        for i in 0..dim {
-                            dw[i] += dy[i] * x[i] * rstd;
-                            dx[i] = dy[i] * weights[i]; // the gradient of x̂, until the mean is known
-                        }
-                        let mean = dot(dx, x) * rstd / dim as f32;
-                        dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = rstd * (*dx - x * rstd * mean));
+            vectorized!({
+                let mut dw = vec![0f32; dim];
+                let rows = x.chunks_exact(dim).zip(dy.chunks_exact(dim));
+                for ((dx, (x, dy)), &rstd) in dx.chunks_exact_mut(dim).zip(rows).zip(rstd) {
+                    for (((dw, dx), (x, dy)), w) in dw.iter_mut().zip(&mut *dx).zip(x.iter().zip(dy)).zip(weights) {
+                        *dw += dy * x * rstd;
+                        *dx = dy * w; // the gradient of x̂, until the mean is known
                     }
-                    dw
-                },
-            )
+                    let mean = dot(dx, x) * rstd / dim as f32;
+                    dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = rstd * (*dx - x * rstd * mean));
+                }
+                dw
+            },)
         })
         .collect();
     update(grad, |grad: &mut [f32]| {

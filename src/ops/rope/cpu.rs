@@ -12,19 +12,16 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Result<
     y.par_chunks_mut(h * hd).zip(values.par_chunks(h * hd)).enumerate().for_each(|(row, (y, x))| {
         let angles = (row % s) * hd / 2..((row % s) + 1) * hd / 2;
         let (cos, sin) = (&cos[angles.clone()], &sin[angles]);
-        vectorized(
-            #[inline(always)]
-            || {
-                for (y, x) in y.chunks_exact_mut(hd).zip(x.chunks_exact(hd)) {
-                    let pairs = y.chunks_exact_mut(2).zip(x.chunks_exact(2));
-                    for ((y, x), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
-                        let sin = direction * sin;
-                        y[0] = x[0] * cos - x[1] * sin;
-                        y[1] = x[0] * sin + x[1] * cos;
-                    }
+        vectorized!({
+            for (y, x) in y.chunks_exact_mut(hd).zip(x.chunks_exact(hd)) {
+                let pairs = y.chunks_exact_mut(2).zip(x.chunks_exact(2));
+                for ((y, x), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+                    let sin = direction * sin;
+                    y[0] = x[0] * cos - x[1] * sin;
+                    y[1] = x[0] * sin + x[1] * cos;
                 }
-            },
-        );
+            }
+        },);
     });
     tensor(y, x.shape(), x.dtype())
 }

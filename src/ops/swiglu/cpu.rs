@@ -17,10 +17,7 @@ pub fn backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tens
 pub fn activate(gate: &[f32], up: &[f32]) -> Vec<f32> {
     let mut y = vec![0f32; gate.len()];
     y.par_chunks_mut(GRAIN).zip(gate.par_chunks(GRAIN).zip(up.par_chunks(GRAIN))).for_each(|(y, (gate, up))| {
-        vectorized(
-            #[inline(always)]
-            || y.iter_mut().zip(gate.iter().zip(up)).for_each(|(y, (g, u))| *y = g * sigmoid(*g) * u),
-        );
+        vectorized!(y.iter_mut().zip(gate.iter().zip(up)).for_each(|(y, (g, u))| *y = g * sigmoid(*g) * u));
     });
     y
 }
@@ -33,16 +30,14 @@ pub fn gradients(gate: &[f32], up: &[f32], dy: &[f32]) -> (Vec<f32>, Vec<f32>) {
         .zip(dup.par_chunks_mut(GRAIN))
         .zip(gate.par_chunks(GRAIN).zip(up.par_chunks(GRAIN)).zip(dy.par_chunks(GRAIN)))
         .for_each(|((dgate, dup), ((gate, up), dy))| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for i in 0..gate.len() {
-                        let s = sigmoid(gate[i]);
-                        dup[i] = dy[i] * gate[i] * s;
-                        dgate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-                    }
-                },
-            );
+            vectorized!({
+                let inputs = gate.iter().zip(up).zip(dy);
+                for (((g, u), dy), (dgate, dup)) in inputs.zip(dgate.iter_mut().zip(dup)) {
+                    let s = sigmoid(*g);
+                    *dup = dy * g * s;
+                    *dgate = dy * u * s * (1.0 + g * (1.0 - s));
+                }
+            },);
         });
     (dgate, dup)
 }
