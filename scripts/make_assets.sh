@@ -5,6 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 titan() { cargo run --release --quiet -- "$@"; }
 
-titan write-stories --output assets/data/stories_train.json.zst --seed 1 --count @TRAIN@
-titan write-stories --output assets/data/stories_validation.json.zst --seed 2 --count @VALIDATION@
+titan write-stories --output assets/data/stories_train.json.zst --seed 1 --count 10000
+titan write-stories --output assets/data/stories_validation.json.zst --seed 2 --count 500
 titan train-tokenizer --output assets/tokenizer --vocab-size 2048 assets/data/stories_train.json.zst

@@ -5,7 +5,7 @@
 //! comment. In an alternative
 //!
 //! - `[a|b|]` is one of its parts;
-//! - `{rule}` is one of the rule's alternatives, never the same twice in a row;
+//! - `{rule}` is one of the rule's alternatives, the earlier the likelier, never the same twice in a row;
 //! - `{name=rule}` writes nothing, but chooses a value for `{name}` to stand for until the end of the story, different
 //!   from all values chosen before;
 //! - `{Name}` is `{name}` with a capital letter;
@@ -90,13 +90,27 @@ impl<'a, R: RngCore> Writer<'a, R> {
         ((u64::from(self.rng.next_u32()) * n as u64) >> 32) as usize
     }
 
+    /// A number below `n`, `i` as likely as `1 / (i + 1)`: as in real text, some things are told again and again and many
+    /// but once in a while.
+    fn early(&mut self, n: usize) -> usize {
+        const WHOLE: usize = 1 << 16;
+        let weight = |i: usize| WHOLE / (i + 1);
+        let mut left = self.below((0..n).map(weight).sum());
+        (0..n)
+            .find(|i| {
+                let here = left < weight(*i);
+                left = left.wrapping_sub(weight(*i));
+                here
+            })
+            .expect("the weights add up to the whole")
+    }
+
     fn draw(&mut self, rule: &str) -> Value {
         let (rule, alternatives) = self.grammar.rules.get_key_value(rule).unwrap_or_else(|| panic!("no rule `{rule}`"));
-        let n = alternatives.len();
-        let i = match self.last.get(rule) {
-            Some(&last) if n > 1 => (last + 1 + self.below(n - 1)) % n,
-            _ => self.below(n),
-        };
+        let mut i = self.early(alternatives.len());
+        while alternatives.len() > 1 && self.last.get(rule) == Some(&i) {
+            i = self.early(alternatives.len());
+        }
         self.last.insert(rule, i);
         let (text, note) = alternatives[i].rsplit_once('/').unwrap_or((&alternatives[i], ""));
         let mut value = Value { text: String::new(), note: note.to_owned() };
