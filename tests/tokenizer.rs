@@ -52,7 +52,7 @@ fn refusal(dir: &Path) -> String {
 
 #[test]
 fn the_shipped_tokenizer_agrees_with_hugging_faces_library() {
-    // By tokenizers for Python: `Tokenizer.from_file(file).encode(text).ids`, which adds BOS.
+    // By tokenizers 0.23.3 for Python: `Tokenizer.from_file(file).encode(text).ids`, which adds BOS.
     let golden: Value = serde_json::from_str(include_str!("golden/tokenizer.json")).unwrap();
     let tokenizer = Tokenizer::from_dir(SHIPPED).unwrap();
     assert_eq!(tokenizer.vocab_size(), 2048);

@@ -337,7 +337,7 @@ impl DecoderArgs {
     }
 
     /// The blocks of positions that rotary layers attend within.
-    fn attn_block_size(&self) -> Option<usize> {
+    pub fn attn_block_size(&self) -> Option<usize> {
         self.fixed_attn_block_size.filter(|_| self.attn_type == AttnType::Flex)
     }
 

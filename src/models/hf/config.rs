@@ -140,6 +140,9 @@ fn moe_layers(args: &DecoderArgs) -> Vec<usize> {
     (0..args.n_layers).filter(|&layer| args.is_moe_layer(layer)).collect()
 }
 
+/// Llama 4's, where a config says nothing else.
+const CHUNK_SIZE: usize = 8192;
+
 /// `no_rope_layers` (0: no rotary positions), `layer_types` and `attention_chunk_size` of Llama 4.
 fn read_rotary_layers(fields: &mut Fields, args: &mut DecoderArgs) {
     let interval = fields.size("no_rope_layer_interval", Some(4));
@@ -167,16 +170,16 @@ fn read_rotary_layers(fields: &mut Fields, args: &mut DecoderArgs) {
         Some(types) => types.iter().map(|kind| *kind == json!("chunked_attention")).collect(),
         None => rotary.clone(),
     };
-    let chunk = fields.size("attention_chunk_size", Some(8192));
+    let chunk = fields.size("attention_chunk_size", Some(CHUNK_SIZE));
     if !is_chunked.contains(&true) {
         return;
     }
     if is_chunked != rotary {
         fields.fault("layer_types: chunked attention must be that of all rotary layers, or of none");
     }
-    args.fixed_attn_block_size = Some(chunk);
     if args.every_n_layers_nope.is_some() {
         args.attn_type = AttnType::Flex;
+        args.fixed_attn_block_size = Some(chunk);
     } else {
         // One block is all that the model sees: chunked and plain attention are the same there.
         args.max_seq_len = args.max_seq_len.min(chunk);
@@ -375,8 +378,7 @@ fn llama4_fields(args: &DecoderArgs) -> Value {
     let moe = args.moe_args.clone().unwrap_or_default();
     let layers = 0..args.n_layers;
     let is_rotary = |layer: usize| args.every_n_layers_nope.is_none_or(|n| !layer.is_multiple_of(n));
-    let has_blocks = args.attn_type == AttnType::Flex && args.every_n_layers_nope.is_some();
-    let layer_types = layers.clone().map(|layer| match has_blocks && is_rotary(layer) {
+    let layer_types = layers.clone().map(|layer| match args.attn_block_size().is_some() && is_rotary(layer) {
         true => "chunked_attention",
         false => "full_attention",
     });
@@ -389,7 +391,8 @@ fn llama4_fields(args: &DecoderArgs) -> Value {
         "moe_layers": moe_layers(args),
         "no_rope_layers": layers.map(|layer| is_rotary(layer) as u8).collect::<Vec<_>>(),
         "layer_types": layer_types.collect::<Vec<_>>(),
-        "attention_chunk_size": args.fixed_attn_block_size,
+        // Asked for even where no layer is chunked.
+        "attention_chunk_size": args.attn_block_size().unwrap_or(CHUNK_SIZE),
         "use_qk_norm": false,
         "attn_temperature_tuning": false,
     })
