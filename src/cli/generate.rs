@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(long, alias = "max_new_tokens", value_name = "N", default_value_t = 200)]
     max_new_tokens: usize,
     /// Below 1 the likely becomes likelier, above 1 the unlikely; 0 always takes the likeliest token.
-    #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = at_least_zero)]
+    #[arg(long, value_name = "T", default_value_t = 0.7, value_parser = at_least_zero)]
     temperature: f32,
     /// Draw from the K likeliest tokens only.
     #[arg(long, alias = "top_k", value_name = "K", value_parser = clap::value_parser!(u64).range(1..))]

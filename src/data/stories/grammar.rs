@@ -90,11 +90,11 @@ impl<'a, R: RngCore> Writer<'a, R> {
         ((u64::from(self.rng.next_u32()) * n as u64) >> 32) as usize
     }
 
-    /// A number below `n`, `i` as likely as `1 / (i + 1)`: as in real text, some things are told again and again and many
+    /// A number below `n`, `i` as likely as `(i + 1)` to the power of -3/2: as in real text, some things are told again and again and many
     /// but once in a while.
     fn early(&mut self, n: usize) -> usize {
         const WHOLE: usize = 1 << 16;
-        let weight = |i: usize| WHOLE / (i + 1);
+        let weight = |i: usize| WHOLE / (i + 1).pow(3).isqrt();
         let mut left = self.below((0..n).map(weight).sum());
         (0..n)
             .find(|i| {
