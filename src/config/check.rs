@@ -3,7 +3,10 @@
 use super::JobConfig;
 use super::activation_checkpoint::AcMode;
 use super::diagnostic::{Fault, nearest};
-use crate::models::{self, args::DecoderArgs};
+use crate::models::{
+    self,
+    args::{Clash, DecoderArgs},
+};
 
 /// Families that TorchTitan has and titan does not have yet.
 const FAMILIES_TO_COME: [&str; 4] = ["qwen3", "deepseek_v3", "llama3_ft", "flux"];
@@ -147,49 +150,9 @@ fn checkpoint(config: &JobConfig, faults: &mut Vec<Fault>) {
 
 /// The faults of a model's arguments.
 pub(super) fn decoder(args: &DecoderArgs) -> Vec<Fault> {
-    let mut faults = Vec::new();
-    let DecoderArgs { dim, n_heads, .. } = *args;
-    let n_kv_heads = args.n_kv_heads.unwrap_or(n_heads);
-
-    if !dim.is_multiple_of(n_heads) {
-        faults.push(
-            Fault::new(
-                format!("`dim` {dim} does not divide into {n_heads} heads"),
-                &["model.args.dim", "model.args.n_heads"],
-            )
-            .note(format!("`dim` must be a multiple of `n_heads`; nearest: {}", dim.div_ceil(n_heads) * n_heads)),
-        );
-    } else if (dim / n_heads) % 2 == 1 {
-        faults.push(
-            Fault::new(
-                format!("heads of {} numbers cannot rotate in pairs", dim / n_heads),
-                &["model.args.dim", "model.args.n_heads"],
-            )
-            .note("`dim / n_heads` must be even"),
-        );
-    }
-    if !n_heads.is_multiple_of(n_kv_heads) {
-        // No model has more heads; a slip of twelve digits should not take minutes.
-        let allowed: Vec<_> =
-            (1..=n_heads.min(1000)).filter(|n| n_heads.is_multiple_of(*n)).map(|n| n.to_string()).collect();
-        faults.push(
-            Fault::new(
-                format!("{n_heads} query heads cannot share {n_kv_heads} key/value heads equally"),
-                &["model.args.n_kv_heads", "model.args.n_heads"],
-            )
-            .note(format!("`n_kv_heads` must divide `n_heads`; allowed: {}", allowed.join(", "))),
-        );
-    }
-    if let Some(moe) = &args.moe_args
-        && moe.top_k > moe.num_experts
-    {
-        faults.push(
-            Fault::new(
-                format!("a token cannot go to {} of {} experts", moe.top_k, moe.num_experts),
-                &["model.args.moe_args.top_k", "model.args.moe_args.num_experts"],
-            )
-            .note("`top_k` must be at most `num_experts`"),
-        );
-    }
-    faults
+    let fault = |clash: Clash| {
+        let keys: Vec<String> = clash.keys.iter().map(|key| format!("model.args.{key}")).collect();
+        Fault::new(clash.what, &keys.iter().map(String::as_str).collect::<Vec<_>>()).note(clash.remedy)
+    };
+    args.clashes().into_iter().map(fault).collect()
 }

@@ -61,6 +61,15 @@ pub struct DecoderArgs {
     pub interleave_moe_layer_step: usize,
 }
 
+/// Arguments that contradict each other, or that nothing can be built with.
+#[derive(Debug)]
+pub struct Clash {
+    /// Paths within [`DecoderArgs`].
+    pub keys: &'static [&'static str],
+    pub what: String,
+    pub remedy: String,
+}
+
 /// Llama 3 and Llama 4's stretching of rotary wavelengths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -130,6 +139,62 @@ pub enum ScoreFunc {
 }
 
 impl DecoderArgs {
+    /// Every clash between arguments; none in a model that can be built.
+    pub fn clashes(&self) -> Vec<Clash> {
+        let mut clashes = Vec::new();
+        let mut clash = |keys, what: String, remedy: String| clashes.push(Clash { keys, what, remedy });
+        let Self { dim, n_layers, n_heads, vocab_size, multiple_of, .. } = *self;
+        let n_kv_heads = self.n_kv_heads.unwrap_or(n_heads);
+        let sizes = [dim, n_layers, n_heads, n_kv_heads, vocab_size, multiple_of, self.interleave_moe_layer_step];
+        if sizes.contains(&0) || self.every_n_layers_nope == Some(0) || self.fixed_attn_block_size == Some(0) {
+            clash(&[], "a size is 0".into(), "sizes must be at least 1".into());
+            return clashes;
+        }
+        if sizes.iter().any(|size| *size >= 1 << 32) {
+            clash(&[], "a size is beyond any machine".into(), "sizes must be below 2^32".into());
+            return clashes;
+        }
+        if !dim.is_multiple_of(n_heads) {
+            clash(
+                &["dim", "n_heads"],
+                format!("`dim` {dim} does not divide into {n_heads} heads"),
+                format!("`dim` must be a multiple of `n_heads`; nearest: {}", dim.div_ceil(n_heads) * n_heads),
+            );
+        } else if (dim / n_heads) % 2 == 1 {
+            clash(
+                &["dim", "n_heads"],
+                format!("heads of {} numbers cannot rotate in pairs", dim / n_heads),
+                "`dim / n_heads` must be even".into(),
+            );
+        }
+        if !n_heads.is_multiple_of(n_kv_heads) {
+            // No model has more heads; a slip of twelve digits should not take minutes.
+            let allowed = (1..=n_heads.min(1000)).filter(|n| n_heads.is_multiple_of(*n)).map(|n| n.to_string());
+            clash(
+                &["n_kv_heads", "n_heads"],
+                format!("{n_heads} query heads cannot share {n_kv_heads} key/value heads equally"),
+                format!("`n_kv_heads` must divide `n_heads`; allowed: {}", allowed.collect::<Vec<_>>().join(", ")),
+            );
+        }
+        if self.ffn_hidden_dim() == 0 {
+            clash(
+                &["ffn_dim_multiplier"],
+                "the feed-forward would have no width".into(),
+                "raise `ffn_dim_multiplier`".into(),
+            );
+        }
+        if let Some(moe) = &self.moe_args
+            && !(1..=moe.num_experts).contains(&moe.top_k)
+        {
+            clash(
+                &["moe_args.top_k", "moe_args.num_experts"],
+                format!("a token cannot go to {} of {} experts", moe.top_k, moe.num_experts),
+                "`top_k` must be at least 1 and at most `num_experts`".into(),
+            );
+        }
+        clashes
+    }
+
     /// Width of a dense feed-forward: two thirds of `4 * dim`, times `ffn_dim_multiplier`, up to a multiple of `multiple_of`.
     pub fn ffn_hidden_dim(&self) -> usize {
         self.unrounded_hidden_dim().next_multiple_of(self.multiple_of)

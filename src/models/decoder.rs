@@ -67,7 +67,10 @@ impl Decoder {
     /// # Errors
     /// [`Error::Model`] if the arguments contradict each other.
     pub fn new(args: &DecoderArgs, eos_id: Option<u32>) -> Result<Self> {
-        args.check()?;
+        let clashes: Vec<_> = args.clashes().into_iter().map(|it| format!("{}: {}", it.what, it.remedy)).collect();
+        if !clashes.is_empty() {
+            return Err(Error::Model(clashes.join("\n")));
+        }
         if args.masks_documents() && eos_id.is_none() {
             return Err(Error::Model(
                 "attn_mask_type = \"block_causal\" separates documents, but the tokenizer names no end-of-text token; \
@@ -343,42 +346,5 @@ impl DecoderArgs {
 
     fn uses_rope(&self, layer: usize) -> bool {
         self.every_n_layers_nope.is_none_or(|n| !layer.is_multiple_of(n))
-    }
-
-    /// # Errors
-    /// [`Error::Model`] naming every clash between arguments.
-    pub fn check(&self) -> Result<()> {
-        let mut faults = Vec::new();
-        let mut require = |holds: bool, fault: String| {
-            if !holds {
-                faults.push(fault);
-            }
-        };
-        let Self { dim, n_layers, n_heads, vocab_size, multiple_of, .. } = *self;
-        let n_kv_heads = self.n_kv_heads();
-        let positive = dim > 0 && n_layers > 0 && n_heads > 0 && n_kv_heads > 0 && vocab_size > 0 && multiple_of > 0;
-        require(positive, "dim, n_layers, n_heads, n_kv_heads, vocab_size and multiple_of must be at least 1".into());
-        if positive {
-            require(dim % n_heads == 0, format!("n_heads = {n_heads} does not divide dim = {dim}"));
-            require(
-                n_heads % n_kv_heads == 0,
-                format!("n_kv_heads = {n_kv_heads} does not divide n_heads = {n_heads}"),
-            );
-            require(
-                dim % n_heads != 0 || (dim / n_heads).is_multiple_of(2),
-                format!("a head of {} numbers cannot be rotated in pairs; dim / n_heads must be even", dim / n_heads),
-            );
-            require(self.ffn_hidden_dim() > 0, "the feed-forward would have no width; raise ffn_dim_multiplier".into());
-        }
-        require(self.interleave_moe_layer_step > 0, "interleave_moe_layer_step must be at least 1".into());
-        require(self.every_n_layers_nope != Some(0), "every_n_layers_nope must be at least 1, or \"none\"".into());
-        require(self.fixed_attn_block_size != Some(0), "fixed_attn_block_size must be at least 1, or \"none\"".into());
-        if let Some(moe) = &self.moe_args {
-            require(
-                (1..=moe.num_experts).contains(&moe.top_k),
-                format!("moe_args.top_k = {} is not within 1 and num_experts = {}", moe.top_k, moe.num_experts),
-            );
-        }
-        if faults.is_empty() { Ok(()) } else { Err(Error::Model(faults.join("\n"))) }
     }
 }
