@@ -133,7 +133,7 @@ fn each_faulty_setting_is_refused_with_what_would_work() {
         (named("c4_tset"), &["unknown dataset \"c4_tset\"; did you mean \"c4_test\"?", "parquet"]),
         (named("zzz"), &["unknown dataset \"zzz\"\n", "c4_validation"]),
         (named(here), &["is a path: give it as dataset_path"]),
-        (spec("json", dir.path().join("none.json")), &["none.json", "No such file"]),
+        (spec("json", dir.path().join("none.json")), &["none.json", "no such file"]),
         (spec("json", dir.path().join("none/*.json")), &["no file matches"]),
         (spec("text", dir.path().join("folder")), &["none of its 1 files ends in .txt"]),
         (column("body"), &["a.parquet: no field `body`", "`id`, `text`, `tags`"]),
