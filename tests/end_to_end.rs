@@ -194,8 +194,8 @@ fn a_checkpoint_is_all_that_generate_needs() {
     assert!(others.into_iter().any(|other| other != text), "seeds make a difference");
     let greedy = generate(&["--temperature", "0", "--seed", "1"]);
     assert_eq!(greedy, generate(&["--top-k", "1", "--seed", "2"]));
-    let twice = generate(&["--num-samples", "2", "--prompt", "The", "--top-p", "0.9"]);
-    assert_eq!(twice.matches("Once upon a time").count(), 2, "{twice}");
+    let twice = generate(&["--num-samples", "2", "--prompt", "Xylophones", "--top-p", "0.9"]);
+    assert_eq!(twice.matches("Xylophones").count(), 2, "{twice}");
 }
 
 #[test]
