@@ -32,7 +32,7 @@ impl<'a> Mat<'a> {
 
 /// What a product does with what its destination holds.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Into {
+pub enum Store {
     Overwrite,
     Add,
 }
@@ -41,7 +41,7 @@ pub enum Into {
 ///
 /// Each element is summed over `k` in an order that depends on the shapes only, so results are the same bits on any
 /// number of threads.
-pub fn matmul(dst: &mut [f32], dst_stride: usize, into: Into, scale: f32, a: Mat, b: Mat, parallelism: Parallelism) {
+pub fn matmul(dst: &mut [f32], dst_stride: usize, store: Store, scale: f32, a: Mat, b: Mat, parallelism: Parallelism) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(k, b.rows, "inner sizes of a product");
     if m == 0 || n == 0 {
@@ -58,7 +58,7 @@ pub fn matmul(dst: &mut [f32], dst_stride: usize, into: Into, scale: f32, a: Mat
             dst.as_mut_ptr(),
             1,
             dst_stride as isize,
-            into == Into::Add,
+            store == Store::Add,
             a.data.as_ptr(),
             a.col_stride as isize,
             a.row_stride as isize,
@@ -76,8 +76,8 @@ pub fn matmul(dst: &mut [f32], dst_stride: usize, into: Into, scale: f32, a: Mat
 }
 
 /// As [`matmul`] into a dense destination, on all threads.
-pub fn matmul_all(dst: &mut [f32], into: Into, a: Mat, b: Mat) {
-    matmul(dst, b.cols, into, 1.0, a, b, Parallelism::Rayon(0));
+pub fn matmul_all(dst: &mut [f32], store: Store, a: Mat, b: Mat) {
+    matmul(dst, b.cols, store, 1.0, a, b, Parallelism::Rayon(0));
 }
 
 #[cfg(test)]
@@ -91,7 +91,7 @@ mod tests {
             let (a, b) = (random("a", m * k), random("b", k * n));
             let product = || {
                 let mut dst = random("dst", m * n);
-                matmul_all(&mut dst, Into::Add, Mat::new(&a, m, k), Mat::new(&b, n, k).t());
+                matmul_all(&mut dst, Store::Add, Mat::new(&a, m, k), Mat::new(&b, n, k).t());
                 dst
             };
             assert_eq!(on_threads(1, product), on_threads(3, product), "{m} x {n} x {k}");
@@ -106,7 +106,7 @@ mod tests {
         matmul(
             &mut dst,
             stride,
-            Into::Overwrite,
+            Store::Overwrite,
             0.5,
             Mat::strided(&a, m, k, stride),
             Mat::new(&b, k, n),

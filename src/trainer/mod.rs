@@ -74,7 +74,6 @@ impl Trainer {
         let interrupt = Interrupt::install()?;
         let mut metrics = self.run.metrics(&self.config, self.step)?;
         info!("Training starts at step {}.", self.step + 1);
-        let mut saved = None;
         while self.step < last_step {
             let step = self.train_step()?;
             self.log(&mut metrics, step);
@@ -83,13 +82,10 @@ impl Trainer {
             }
             if let Some(why) = self.checkpoints.due(self.step, last_step) {
                 self.save(why)?;
-                saved = Some(self.step);
             }
             if let Some(signal) = interrupt.requested().filter(|_| self.step < last_step) {
                 drop(metrics); // The progress bar leaves the terminal before the last words.
-                if saved != Some(self.step) {
-                    self.save(Why::Interrupt)?;
-                }
+                self.save(Why::Interrupt)?; // does nothing if this step is saved already
                 return Err(Error::Interrupted { signal, step: self.step, saved: self.checkpoints.saves() });
             }
         }

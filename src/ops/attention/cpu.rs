@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::AttentionMask;
 use crate::Result;
 use crate::ops::host::{Disjoint, dot, exp, floats, max_of, sum_of, tensor, vectorized};
-use crate::ops::matmul::{Into, Mat, matmul};
+use crate::ops::matmul::{Mat, Store, matmul};
 
 /// Queries and keys per block of scores: the block stays in the second-level cache.
 const QUERIES: usize = 64;
@@ -85,7 +85,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: 
 
             for (key, n_keys) in sizes.key_blocks(mask, row, i0, n) {
                 let (q, k) = (sizes.queries(&qs, row, i0, n, head), sizes.keys(&ks, row, key, n_keys, kv_head));
-                matmul(scores, KEYS, Into::Overwrite, scale, q, k.t(), Parallelism::None);
+                matmul(scores, KEYS, Store::Overwrite, scale, q, k.t(), Parallelism::None);
                 vectorized!({
                     for i in 0..n {
                         let visible = sizes.visible(mask, row, i0 + i, key, n_keys);
@@ -97,7 +97,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: 
                 },);
                 let probabilities = Mat::strided(scores, n, n_keys, KEYS);
                 let v = sizes.keys(&vs, row, key, n_keys, kv_head);
-                matmul(sums, hd, Into::Add, 1.0, probabilities, v, Parallelism::None);
+                matmul(sums, hd, Store::Add, 1.0, probabilities, v, Parallelism::None);
             }
             for i in 0..n {
                 let at = sizes.query(row, i0 + i, head);
@@ -171,8 +171,8 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> 
                 for (key, n_keys) in sizes.key_blocks(mask, row, i0, n) {
                     let (k, v) =
                         (sizes.keys(&ks, row, key, n_keys, kv_head), sizes.keys(&vs, row, key, n_keys, kv_head));
-                    matmul(&mut p, KEYS, Into::Overwrite, scale, q, k.t(), Parallelism::None);
-                    matmul(&mut dp, KEYS, Into::Overwrite, 1.0, dy, v.t(), Parallelism::None);
+                    matmul(&mut p, KEYS, Store::Overwrite, scale, q, k.t(), Parallelism::None);
+                    matmul(&mut dp, KEYS, Store::Overwrite, 1.0, dy, v.t(), Parallelism::None);
                     vectorized!({
                         for i in 0..n {
                             let visible = sizes.visible(mask, row, i0 + i, key, n_keys);
@@ -189,9 +189,9 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> 
                         }
                     },);
                     let (p, ds) = (Mat::strided(&p, n, n_keys, KEYS), Mat::strided(&dp, n, n_keys, KEYS));
-                    matmul(&mut dv_head[key * hd..], hd, Into::Add, 1.0, p.t(), dy, Parallelism::None);
-                    matmul(&mut dk_head[key * hd..], hd, Into::Add, scale, ds.t(), q, Parallelism::None);
-                    matmul(&mut dq_block, hd, Into::Add, scale, ds, k, Parallelism::None);
+                    matmul(&mut dv_head[key * hd..], hd, Store::Add, 1.0, p.t(), dy, Parallelism::None);
+                    matmul(&mut dk_head[key * hd..], hd, Store::Add, scale, ds.t(), q, Parallelism::None);
+                    matmul(&mut dq_block, hd, Store::Add, scale, ds, k, Parallelism::None);
                 }
                 for i in 0..n {
                     let at = sizes.query(row, i0 + i, head);

@@ -5,7 +5,7 @@ use crate::Result;
 use crate::ops::host::{
     check_tokens, exp, floats, floats_in, max_of, round, sum_of, tensor, update, vectorized, with_indices,
 };
-use crate::ops::matmul::{Into, Mat, matmul_all};
+use crate::ops::matmul::{Mat, Store, matmul_all};
 
 /// Logits that exist at a time: 128 MiB of f32.
 const LOGITS: usize = 1 << 25;
@@ -46,8 +46,8 @@ pub fn forward_backward(
                 let (rows, dim) = (targets.len(), w.len() / vocab_size);
                 let dlogits = Mat::new(logits, rows, vocab_size);
                 let x = Mat::new(&values[first * dim..], rows, dim);
-                matmul_all(&mut dx[first * dim..], Into::Overwrite, dlogits, Mat::new(&w, vocab_size, dim));
-                matmul_all(grad, Into::Add, dlogits.t(), x);
+                matmul_all(&mut dx[first * dim..], Store::Overwrite, dlogits, Mat::new(&w, vocab_size, dim));
+                matmul_all(grad, Store::Add, dlogits.t(), x);
             })?;
             Ok(sum)
         })?
@@ -71,7 +71,7 @@ fn for_chunks(
         let first = chunk * rows;
         let logits = &mut buffer[..targets.len() * vocab_size];
         let x = Mat::new(&x[first * dim..], targets.len(), dim);
-        matmul_all(logits, Into::Overwrite, x, Mat::new(w, vocab_size, dim).t());
+        matmul_all(logits, Store::Overwrite, x, Mat::new(w, vocab_size, dim).t());
         round(logits, weight.dtype());
         body(first, logits, targets, vocab_size);
     }

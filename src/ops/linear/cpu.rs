@@ -2,7 +2,7 @@ use candle_core::{D, Tensor};
 
 use crate::Result;
 use crate::ops::host::{floats, floats_in, tensor, update};
-use crate::ops::matmul::{Into, Mat, matmul_all};
+use crate::ops::matmul::{Mat, Store, matmul_all};
 
 pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (outer, inner) = weight.dims2()?;
@@ -12,7 +12,7 @@ pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
     let (values, weights) = (floats_in(x, weight.dtype())?, floats(weight)?);
     let mut y = vec![0f32; rows * outer];
-    matmul_all(&mut y, Into::Overwrite, Mat::new(&values, rows, inner), Mat::new(&weights, outer, inner).t());
+    matmul_all(&mut y, Store::Overwrite, Mat::new(&values, rows, inner), Mat::new(&weights, outer, inner).t());
     tensor(y, shape, weight.dtype())
 }
 
@@ -24,9 +24,9 @@ pub fn backward(x: &Tensor, weight: &Tensor, grad: &Tensor, dy: &Tensor) -> Resu
 
     {
         let values = floats_in(x, weight.dtype())?;
-        update(grad, |grad: &mut [f32]| matmul_all(grad, Into::Add, dy.t(), Mat::new(&values, rows, inner)))?;
+        update(grad, |grad: &mut [f32]| matmul_all(grad, Store::Add, dy.t(), Mat::new(&values, rows, inner)))?;
     }
     let mut dx = vec![0f32; rows * inner];
-    matmul_all(&mut dx, Into::Overwrite, dy, Mat::new(&floats(weight)?, outer, inner));
+    matmul_all(&mut dx, Store::Overwrite, dy, Mat::new(&floats(weight)?, outer, inner));
     tensor(dx, x.shape(), x.dtype())
 }

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
 use crate::ops::host::{GRAIN, dot, exp, floats, max_of, round, sum_of, tensor, update, vectorized};
-use crate::ops::matmul::{Into, Mat, matmul_all};
+use crate::ops::matmul::{Mat, Store, matmul_all};
 use crate::ops::swiglu::cpu as swiglu;
 
 /// Keeps a sum of scores that are all zero from dividing by zero.
@@ -117,7 +117,7 @@ pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Expert
         for_experts(routing, |e, range| {
             let x = Mat::new(&input[range.start * cols..], range.len(), cols);
             let w = Mat::new(&weight[e * rows * cols..], rows, cols);
-            matmul_all(&mut y[range.start * rows..range.end * rows], Into::Overwrite, x, w.t());
+            matmul_all(&mut y[range.start * rows..range.end * rows], Store::Overwrite, x, w.t());
         });
         round(&mut y, dtype);
         Ok(y)
@@ -232,7 +232,7 @@ fn accumulate(routing: &Routing, weight: &Parameter, dy: &[f32], x: &[f32]) -> R
         for_experts(routing, |e, range| {
             let dy = Mat::new(&dy[range.start * rows..], range.len(), rows);
             let x = Mat::new(&x[range.start * cols..], range.len(), cols);
-            matmul_all(&mut grad[e * rows * cols..(e + 1) * rows * cols], Into::Add, dy.t(), x);
+            matmul_all(&mut grad[e * rows * cols..(e + 1) * rows * cols], Store::Add, dy.t(), x);
         });
     })
 }
@@ -245,7 +245,7 @@ fn add_products(dx: &mut [f32], routing: &Routing, weight: &Parameter, dy: &[f32
     for_experts(routing, |e, range| {
         let dy = Mat::new(&dy[range.start * rows..], range.len(), rows);
         let w = Mat::new(&weight[e * rows * cols..], rows, cols);
-        matmul_all(&mut dx[range.start * cols..range.end * cols], Into::Add, dy, w);
+        matmul_all(&mut dx[range.start * cols..range.end * cols], Store::Add, dy, w);
     });
     Ok(())
 }
