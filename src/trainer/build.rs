@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use tracing::{info, warn};
 
 use super::Trainer;
@@ -20,7 +20,7 @@ use crate::data::{Encode, Loader, LoaderOptions, hub};
 use crate::engine::{Recompute, Stages};
 use crate::models::args::DecoderArgs;
 use crate::models::{self, Decoder};
-use crate::tools::device::DeviceFacts;
+use crate::tools::device::{DeviceFacts, GIB};
 use crate::{Error, Result};
 
 /// What the metrics need to know of a run.
@@ -104,8 +104,10 @@ impl Trainer {
             grouped(model.n_params() as f64, 0),
             flops_per_token as f64 / 1e6
         );
-        let storage = config.training.dtype.into();
-        model.allocate(Precision { storage, compute: config.training.mixed_precision_param.into() }, &device, true)?;
+        let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
+        let precision = Precision { storage, compute };
+        check_memory(&model, precision, &facts)?;
+        model.allocate(precision, &device, true)?;
         let kind = OptimizerKind {
             decoupled: config.optimizer.name == OptimizerName::AdamW,
             betas: (config.optimizer.beta1, config.optimizer.beta2),
@@ -272,6 +274,26 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
     };
     let loader = Loader::new(&spec, text.encoder(), options, &hub::open_dataset)?;
     Ok(Some(Validator::new(loader, validation.steps)))
+}
+
+/// Refuses a model whose weights, gradients and moments alone are more than the machine holds, rather than be killed by
+/// the system.
+fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> Result<()> {
+    let Precision { storage, compute } = precision;
+    let copy = if compute == storage { 0 } else { compute.size_in_bytes() };
+    let per_parameter = 3 * storage.size_in_bytes() + DType::F32.size_in_bytes() + copy;
+    let needed = model.n_params() as f64 * per_parameter as f64;
+    let there = facts.total_memory_bytes as f64;
+    if there > 0.0 && needed > there {
+        return Err(Error::Model(format!(
+            "weights, gradients and optimizer state of {} parameters take {:.1} GiB, this machine has {:.1} GiB\n   = a \
+             smaller flavor, or smaller sizes in [model.args]",
+            grouped(model.n_params() as f64, 0),
+            needed / GIB,
+            there / GIB
+        )));
+    }
+    Ok(())
 }
 
 fn recompute(config: &JobConfig) -> Recompute {
