@@ -75,7 +75,7 @@ impl Files {
         } else if path.exists() {
             paths.push(path.to_owned());
         } else if !is_glob {
-            return Err(Error::Data(format!("dataset_path {pattern:?}: there is no such file or folder")));
+            return Err(Error::Data(format!("{pattern}: no such file or folder")));
         } else {
             let matches = glob::glob(pattern).map_err(|e| Error::Data(format!("dataset_path {pattern:?}: {e}")))?;
             for found in matches {
@@ -83,7 +83,7 @@ impl Files {
                 paths.extend(found.is_file().then_some(found));
             }
             if paths.is_empty() {
-                return Err(Error::Data(format!("dataset_path {pattern:?}: no file matches")));
+                return Err(Error::Data(format!("no file matches {pattern:?}")));
             }
         }
         paths.sort_unstable();
