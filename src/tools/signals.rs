@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 use std::{io, thread};
 
 use signal_hook::consts::{SIGINT, SIGPIPE, SIGTERM};
@@ -40,6 +41,10 @@ impl fmt::Display for Signal {
     }
 }
 
+/// Signals this soon after the first are the same request: `timeout` and batch systems signal a process and then its
+/// whole group, and the second of the two must not cost the checkpoint.
+const SAME_REQUEST: Duration = Duration::from_millis(500);
+
 /// Whether the user has asked the run to stop.
 #[derive(Clone, Debug)]
 pub struct Interrupt {
@@ -58,9 +63,7 @@ impl Interrupt {
         let received = Arc::new(AtomicUsize::new(0));
         let asked_before = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM] {
-            // In this order: the first signal must find the flag down, and raise it for the second.
             flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked_before))?;
-            flag::register(signal, Arc::clone(&asked_before))?;
             flag::register_usize(signal, Arc::clone(&received), signal as usize)?;
         }
         // A handler may not print, and a step may be long: a thread answers the user right away.
@@ -68,6 +71,8 @@ impl Interrupt {
         thread::Builder::new().name("signals".into()).spawn(move || {
             if signals.forever().next().is_some() {
                 warn!("stopping after this step; press Ctrl-C again to stop at once");
+                thread::sleep(SAME_REQUEST);
+                asked_before.store(true, Ordering::Relaxed);
             }
         })?;
         Ok(Self { received })
@@ -129,6 +134,19 @@ mod tests {
     }
 
     #[test]
+    fn two_signals_at_once_are_one_request() {
+        if !is_child() {
+            let output = child("two_signals_at_once_are_one_request").output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            return;
+        }
+        let interrupt = Interrupt::install().unwrap();
+        raise(SIGINT).unwrap();
+        raise(SIGINT).unwrap();
+        assert_eq!(interrupt.requested(), Some(Signal::Interrupt));
+    }
+
+    #[test]
     fn a_second_signal_ends_the_process_with_128_plus_its_number() {
         if !is_child() {
             let output = child("a_second_signal_ends_the_process_with_128_plus_its_number").output().unwrap();
@@ -137,6 +155,7 @@ mod tests {
         }
         let _interrupt = Interrupt::install().unwrap();
         raise(SIGTERM).unwrap();
+        thread::sleep(4 * SAME_REQUEST);
         raise(SIGINT).unwrap();
         unreachable!("the second signal has ended the process");
     }
