@@ -112,14 +112,14 @@ pub fn round(values: &mut [f32], dtype: DType) {
 
 /// Round to nearest even in bf16; branch-free for finite numbers, so that loops over it vectorise.
 #[inline(always)]
-fn round_bf16(x: f32) -> f32 {
+pub fn round_bf16(x: f32) -> f32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
     // The addition could carry a NaN's payload away; a NaN is kept as it is.
     f32::from_bits(if x.is_nan() { bits } else { rounded })
 }
 
-fn widen(values: &[bf16]) -> Vec<f32> {
+pub fn widen(values: &[bf16]) -> Vec<f32> {
     let mut out = vec![0f32; values.len()];
     out.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(out, values)| {
         vectorized!(out.iter_mut().zip(values).for_each(|(o, v)| *o = f32::from_bits(u32::from(v.to_bits()) << 16)));
@@ -127,7 +127,7 @@ fn widen(values: &[bf16]) -> Vec<f32> {
     out
 }
 
-fn narrow(values: &[f32]) -> Vec<bf16> {
+pub fn narrow(values: &[f32]) -> Vec<bf16> {
     let mut out = vec![bf16::ZERO; values.len()];
     out.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(out, values)| {
         vectorized!({
