@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::autograd::Value;
+use crate::tools::profiler;
 
 /// Which keys each query sees: those from its own lower bound up to its own position.
 ///
@@ -72,10 +73,11 @@ impl AttentionMask {
 /// # Source
 /// Dao, arXiv:2307.08691, algorithms 1 and 2.
 pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scale: f32) -> Result<Value> {
+    let _span = profiler::span("attention").shapes(&[q.tensor().dims(), k.tensor().dims(), v.tensor().dims()]);
     let (y, logsumexp) = cpu::forward(q.tensor(), k.tensor(), v.tensor(), mask, scale)?;
     let (saved_q, saved_k, saved_v) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
     let (saved_y, mask) = (y.clone(), mask.clone());
-    Ok(Value::record(y, [q, k, v], move |dy| {
+    Ok(Value::record("attention", y, [q, k, v], move |dy| {
         let saved = cpu::Saved { q: &saved_q, k: &saved_k, v: &saved_v, y: &saved_y, logsumexp: &logsumexp };
         let (dq, dk, dv) = cpu::backward(saved, &dy, &mask, scale)?;
         Ok([Some(dq), Some(dk), Some(dv)])

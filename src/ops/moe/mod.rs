@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::models::args::ScoreFunc;
+use crate::tools::profiler;
 
 /// How router logits become choices and weights.
 #[derive(Clone, Copy, Debug)]
@@ -62,10 +63,11 @@ impl Routing {
 /// # Shapes
 /// `logits`: `(n, n_experts)`. `bias`: `n_experts`.
 pub fn route(logits: &Value, bias: Option<&[f32]>, router: &Router) -> Result<(Value, Arc<Routing>)> {
+    let _span = profiler::span("route").shapes(&[logits.tensor().dims()]);
     let (weights, routing) = cpu::route(logits.tensor(), bias, router)?;
     let routing = Arc::new(routing);
     let (saved, choices, router) = (logits.tensor().clone(), routing.clone(), *router);
-    let weights = Value::record(weights, [logits], move |dweights| {
+    let weights = Value::record("route", weights, [logits], move |dweights| {
         Ok([Some(cpu::route_backward(&saved, &choices, &router, &dweights)?)])
     });
     Ok((weights, routing))
@@ -92,11 +94,12 @@ pub struct Experts {
 /// `x`: `(n, dim)`. `weights`: `(n, top_k)`, as [`route`] returned them with `routing`. Returns `(n, dim)`, in `x`'s
 /// dtype.
 pub fn experts(x: &Value, weights: &Value, routing: &Arc<Routing>, experts: &Experts) -> Result<Value> {
+    let _span = profiler::span("experts").shapes(&[x.tensor().dims(), experts.w1.shape()]);
     let forward = cpu::forward(x.tensor(), weights.tensor(), routing, experts)?;
     let (y, hidden) = (forward.y, forward.hidden);
     let (saved_x, saved_weights) = (x.tensor().clone(), weights.tensor().clone());
     let (routing, experts) = (routing.clone(), experts.clone());
-    Ok(Value::record(y, [x, weights], move |dy| {
+    Ok(Value::record("experts", y, [x, weights], move |dy| {
         let (dx, dweights) = cpu::backward(&saved_x, &saved_weights, &hidden, &routing, &experts, &dy)?;
         Ok([Some(dx), Some(dweights)])
     }))
