@@ -204,7 +204,7 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         let ways = ways.chain(tiles::ISAS.iter().map(|isa| match isa {
             tiles::Isa::Amx => ("AMX", (|p| tiles::run(tiles::Isa::Amx, p)) as fn(Vec<Product<bf16>>)),
-            tiles::Isa::Avx512 => ("AVX512-BF16", (|p| tiles::run(tiles::Isa::Avx512, p)) as _),
+            tiles::Isa::Avx512 => ("AVX512-BF16", (|p| tiles::run(tiles::Isa::Avx512, p)) as fn(Vec<Product<bf16>>)),
         }));
         for (way, multiply) in ways {
             for (m, n, k) in [(1, 1, 1), (7, 5, 3), (33, 17, 31), (16, 32, 64), (130, 70, 1100), (40, 530, 65)] {
