@@ -1,9 +1,10 @@
 //! Tensors of the host as slices.
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::ops::{Deref, Range};
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -31,38 +32,108 @@ macro_rules! vectorized {
 pub(in crate::ops) struct Once;
 pub(in crate::ops) use vectorized;
 
-/// The elements of a tensor, row-major, as f32: borrowed where they are stored so, converted where not.
-pub enum Floats<'a> {
-    Borrowed { storage: StorageRef<'a>, range: Range<usize> },
-    Owned(Vec<f32>),
+/// Evaluates an expression with names for the types that dtypes stand for: `typed!(X = x.dtype(); f::<X>(x))`.
+macro_rules! typed {
+    (; $body:expr) => { $body };
+    ($name:ident = $dtype:expr $(, $rest:ident = $dtypes:expr)*; $body:expr) => {
+        match $dtype {
+            candle_core::DType::BF16 => {
+                type $name = half::bf16;
+                $crate::ops::host::typed!($($rest = $dtypes),*; $body)
+            }
+            candle_core::DType::F32 => {
+                type $name = f32;
+                $crate::ops::host::typed!($($rest = $dtypes),*; $body)
+            }
+            other => unreachable!("activations and weights are f32 or bf16, not {other:?}"),
+        }
+    };
+}
+pub(in crate::ops) use typed;
+
+/// What tensors hold. Arithmetic is f32: elements are widened when loaded and rounded to nearest even when stored.
+pub trait Element: WithDType {
+    fn load(self) -> f32;
+    fn store(value: f32) -> Self;
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
 }
 
-impl Deref for Floats<'_> {
-    type Target = [f32];
+impl Element for f32 {
+    #[inline(always)]
+    fn load(self) -> f32 {
+        self
+    }
 
-    fn deref(&self) -> &[f32] {
+    #[inline(always)]
+    fn store(value: f32) -> Self {
+        value
+    }
+
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+        if let CpuStorage::F32(values) = storage { Some(values) } else { None }
+    }
+}
+
+/// Without the branches of [`bf16::from_f32`] and [`bf16::to_f32`], which keep loops from vectorising.
+impl Element for bf16 {
+    #[inline(always)]
+    fn load(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn store(value: f32) -> Self {
+        Self::from_bits((round_bf16(value).to_bits() >> 16) as u16)
+    }
+
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+        if let CpuStorage::BF16(values) = storage { Some(values) } else { None }
+    }
+}
+
+/// The elements of a tensor, row-major: borrowed where they are stored so, converted where not. Dereference it before a
+/// loop: the choice inside a loop keeps that from vectorising.
+pub enum Elements<'a, T> {
+    Borrowed { storage: StorageRef<'a>, range: Range<usize> },
+    Owned(Vec<T>),
+}
+
+pub type Floats<'a> = Elements<'a, f32>;
+
+impl<T: Element> Deref for Elements<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
         match self {
             Self::Owned(values) => values,
             Self::Borrowed { storage, range } => match &**storage {
-                Storage::Cpu(CpuStorage::F32(values)) => &values[range.clone()],
-                _ => unreachable!("only f32 on the host is borrowed"),
+                Storage::Cpu(storage) => {
+                    &T::cpu_storage_as_slice(storage).expect("checked when borrowed")[range.clone()]
+                }
+                _ => unreachable!("only the host's memory is borrowed"),
             },
         }
     }
 }
 
-/// The elements of `tensor`, in row-major order.
-pub fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
+/// The elements of `tensor`, in row-major order, as `T`.
+pub fn elements<T: Element>(tensor: &Tensor) -> Result<Elements<'_, T>> {
     let (storage, layout) = tensor.storage_and_layout();
-    if let Some((start, end)) = layout.contiguous_offsets() {
-        match &*storage {
-            Storage::Cpu(CpuStorage::F32(_)) => return Ok(Floats::Borrowed { storage, range: start..end }),
-            Storage::Cpu(CpuStorage::BF16(values)) => return Ok(Floats::Owned(widen(&values[start..end]))),
+    if let (Some((start, end)), Storage::Cpu(data)) = (layout.contiguous_offsets(), &*storage) {
+        match data {
+            _ if tensor.dtype() == T::DTYPE => return Ok(Elements::Borrowed { storage, range: start..end }),
+            CpuStorage::F32(values) => return Ok(Elements::Owned(convert(&values[start..end]))),
+            CpuStorage::BF16(values) => return Ok(Elements::Owned(convert(&values[start..end]))),
             _ => {}
         }
     }
     drop(storage);
-    Ok(Floats::Owned(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?))
+    Ok(Elements::Owned(tensor.flatten_all()?.to_dtype(T::DTYPE)?.to_vec1()?))
+}
+
+/// The elements of `tensor`, in row-major order, as f32.
+pub fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
+    elements(tensor)
 }
 
 /// As [`floats`], rounded to what `dtype` can hold.
@@ -97,7 +168,7 @@ pub fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<()> {
 pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     let shape = shape.into();
     Ok(match dtype {
-        DType::BF16 => Tensor::from_vec(narrow(&values), shape, &Device::Cpu)?,
+        DType::BF16 => Tensor::from_vec(convert::<_, bf16>(&values), shape, &Device::Cpu)?,
         DType::F32 => Tensor::from_vec(values, shape, &Device::Cpu)?,
         other => Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(other)?,
     })
@@ -110,47 +181,72 @@ pub fn round(values: &mut [f32], dtype: DType) {
     }
 }
 
-/// Round to nearest even in bf16; branch-free for finite numbers, so that loops over it vectorise.
+/// Round to nearest even in bf16, without branches.
 #[inline(always)]
-pub fn round_bf16(x: f32) -> f32 {
+fn round_bf16(x: f32) -> f32 {
     let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
-    // The addition could carry a NaN's payload away; a NaN is kept as it is.
-    f32::from_bits(if x.is_nan() { bits } else { rounded })
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    // The addition could carry a NaN's payload away, and the cut could leave none of it.
+    let bits = if x.is_nan() { bits | 0x0040_0000 } else { rounded };
+    f32::from_bits(bits & 0xffff_0000)
 }
 
-pub fn widen(values: &[bf16]) -> Vec<f32> {
-    let mut out = vec![0f32; values.len()];
-    out.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(out, values)| {
-        vectorized!(out.iter_mut().zip(values).for_each(|(o, v)| *o = f32::from_bits(u32::from(v.to_bits()) << 16)));
+/// The same numbers as another type.
+pub fn convert<X: Element, Y: Element>(values: &[X]) -> Vec<Y> {
+    let ([out], _) = build(values.len(), GRAIN, |range, out| {
+        let values = &values[range];
+        vectorized!(out.extend(values.iter().map(|x| [Y::store(x.load())])));
     });
     out
 }
 
-pub fn narrow(values: &[f32]) -> Vec<bf16> {
-    let mut out = vec![bf16::ZERO; values.len()];
-    out.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(out, values)| {
-        vectorized!({
-            out.iter_mut().zip(values).for_each(|(o, v)| *o = bf16::from_bits((round_bf16(*v).to_bits() >> 16) as u16));
-        },);
-    });
-    out
+/// `N` new vectors of `n` elements, written by parallel tasks of `chunk` elements each, and what the tasks return, in
+/// their order. A task gets the range of its elements and writes all of them, in order, so that memory need not be
+/// filled beforehand.
+pub fn build<T: Element, R: Send, const N: usize>(
+    n: usize,
+    chunk: usize,
+    task: impl Fn(Range<usize>, &mut Slots<T, N>) -> R + Sync,
+) -> ([Vec<T>; N], Vec<R>) {
+    let mut vectors = std::array::from_fn(|_| Box::<[T]>::new_uninit_slice(n));
+    let mut chunks = vectors.each_mut().map(|vector| vector.chunks_mut(chunk));
+    let parts: Vec<(usize, [&mut [MaybeUninit<T>]; N])> = (0..n)
+        .step_by(chunk)
+        .map(|start| (start, chunks.each_mut().map(|chunks| chunks.next().expect("vectors have equal lengths"))))
+        .collect();
+    let run = |(start, slots): (usize, [&mut [MaybeUninit<T>]; N])| {
+        let len = chunk.min(n - start);
+        let mut slots = Slots { slots, written: 0 };
+        let result = task(start..start + len, &mut slots);
+        assert_eq!(slots.written, len, "a task writes all of its elements");
+        result
+    };
+    let results =
+        if parts.len() == 1 { parts.into_iter().map(run).collect() } else { parts.into_par_iter().map(run).collect() };
+    // SAFETY: the parts cover the vectors, and every slot of a part was written, as its task's assertion has checked.
+    (vectors.map(|vector| unsafe { vector.assume_init() }.into_vec()), results)
 }
 
-/// What the elements of a tensor that is changed in place may be.
-pub trait Element: Sized {
-    fn of(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+/// A task's part of vectors that are being built: as many slots in each of the `N`.
+pub struct Slots<'a, T, const N: usize> {
+    slots: [&'a mut [MaybeUninit<T>]; N],
+    written: usize,
 }
 
-impl Element for f32 {
-    fn of(storage: &mut CpuStorage) -> Option<&mut [Self]> {
-        if let CpuStorage::F32(values) = storage { Some(values) } else { None }
-    }
-}
-
-impl Element for bf16 {
-    fn of(storage: &mut CpuStorage) -> Option<&mut [Self]> {
-        if let CpuStorage::BF16(values) = storage { Some(values) } else { None }
+impl<T: Element, const N: usize> Slots<'_, T, N> {
+    /// Writes the next elements, one of each vector per item.
+    #[inline(always)]
+    pub fn extend(&mut self, items: impl Iterator<Item = [T; N]>) {
+        let mut slots = self.slots.each_mut().map(|slots| &mut slots[self.written..]);
+        let room = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
+        let mut count = 0;
+        for (i, item) in (0..room).zip(items) {
+            for (slots, value) in slots.iter_mut().zip(item) {
+                slots[i].write(value);
+            }
+            count += 1;
+        }
+        self.written += count;
     }
 }
 
@@ -171,7 +267,7 @@ impl<T: Element> InplaceOp1 for Update<'_, T> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (Some((start, end)), Some(values)) = (layout.contiguous_offsets(), T::of(storage)) else {
+        let (Some((start, end)), Some(values)) = (layout.contiguous_offsets(), T::slice_mut(storage)) else {
             candle_core::bail!("an update in place needs contiguous elements of the expected type")
         };
         (self.0)(&mut values[start..end]);
@@ -245,36 +341,27 @@ pub fn max_of(values: &[f32], least: f32) -> f32 {
 /// Independent partial results of the reductions above.
 const LANES: usize = 16;
 
-/// `eˣ` to about 1e-7 relative, without branches, so that loops over it vectorise; libm's does not. 0 and infinity
-/// beyond the range of f32; subnormal results are 0.
+/// `eˣ` within 1 ulp; 0 below 2⁻¹²⁵·⁵, infinity beyond the range of f32. Without branches, so that loops over it
+/// vectorise. To be called in `vectorized!`: elsewhere each fused multiplication is a call of libm's.
 ///
-/// `x = n ln 2 + r` with `|r| <= ln 2 / 2`, `2ⁿ` built from bits, and a polynomial for `eʳ` (its coefficients are
-/// Cephes' `expf`).
+/// `2ⁿ eʳ` with `x = n ln 2 + r`, `|r| <= ln 2 / 2`. `2eʳ` is the polynomial of degree 6 that begins `2 + 2r + r²` and
+/// has the least relative error, 4e-9; the factor 2 is what brings `2ⁿ⁻¹` into range where eˣ is near the largest f32.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let clamped = x.clamp(-87.3, 88.8);
-    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
-    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4f32;
-    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
-        p = p * r + c;
+    use std::f32::consts::{LN_2, LOG2_E};
+    // What rounding has cut from ln 2.
+    const LN_2_REST: f32 = -1.904_654_3e-9;
+    // Adding it rounds to an integer, which the lowest bits then hold; 126 is the bias of an exponent, less one.
+    const TO_INTEGER: f32 = (3 << 22) as f32 + 126.0;
+    let x = x.clamp(-87.5, 89.0);
+    let shifted = x.mul_add(LOG2_E, TO_INTEGER);
+    let n = shifted - TO_INTEGER;
+    let r = n.mul_add(-LN_2_REST, n.mul_add(-LN_2, x));
+    let mut p = 2.807_097_1e-3f32;
+    for c in [1.674_451_1e-2, 8.333_111e-2, 3.333_297_7e-1, 1.0, 2.0, 2.0] {
+        p = p.mul_add(r, c);
     }
-    let mantissa = p * r * r + r + 1.0;
-    // In two factors, because 2¹²⁸ is out of range although mantissa · 2¹²⁸ may not be.
-    let n = n as i32;
-    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    let value = mantissa * power(n >> 1) * power(n - (n >> 1));
-    if x < -87.3 {
-        0.0
-    } else if x > 88.8 {
-        f32::INFINITY
-    } else if x.is_nan() {
-        x
-    } else {
-        value
-    }
+    p * f32::from_bits(shifted.to_bits() << 23)
 }
 
 #[cfg(test)]
@@ -283,13 +370,17 @@ mod tests {
     use crate::ops::testing::random;
 
     #[test]
-    fn exp_is_within_two_ulps_of_libms() {
-        for i in -87_000..88_700 {
+    fn exp_is_within_one_ulp() {
+        for i in -86_980..88_722 {
             let x = i as f32 / 1000.0;
             let (ours, exact) = (f64::from(exp(x)), f64::from(x).exp());
-            assert!((ours - exact).abs() <= 2.4e-7 * exact, "exp({x}) = {ours}, expected {exact}");
+            let ulp = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
+            assert!((ours - exact).abs() <= ulp, "exp({x}) = {ours}, expected {exact}");
         }
-        assert_eq!((exp(-1e9), exp(1e9), exp(0.0)), (0.0, f32::INFINITY, 1.0));
+        assert_eq!(
+            [f32::NEG_INFINITY, -87.5, 0.0, 88.723, f32::INFINITY].map(exp),
+            [0., 0., 1., f32::INFINITY, f32::INFINITY]
+        );
         assert!(exp(f32::NAN).is_nan());
     }
 
@@ -298,9 +389,9 @@ mod tests {
         let mut values = random("values", 10_000);
         values.extend([0.0, -0.0, f32::INFINITY, f32::MAX, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
         let expected: Vec<f32> = values.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
-        assert_eq!(narrow(&values), values.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>());
+        assert_eq!(convert::<_, bf16>(&values), values.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>());
         round(&mut values, DType::BF16);
         assert_eq!(values, expected);
-        assert!(round_bf16(f32::NAN).is_nan());
+        assert!([f32::NAN, f32::from_bits(0x7f80_0001)].iter().all(|x| bf16::store(*x).is_nan()));
     }
 }

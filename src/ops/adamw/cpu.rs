@@ -5,44 +5,13 @@ use rayon::prelude::*;
 use super::AdamStep;
 use crate::Result;
 use crate::autograd::StageBuffers;
-use crate::ops::host::{Element, GRAIN, dot, floats, update, vectorized};
+use crate::ops::host::{Element, GRAIN, dot, floats, typed, update, vectorized};
 
 pub fn step(buffers: &StageBuffers, exp_avg: &Tensor, exp_avg_sq: &Tensor, step: &AdamStep) -> Result<()> {
-    match buffers.weights.dtype() {
-        DType::BF16 => step_in::<bf16>(buffers, exp_avg, exp_avg_sq, step),
-        _ => step_in::<f32>(buffers, exp_avg, exp_avg_sq, step),
-    }
+    typed!(T = buffers.weights.dtype(); step_in::<T>(buffers, exp_avg, exp_avg_sq, step))
 }
 
-/// What weights and moments are stored in.
-trait Stored: Element + Copy + Send + Sync {
-    fn load(self) -> f32;
-    fn store(value: f32) -> Self;
-}
-
-impl Stored for f32 {
-    #[inline(always)]
-    fn load(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn store(value: f32) -> Self {
-        value
-    }
-}
-
-impl Stored for bf16 {
-    #[inline(always)]
-    fn load(self) -> f32 {
-        self.to_f32()
-    }
-    #[inline(always)]
-    fn store(value: f32) -> Self {
-        Self::from_f32(value)
-    }
-}
-
-fn step_in<T: Stored>(buffers: &StageBuffers, exp_avg: &Tensor, exp_avg_sq: &Tensor, step: &AdamStep) -> Result<()> {
+fn step_in<T: Element>(buffers: &StageBuffers, exp_avg: &Tensor, exp_avg_sq: &Tensor, step: &AdamStep) -> Result<()> {
     let correction1 = 1.0 - step.beta1.powi(step.t as i32);
     let correction2 = 1.0 - step.beta2.powi(step.t as i32);
     let rate = (step.lr / correction1) as f32;

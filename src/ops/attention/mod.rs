@@ -1,6 +1,8 @@
 //! Attention with a streaming softmax: no matrix of scores is ever held whole.
 
 mod cpu;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::sync::Arc;
 

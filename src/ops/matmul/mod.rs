@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use gemm::Parallelism;
 use half::bf16;
 
-use super::host::{narrow, widen};
+use super::host::{Element, convert};
 
 /// A matrix seen through strides: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -30,6 +30,14 @@ impl<'a, T> Mat<'a, T> {
     pub fn strided(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "matrix outside its slice");
         Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
     }
 
     /// The transpose, without moving anything.
@@ -119,7 +127,7 @@ impl<'a, T> Product<'a, T> {
 }
 
 /// What matrices are made of.
-pub trait Operand: Copy + Send + Sync + Sized {
+pub trait Operand: Element {
     /// Computes all products, in parallel. Each element is summed over `k` in an order that depends on the shapes only,
     /// so results are the same bits on any number of threads.
     fn multiply(products: Vec<Product<Self>>);
@@ -159,7 +167,7 @@ impl Operand for bf16 {
 fn widened(products: Vec<Product<bf16>>) {
     for Product { a, b, dst } in products {
         let (m, n) = (a.rows, b.cols);
-        let (wide_a, wide_b) = (widen(a.data), widen(b.data));
+        let (wide_a, wide_b) = (convert::<_, f32>(a.data), convert::<_, f32>(b.data));
         let (a, b) = (a.of(&wide_a), b.of(&wide_b));
         match dst {
             Dst::Add(dst) => f32::multiply(vec![Product::new(a, b, Dst::Add(dst))]),
@@ -169,7 +177,7 @@ fn widened(products: Vec<Product<bf16>>) {
                 f32::multiply(vec![Product::new(a, b, Dst::F32(&mut wide.spare_capacity_mut()[..m * n]))]);
                 // SAFETY: a product writes all of its destination.
                 unsafe { wide.set_len(m * n) };
-                for (dst, value) in dst.iter_mut().zip(narrow(&wide)) {
+                for (dst, value) in dst.iter_mut().zip(convert::<_, bf16>(&wide)) {
                     dst.write(value);
                 }
             }
@@ -185,6 +193,50 @@ pub fn product<T: Operand>(a: Mat<T>, b: Mat<T>) -> Vec<T> {
     // SAFETY: a product writes all of its destination.
     unsafe { values.set_len(len) };
     values
+}
+
+/// `a[rows of group i] b[i]` for all `i`, in the numbers of the operands. Group `i` is rows `offsets[i]..offsets[i + 1]`.
+pub fn grouped_product<T: Operand>(offsets: &[usize], a: &[T], b: &[Mat<T>]) -> Vec<T> {
+    let len = a.len() / b[0].rows * b[0].cols;
+    let mut values = Vec::with_capacity(len);
+    T::multiply(groups(offsets, a, b, &mut values.spare_capacity_mut()[..len], Dst::Rounded));
+    // SAFETY: the groups cover the rows, and a product writes all of its destination.
+    unsafe { values.set_len(len) };
+    values
+}
+
+/// The sum over all terms `(a, b)` of their grouped products, in f32.
+pub fn grouped_sum<T: Operand>(offsets: &[usize], terms: &[(&[T], Vec<Mat<T>>)]) -> Vec<f32> {
+    let (a, b) = &terms[0];
+    let len = a.len() / b[0].rows * b[0].cols;
+    let mut values = Vec::with_capacity(len);
+    T::multiply(groups(offsets, a, b, &mut values.spare_capacity_mut()[..len], Dst::F32));
+    // SAFETY: as for `grouped_product`.
+    unsafe { values.set_len(len) };
+    for (a, b) in &terms[1..] {
+        T::multiply(groups(offsets, a, b, &mut values, Dst::Add));
+    }
+    values
+}
+
+/// The product of each group that has rows.
+fn groups<'a, T, U>(
+    offsets: &[usize],
+    a: &'a [T],
+    b: &[Mat<'a, T>],
+    mut dst: &'a mut [U],
+    to: impl Fn(&'a mut [U]) -> Dst<'a, T>,
+) -> Vec<Product<'a, T>> {
+    assert_eq!(offsets.last().map(|rows| rows * b[0].rows), Some(a.len()), "the groups are all the rows");
+    let mut products = Vec::with_capacity(b.len());
+    for (rows, b) in offsets.windows(2).zip(b) {
+        let n = rows[1] - rows[0];
+        let dst = dst.split_off_mut(..n * b.cols).expect("groups follow one another");
+        if n > 0 {
+            products.push(Product::new(Mat::new(&a[rows[0] * b.rows..rows[1] * b.rows], n, b.rows), *b, to(dst)));
+        }
+    }
+    products
 }
 
 /// `dst += a b`.
@@ -208,7 +260,7 @@ mod tests {
         }));
         for (way, multiply) in ways {
             for (m, n, k) in [(1, 1, 1), (7, 5, 3), (33, 17, 31), (16, 32, 64), (130, 70, 1100), (40, 530, 65)] {
-                let (a, b, c) = (narrow(&random("a", m * k)), narrow(&random("b", k * n)), random("c", m * n));
+                let (a, b, c) = (convert::<_, bf16>(&random("a", m * k)), convert::<_, bf16>(&random("b", k * n)), random("c", m * n));
                 let at = |i: usize, j: usize, left_rows: bool, right_rows: bool| -> f64 {
                     let a = |l: usize| if left_rows { a[i * k + l] } else { a[l * m + i] };
                     let b = |l: usize| if right_rows { b[l * n + j] } else { b[j * k + l] };
@@ -246,7 +298,7 @@ mod tests {
     #[test]
     fn products_of_bf16_are_the_same_bits_on_one_thread_and_on_three() {
         for (m, n, k) in [(257, 131, 1537), (1, 512, 300), (512, 1, 300), (64, 768, 256), (300, 300, 4100)] {
-            let (a, b) = (narrow(&random("a", m * k)), narrow(&random("b", k * n)));
+            let (a, b) = (convert::<_, bf16>(&random("a", m * k)), convert::<_, bf16>(&random("b", k * n)));
             let product = || product(Mat::new(&a, m, k), Mat::new(&b, n, k).t());
             assert_eq!(on_threads(1, product), on_threads(3, product), "{m} x {n} x {k}");
         }
@@ -287,8 +339,4 @@ mod tests {
         }
         assert_eq!(dst[n], 1.0, "what lies between rows is left alone");
     }
-}
-/// As [`matmul`] into a dense destination, on all threads.
-pub fn matmul_all(dst: &mut [f32], store: Store, a: Mat, b: Mat) {
-    matmul(dst, b.cols, store, 1.0, a, b, Parallelism::Rayon(0));
 }

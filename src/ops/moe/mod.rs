@@ -29,6 +29,8 @@ pub struct Routing {
     pub experts: Vec<u32>,
     /// The slots, sorted by expert and within an expert by slot.
     sorted: Vec<u32>,
+    /// Where each slot stands in `sorted`.
+    positions: Vec<u32>,
     /// Where expert `e` begins in `sorted`; one more entry than experts.
     offsets: Vec<usize>,
     top_k: usize,
@@ -40,12 +42,14 @@ impl Routing {
         experts.iter().for_each(|e| offsets[*e as usize + 1] += 1);
         (0..n_experts).for_each(|e| offsets[e + 1] += offsets[e]);
         let mut next = offsets.clone();
-        let mut sorted = vec![0; experts.len()];
+        let (mut sorted, mut positions) = (vec![0; experts.len()], vec![0; experts.len()]);
         for (slot, expert) in experts.iter().enumerate() {
-            sorted[next[*expert as usize]] = slot as u32;
-            next[*expert as usize] += 1;
+            let position = &mut next[*expert as usize];
+            sorted[*position] = slot as u32;
+            positions[slot] = *position as u32;
+            *position += 1;
         }
-        Self { experts, sorted, offsets, top_k }
+        Self { experts, sorted, positions, offsets, top_k }
     }
 
     /// How many slots chose each expert.

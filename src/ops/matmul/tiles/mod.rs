@@ -15,8 +15,9 @@ use std::sync::LazyLock;
 use half::bf16;
 use rayon::prelude::*;
 
-pub use self::pack::{Packing, pack_tile};
+pub use self::pack::{Packing, pack_tile, transpose};
 use super::{Dst, Mat, Product};
+use crate::ops::host::Element;
 
 /// Rows of a tile of the left operand, columns of one of the right.
 pub const TILE: usize = 16;
@@ -285,16 +286,11 @@ impl Task<'_> {
                     Target::BF16(dst) => {
                         let dst = std::slice::from_raw_parts_mut(dst.add(at).cast::<MaybeUninit<bf16>>(), width);
                         dst.iter_mut().zip(sums).for_each(|(dst, sum)| {
-                            dst.write(narrow(*sum));
+                            dst.write(bf16::store(*sum));
                         });
                     }
                 }
             }
         }
     }
-}
-
-#[inline(always)]
-fn narrow(x: f32) -> bf16 {
-    bf16::from_bits((crate::ops::host::round_bf16(x).to_bits() >> 16) as u16)
 }

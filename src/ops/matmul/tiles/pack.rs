@@ -25,10 +25,14 @@ pub enum Packing {
 /// If neither rows nor columns of the matrix are dense.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub unsafe fn pack_tile(tile: &mut [MaybeUninit<bf16>], matrix: &Mat<bf16>, row: usize, k: usize, packing: Packing) {
-    assert!(tile.len() == TILE * STEP && row < matrix.rows && k < matrix.cols, "a tile inside its matrix");
+    assert!(tile.len() == TILE * STEP, "room for a tile");
+    let mut vectors = [_mm512_setzero_si512(); TILE];
+    if row >= matrix.rows || k >= matrix.cols {
+        tile.fill(MaybeUninit::new(bf16::ZERO));
+        return;
+    }
     let (rows, columns) = ((matrix.rows - row).min(TILE), (matrix.cols - k).min(STEP));
     let from = matrix.data[row * matrix.row_stride + k * matrix.col_stride..].as_ptr();
-    let mut vectors = [_mm512_setzero_si512(); TILE];
     // SAFETY: loads are masked to the part of the tile that is inside the matrix, and so inside its slice.
     unsafe {
         let transposed = if matrix.col_stride == 1 {
@@ -62,8 +66,9 @@ pub unsafe fn pack_tile(tile: &mut [MaybeUninit<bf16>], matrix: &Mat<bf16>, row:
 }
 
 /// The transpose of a 16 x 16 matrix of 32-bit numbers.
+#[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
+pub fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
     let mut a = r;
     for i in 0..8 {
         a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
