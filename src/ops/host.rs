@@ -156,6 +156,17 @@ pub fn with_indices<R>(tensor: &Tensor, body: impl FnOnce(&[u32]) -> R) -> Resul
     Ok(body(&storage.as_slice::<u32>()?[start..end]))
 }
 
+/// `tensor` in `dtype`, rounded where need be.
+pub fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.dtype() == dtype {
+        return Ok(tensor.clone());
+    }
+    typed!(X = tensor.dtype(), Y = dtype; {
+        let values = convert::<X, Y>(&elements(tensor)?);
+        Ok(Tensor::from_vec(values, tensor.shape(), &Device::Cpu)?)
+    })
+}
+
 /// Refuses ids that are not in the vocabulary.
 pub fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<()> {
     match tokens.iter().find(|t| **t as usize >= vocab_size) {
@@ -191,7 +202,6 @@ fn round_bf16(x: f32) -> f32 {
     f32::from_bits(bits & 0xffff_0000)
 }
 
-/// The same numbers as another type.
 pub fn convert<X: Element, Y: Element>(values: &[X]) -> Vec<Y> {
     let ([out], _) = build(values.len(), GRAIN, |range, out| {
         let values = &values[range];
@@ -203,7 +213,7 @@ pub fn convert<X: Element, Y: Element>(values: &[X]) -> Vec<Y> {
 /// `N` new vectors of `n` elements, written by parallel tasks of `chunk` elements each, and what the tasks return, in
 /// their order. A task gets the range of its elements and writes all of them, in order, so that memory need not be
 /// filled beforehand.
-pub fn build<T: Element, R: Send, const N: usize>(
+pub fn build<T: Copy + Send, R: Send, const N: usize>(
     n: usize,
     chunk: usize,
     task: impl Fn(Range<usize>, &mut Slots<T, N>) -> R + Sync,
@@ -233,7 +243,7 @@ pub struct Slots<'a, T, const N: usize> {
     written: usize,
 }
 
-impl<T: Element, const N: usize> Slots<'_, T, N> {
+impl<T, const N: usize> Slots<'_, T, N> {
     /// Writes the next elements, one of each vector per item.
     #[inline(always)]
     pub fn extend(&mut self, items: impl Iterator<Item = [T; N]>) {
@@ -299,47 +309,56 @@ impl Disjoint {
     }
 }
 
-/// `Σ a · b`, in sixteen interleaved sums, so that it vectorises.
+/// `Σ a · b`.
 #[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+pub fn dot<X: Element, Y: Element>(a: &[X], b: &[Y]) -> f32 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     let mut sums = [0f32; LANES];
-    for (a, b) in a.zip(b) {
-        for i in 0..LANES {
-            sums[i] += a[i] * b[i];
-        }
+    for (a, b) in a.iter().zip(b) {
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (a, b))| *sum += a.load() * b.load());
     }
-    sums.iter().sum::<f32>() + tail
+    sums.iter_mut().zip(a_rest.iter().zip(b_rest)).for_each(|(sum, (a, b))| *sum += a.load() * b.load());
+    merge(sums, |a, b| a + b)
 }
 
-/// `Σ f(x)`, likewise.
+/// `Σ f(x)`.
 #[inline(always)]
-pub fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let chunks = values.chunks_exact(LANES);
-    let tail: f32 = chunks.remainder().iter().map(|x| f(*x)).sum();
-    let mut sums = [0f32; LANES];
-    for chunk in chunks {
-        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += f(*x));
-    }
-    sums.iter().sum::<f32>() + tail
+pub fn sum_of<X: Element>(values: &[X], f: impl Fn(f32) -> f32) -> f32 {
+    fold(values, 0.0, |sum, x| sum + f(x), |a, b| a + b)
 }
 
-/// The largest of `values` and `least`, likewise.
+/// The largest of `values` and `least`.
 #[inline(always)]
-pub fn max_of(values: &[f32], least: f32) -> f32 {
-    let chunks = values.chunks_exact(LANES);
-    let mut maxima = [least; LANES];
+pub fn max_of<X: Element>(values: &[X], least: f32) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let tail = chunks.remainder().iter().fold(least, |m, x| larger(m, *x));
-    for chunk in chunks {
-        maxima.iter_mut().zip(chunk).for_each(|(m, x)| *m = larger(*m, *x));
-    }
-    maxima.into_iter().fold(tail, larger)
+    fold(values, least, larger, larger)
 }
 
-/// Independent partial results of the reductions above.
-const LANES: usize = 16;
+/// Partial results of a reduction: as many as four of the widest vectors hold, so that no step waits for the one before.
+const LANES: usize = 64;
+
+#[inline(always)]
+fn fold<X: Element>(values: &[X], start: f32, step: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut lanes = [start; LANES];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = step(*lane, x.load()));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane = step(*lane, x.load()));
+    merge(lanes, join)
+}
+
+/// Halves by halves.
+#[inline(always)]
+fn merge(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut n = LANES / 2;
+    while n > 0 {
+        let (low, high) = lanes.split_at_mut(n);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low = join(*low, *high));
+        n /= 2;
+    }
+    lanes[0]
+}
 
 /// `eˣ` within 1 ulp; 0 below 2⁻¹²⁵·⁵, infinity beyond the range of f32. Without branches, so that loops over it
 /// vectorise. To be called in `vectorized!`: elsewhere each fused multiplication is a call of libm's.
@@ -357,7 +376,7 @@ pub fn exp(x: f32) -> f32 {
     let shifted = x.mul_add(LOG2_E, TO_INTEGER);
     let n = shifted - TO_INTEGER;
     let r = n.mul_add(-LN_2_REST, n.mul_add(-LN_2, x));
-    let mut p = 2.807_097_1e-3f32;
+    let mut p = 2.807_097e-3_f32;
     for c in [1.674_451_1e-2, 8.333_111e-2, 3.333_297_7e-1, 1.0, 2.0, 2.0] {
         p = p.mul_add(r, c);
     }

@@ -215,7 +215,7 @@ pub fn forward(
     let Sizes { b, sq, h, kv, .. } = sizes;
     let inputs = (elements::<bf16>(q)?, elements::<bf16>(k)?, elements::<bf16>(v)?);
     let (q_values, k_values, v_values): (&[bf16], &[bf16], &[bf16]) = (&inputs.0, &inputs.1, &inputs.2);
-    let mut y = Box::new_uninit_slice(q_values.len());
+    let mut y = Box::<[bf16]>::new_uninit_slice(q_values.len());
     let mut logsumexp = vec![0f32; b * h * sq];
     let (y_out, logsumexp_out) = (Shared(y.as_mut_ptr().cast::<bf16>()), Shared(logsumexp.as_mut_ptr()));
 

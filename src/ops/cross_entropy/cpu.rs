@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::ops::host::{Element, check_tokens, elements, exp, max_of, sum_of, typed, update, vectorized, with_indices};
-use crate::ops::matmul::{Dst, Mat, Operand, Product, add_product};
+use crate::ops::matmul::{Dst, Mat, Operand, Product};
 
 /// Logits that exist at a time: 128 MiB of f32.
 const LOGITS: usize = 1 << 25;

@@ -220,7 +220,7 @@ pub fn grouped_sum<T: Operand>(offsets: &[usize], terms: &[(&[T], Vec<Mat<T>>)])
 }
 
 /// The product of each group that has rows.
-fn groups<'a, T, U>(
+fn groups<'a, T: Copy, U>(
     offsets: &[usize],
     a: &'a [T],
     b: &[Mat<'a, T>],
