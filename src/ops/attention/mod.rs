@@ -133,6 +133,8 @@ mod tests {
             check(dtype, [1, 1, 1, 1, 1, 2], &AttentionMask::causal())?;
             check(dtype, [1, 70, 201, 4, 2, 16], &AttentionMask::causal())?;
             check(dtype, [2, 150, 150, 6, 2, 10], &AttentionMask::causal())?;
+            check(dtype, [1, 290, 290, 2, 1, 40], &AttentionMask::causal())?;
+            check(dtype, [1, 65, 577, 1, 1, 64], &AttentionMask::causal())?;
         }
         Ok(())
     }
@@ -145,7 +147,10 @@ mod tests {
         let both = documents.clone().within_blocks(64, b, 0..s);
         for mask in [&documents, &both, &AttentionMask::causal().within_blocks(7, b, 0..s)] {
             check(DType::F32, [b, s, s, 4, 2, 8], mask)?;
+            check(DType::BF16, [b, s, s, 4, 2, 8], mask)?;
         }
+        let long = AttentionMask::causal().within_blocks(100, 1, 0..600);
+        check(DType::BF16, [1, 600, 600, 1, 1, 16], &long)?;
         assert_eq!(both.start(0, 149, s), documents.start(0, 149, s).max(128));
         Ok(())
     }
@@ -158,14 +163,16 @@ mod tests {
 
     #[test]
     fn attention_is_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
-        let run = || -> Result<Vec<f32>> {
-            let q = Value::input(random_tensor("q", &[2, 140, 4, 8])?);
-            let k = Value::constant(random_tensor("k", &[2, 140, 2, 8])?);
-            let y = attention(&q, &k, &k, &AttentionMask::causal(), 0.4)?;
-            let dy = random_tensor("dy", &[2, 140, 4, 8])?;
-            Ok(y.backward(dy)?.flatten_all()?.to_vec1()?)
-        };
-        assert_eq!(on_threads(1, run)?, on_threads(3, run)?);
+        for dtype in [DType::F32, DType::BF16] {
+            let run = || -> Result<Vec<f32>> {
+                let q = Value::input(random_tensor("q", &[2, 340, 4, 8])?.to_dtype(dtype)?);
+                let k = Value::constant(random_tensor("k", &[2, 340, 2, 8])?.to_dtype(dtype)?);
+                let y = attention(&q, &k, &k, &AttentionMask::causal(), 0.4)?;
+                let dy = random_tensor("dy", &[2, 340, 4, 8])?.to_dtype(dtype)?;
+                Ok(y.backward(dy)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+            };
+            assert_eq!(on_threads(1, run)?, on_threads(3, run)?);
+        }
         Ok(())
     }
 }
