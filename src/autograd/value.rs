@@ -101,8 +101,7 @@ impl Value {
             }
             let Some(grad) = grads.pop().expect("one gradient slot per node") else { continue };
             let span = profiler::span_in(Category::Backward, node.op).shapes(&[grad.dims()]);
-            let input_grads = (node.backward)(grad)?;
-            drop(span);
+            let input_grads = span.around(|| (node.backward)(grad))?;
             for (input, grad) in node.inputs.into_iter().zip(input_grads) {
                 if let (Some(input), Some(grad)) = (input, grad) {
                     let sum = match grads[input].take() {

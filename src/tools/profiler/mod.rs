@@ -3,6 +3,9 @@
 //! Whoever does something worth knowing about opens a [`span`]; it ends when it is dropped. While nothing records, that
 //! costs one load of a flag.
 
+mod table;
+pub mod trace;
+
 use std::cell::Cell;
 use std::fmt::{self, Display};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -10,6 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+
+pub use table::Table;
 
 /// What a span is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -29,6 +34,13 @@ pub enum Category {
     Metrics,
     Validation,
     Checkpoint,
+}
+
+impl Category {
+    /// Of the spans inside that do not say their own.
+    fn inside(self) -> Self {
+        if self == Self::ForwardBackward { Self::Forward } else { self }
+    }
 }
 
 impl Display for Category {
@@ -92,6 +104,12 @@ impl Span {
         }
         self
     }
+
+    /// Ends with `run`.
+    #[inline]
+    pub fn around<R>(self, run: impl FnOnce() -> R) -> R {
+        run()
+    }
 }
 
 thread_local! {
@@ -99,7 +117,7 @@ thread_local! {
         static N_THREADS: AtomicUsize = AtomicUsize::new(0);
         N_THREADS.fetch_add(1, Ordering::Relaxed)
     };
-    /// Of the innermost open span.
+    /// Of a span that begins now and does not say its own.
     static CATEGORY: Cell<Category> = const { Cell::new(Category::Forward) };
     /// Spans begun on this thread so far.
     static BEGUN: Cell<u64> = const { Cell::new(0) };
@@ -119,7 +137,14 @@ impl Open {
     fn begin(category: Category, name: String) -> Self {
         let number = BEGUN.get() + 1;
         BEGUN.set(number);
-        Self { name, category, around: CATEGORY.replace(category), shapes: vec![], number, start: Instant::now() }
+        Self {
+            name,
+            category,
+            around: CATEGORY.replace(category.inside()),
+            shapes: vec![],
+            number,
+            start: Instant::now(),
+        }
     }
 }
 
@@ -139,5 +164,47 @@ impl Drop for Open {
             thread: THREAD.with(|thread| *thread),
             is_leaf: BEGUN.get() == self.number,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Other tests run ops meanwhile, on other threads.
+    fn own(events: Vec<Event>) -> Vec<Event> {
+        let thread = THREAD.with(|thread| *thread);
+        events.into_iter().filter(|event| event.thread == thread).collect()
+    }
+
+    #[test]
+    fn spans_nest_inherit_their_category_and_are_kept_only_while_a_recording_runs() {
+        let before = span("before");
+        start();
+        drop(before);
+        let outer = span_in(Category::Backward, format_args!("layers.{}", 3));
+        span("linear").shapes(&[&[2, 3], &[4]]).around(|| std::thread::sleep(Duration::from_millis(1)));
+        drop(outer);
+        span_in(Category::ForwardBackward, "head").around(|| drop(span("rms_norm")));
+        let unfinished = span("unfinished");
+        let events = own(stop());
+        drop(unfinished);
+        drop(span("after"));
+
+        let found: Vec<_> = events.iter().map(|it| (it.name.as_str(), it.category, it.is_leaf)).collect();
+        let expected = [
+            ("linear", Category::Backward, true),
+            ("layers.3", Category::Backward, false),
+            ("rms_norm", Category::Forward, true),
+            ("head", Category::ForwardBackward, false),
+        ];
+        assert_eq!(found, expected);
+        let (inner, outer) = (&events[0], &events[1]);
+        assert_eq!(inner.shapes, [vec![2, 3], vec![4]]);
+        assert!(inner.duration >= Duration::from_millis(1));
+        assert!(outer.start <= inner.start && inner.start + inner.duration <= outer.start + outer.duration);
+        assert_eq!(CATEGORY.get(), Category::Forward, "spans that end give back the category around them");
+        start();
+        assert!(own(stop()).is_empty(), "a recording begins empty");
     }
 }
