@@ -1,5 +1,6 @@
 //! Tensors of the host as slices.
 
+use std::array::from_fn;
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, Range};
@@ -156,6 +157,17 @@ pub fn with_indices<R>(tensor: &Tensor, body: impl FnOnce(&[u32]) -> R) -> Resul
     Ok(body(&storage.as_slice::<u32>()?[start..end]))
 }
 
+/// `tensor` in `dtype`, rounded where need be.
+pub fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.dtype() == dtype {
+        return Ok(tensor.clone());
+    }
+    typed!(X = tensor.dtype(), Y = dtype; {
+        let values = convert::<X, Y>(&elements(tensor)?);
+        Ok(Tensor::from_vec(values, tensor.shape(), &Device::Cpu)?)
+    })
+}
+
 /// Refuses ids that are not in the vocabulary.
 pub fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<()> {
     match tokens.iter().find(|t| **t as usize >= vocab_size) {
@@ -202,12 +214,12 @@ fn convert<X: Element, Y: Element>(values: &[X]) -> Vec<Y> {
 /// `N` new vectors of `n` elements, written by parallel tasks of `chunk` elements each, and what the tasks return, in
 /// their order. A task gets the range of its elements and writes all of them, in order, so that memory need not be
 /// filled beforehand.
-pub fn build<T: Element, R: Send, const N: usize>(
+pub fn build<T: Copy + Send, R: Send, const N: usize>(
     n: usize,
     chunk: usize,
     task: impl Fn(Range<usize>, &mut Slots<T, N>) -> R + Sync,
 ) -> ([Vec<T>; N], Vec<R>) {
-    let mut vectors = std::array::from_fn(|_| Box::<[T]>::new_uninit_slice(n));
+    let mut vectors = from_fn(|_| Box::<[T]>::new_uninit_slice(n));
     let mut chunks = vectors.each_mut().map(|vector| vector.chunks_mut(chunk));
     let parts: Vec<(usize, [&mut [MaybeUninit<T>]; N])> = (0..n)
         .step_by(chunk)
@@ -232,16 +244,17 @@ pub struct Slots<'a, T, const N: usize> {
     written: usize,
 }
 
-impl<T: Element, const N: usize> Slots<'_, T, N> {
+impl<T, const N: usize> Slots<'_, T, N> {
     /// Writes the next elements, one of each vector per item.
     #[inline(always)]
     pub fn extend(&mut self, items: impl Iterator<Item = [T; N]>) {
-        let mut slots = self.slots.each_mut().map(|slots| &mut slots[self.written..]);
-        let room = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
+        let room = self.slots.iter().map(|slots| slots.len()).min().unwrap_or(0) - self.written;
+        let mut slots = self.slots.each_mut().map(|slots| &mut slots[self.written..][..room]);
         let mut count = 0;
         for (i, item) in (0..room).zip(items) {
             for (slots, value) in slots.iter_mut().zip(item) {
-                slots[i].write(value);
+                // SAFETY: `i < room`, the length that the slots were cut to. A check would keep the loop from vectorising.
+                unsafe { slots.get_unchecked_mut(i) }.write(value);
             }
             count += 1;
         }
@@ -298,47 +311,59 @@ impl Disjoint {
     }
 }
 
-/// `Σ a · b`, in sixteen interleaved sums, so that it vectorises.
+/// `Σ a · b`.
 #[inline(always)]
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
-    let mut sums = [0f32; LANES];
-    for (a, b) in a.zip(b) {
+pub fn dot<X: Element, Y: Element>(a: &[X], b: &[Y]) -> f32 {
+    fold(a, b, 0.0, |sum, a, b| sum + a * b, |a, b| a + b)
+}
+
+/// `Σ f(x)`.
+#[inline(always)]
+pub fn sum_of<X: Element>(values: &[X], f: impl Fn(f32) -> f32) -> f32 {
+    fold(values, values, 0.0, |sum, x, _| sum + f(x), |a, b| a + b)
+}
+
+/// The largest of `values` and `least`.
+#[inline(always)]
+pub fn max_of<X: Element>(values: &[X], least: f32) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    fold(values, values, least, |max, x, _| larger(max, x), larger)
+}
+
+/// Folds pairs of elements into 64 partial results, which are then joined: four of the widest vectors, so that it
+/// vectorises and no step waits for the one before.
+#[inline(always)]
+fn fold<X: Element, Y: Element>(
+    a: &[X],
+    b: &[Y],
+    start: f32,
+    step: impl Fn(f32, f32, f32) -> f32,
+    join: impl Fn(f32, f32) -> f32,
+) -> f32 {
+    const LANES: usize = 16;
+    const VECTORS: usize = 4;
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let ((a, a_last), (b, b_last)) = (a.as_chunks::<VECTORS>(), b.as_chunks::<VECTORS>());
+    let add = |lanes: &mut [f32; LANES], a: &[X; LANES], b: &[Y; LANES]| {
         for i in 0..LANES {
-            sums[i] += a[i] * b[i];
+            lanes[i] = step(lanes[i], a[i].load(), b[i].load());
+        }
+    };
+    let mut lanes = [[start; LANES]; VECTORS];
+    for (a, b) in a.iter().zip(b) {
+        for v in 0..VECTORS {
+            add(&mut lanes[v], &a[v], &b[v]);
         }
     }
-    sums.iter().sum::<f32>() + tail
-}
-
-/// `Σ f(x)`, likewise.
-#[inline(always)]
-pub fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let chunks = values.chunks_exact(LANES);
-    let tail: f32 = chunks.remainder().iter().map(|x| f(*x)).sum();
-    let mut sums = [0f32; LANES];
-    for chunk in chunks {
-        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += f(*x));
+    let mut total = from_fn(|i| join(join(lanes[0][i], lanes[1][i]), join(lanes[2][i], lanes[3][i])));
+    for (a, b) in a_last.iter().zip(b_last) {
+        add(&mut total, a, b);
     }
-    sums.iter().sum::<f32>() + tail
+    let rest = a_rest.iter().zip(b_rest).fold(start, |rest, (a, b)| step(rest, a.load(), b.load()));
+    let total: [f32; 8] = from_fn(|i| join(total[i], total[i + 8]));
+    let total: [f32; 4] = from_fn(|i| join(total[i], total[i + 4]));
+    join(join(join(total[0], total[1]), join(total[2], total[3])), rest)
 }
-
-/// The largest of `values` and `least`, likewise.
-#[inline(always)]
-pub fn max_of(values: &[f32], least: f32) -> f32 {
-    let chunks = values.chunks_exact(LANES);
-    let mut maxima = [least; LANES];
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let tail = chunks.remainder().iter().fold(least, |m, x| larger(m, *x));
-    for chunk in chunks {
-        maxima.iter_mut().zip(chunk).for_each(|(m, x)| *m = larger(*m, *x));
-    }
-    maxima.into_iter().fold(tail, larger)
-}
-
-/// Independent partial results of the reductions above.
-const LANES: usize = 16;
 
 /// `eˣ` within 1 ulp; 0 below 2⁻¹²⁵·⁵, infinity beyond the range of f32. Without branches, so that loops over it
 /// vectorise. To be called in `vectorized!`: elsewhere each fused multiplication is a call of libm's.
@@ -356,7 +381,7 @@ pub fn exp(x: f32) -> f32 {
     let shifted = x.mul_add(LOG2_E, TO_INTEGER);
     let n = shifted - TO_INTEGER;
     let r = n.mul_add(-LN_2_REST, n.mul_add(-LN_2, x));
-    let mut p = 2.807_097_1e-3f32;
+    let mut p = 2.807_097e-3_f32;
     for c in [1.674_451_1e-2, 8.333_111e-2, 3.333_297_7e-1, 1.0, 2.0, 2.0] {
         p = p.mul_add(r, c);
     }

@@ -1,14 +1,17 @@
-use candle_core::Tensor;
-use rayon::prelude::*;
+use candle_core::{Device, Tensor};
 
 use crate::Result;
-use crate::ops::host::{GRAIN, floats, tensor, vectorized};
+use crate::ops::host::{Element, GRAIN, build, elements, typed, vectorized};
 
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    let (a, b) = (floats(x)?, floats(y)?);
-    let mut sum = vec![0f32; a.len()];
-    sum.par_chunks_mut(GRAIN).zip(a.par_chunks(GRAIN).zip(b.par_chunks(GRAIN))).for_each(|(sum, (a, b))| {
-        vectorized!(sum.iter_mut().zip(a.iter().zip(b)).for_each(|(s, (a, b))| *s = a + b));
+    typed!(X = x.dtype(), Y = y.dtype(); sum::<X, Y>(x, y))
+}
+
+fn sum<X: Element, Y: Element>(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let (a, b) = (elements::<X>(x)?, elements::<Y>(y)?);
+    let ([sum], _) = build(a.len(), GRAIN, |range, sum| {
+        let (a, b) = (&a[range.clone()], &b[range]);
+        vectorized!(sum.extend(a.iter().zip(b).map(|(a, b)| [X::store(a.load() + b.load())])));
     });
-    tensor(sum, x.shape(), x.dtype())
+    Ok(Tensor::from_vec(sum, x.shape(), &Device::Cpu)?)
 }

@@ -1,61 +1,72 @@
-use candle_core::{D, DType, Tensor};
-use rayon::prelude::*;
+use candle_core::{D, DType, Device, Tensor};
 
 use crate::Result;
-use crate::ops::host::{dot, floats, tensor, update, vectorized};
+use crate::ops::host::{Element, GRAIN, build, dot, elements, floats, sum_of, typed, update, vectorized};
 
-/// Rows per task. Fixed, so that the sums of weight gradients do not depend on the number of threads.
-const ROWS: usize = 32;
+/// Elements per task: whole rows, and enough of them that their sum of weight gradients is small beside them.
+fn grain(dim: usize) -> usize {
+    (GRAIN / dim).max(16) * dim
+}
 
 /// The result, and `rstd` of each row.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f32, dtype: DType) -> Result<(Tensor, Vec<f32>)> {
+    typed!(X = x.dtype(), Y = dtype; normalize::<X, Y>(x, weight, eps))
+}
+
+fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Vec<f32>)> {
     let dim = x.dim(D::Minus1)?;
-    let (values, weight) = (floats(x)?, floats(weight)?);
-    let weight: &[f32] = &weight; // an enum inside a loop would keep it from vectorising
-    let mut y = vec![0f32; values.len()];
-    let mut rstd = vec![0f32; values.len() / dim];
-    y.par_chunks_mut(ROWS * dim).zip(values.par_chunks(ROWS * dim)).zip(rstd.par_chunks_mut(ROWS)).for_each(
-        |((y, x), rstd)| {
-            vectorized!({
-                for ((y, x), rstd) in y.chunks_exact_mut(dim).zip(x.chunks_exact(dim)).zip(rstd) {
-                    *rstd = 1.0 / (dot(x, x) / dim as f32 + eps).sqrt();
-                    y.iter_mut().zip(x.iter().zip(weight)).for_each(|(y, (x, w))| *y = x * *rstd * w);
-                }
-            },);
-        },
-    );
-    Ok((tensor(y, x.shape(), dtype)?, rstd))
+    let (values, weight) = (elements::<X>(x)?, floats(weight)?);
+    let ([y], rstd) = build(values.len(), grain(dim), |range, y| {
+        let (x, weight) = (&values[range], &*weight);
+        vectorized!({
+            let mut rstds = Vec::with_capacity(x.len() / dim);
+            for x in x.chunks_exact(dim) {
+                let rstd = 1.0 / (dot(x, x) / dim as f32 + eps).sqrt();
+                y.extend(x.iter().zip(weight).map(|(x, w)| [Y::store(x.load() * rstd * w)]));
+                rstds.push(rstd);
+            }
+            rstds
+        },)
+    });
+    Ok((Tensor::from_vec(y, x.shape(), &Device::Cpu)?, rstd.concat()))
 }
 
 pub fn backward(x: &Tensor, weight: &Tensor, grad: &Tensor, rstd: &[f32], dy: &Tensor) -> Result<Tensor> {
+    typed!(X = x.dtype(), Y = dy.dtype(); gradients::<X, Y>(x, weight, grad, rstd, dy))
+}
+
+fn gradients<X: Element, Y: Element>(
+    x: &Tensor,
+    weight: &Tensor,
+    grad: &Tensor,
+    rstd: &[f32],
+    dy: &Tensor,
+) -> Result<Tensor> {
     let dim = x.dim(D::Minus1)?;
-    let (values, weights, dy) = (floats(x)?, floats(weight)?, floats(dy)?);
-    let weights: &[f32] = &weights;
-    let mut dx = vec![0f32; values.len()];
-    let partial_dw: Vec<Vec<f32>> = dx
-        .par_chunks_mut(ROWS * dim)
-        .zip(values.par_chunks(ROWS * dim).zip(dy.par_chunks(ROWS * dim)))
-        .zip(rstd.par_chunks(ROWS))
-        .map(|((dx, (x, dy)), rstd)| {
-            vectorized!({
-                let mut dw = vec![0f32; dim];
-                let rows = x.chunks_exact(dim).zip(dy.chunks_exact(dim));
-                for ((dx, (x, dy)), &rstd) in dx.chunks_exact_mut(dim).zip(rows).zip(rstd) {
-                    for (((dw, dx), (x, dy)), w) in dw.iter_mut().zip(&mut *dx).zip(x.iter().zip(dy)).zip(weights) {
-                        *dw += dy * x * rstd;
-                        *dx = dy * w; // the gradient of x̂, until the mean is known
-                    }
-                    let mean = dot(dx, x) * rstd / dim as f32;
-                    dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = rstd * (*dx - x * rstd * mean));
+    let (values, weight, dy) = (elements::<X>(x)?, floats(weight)?, elements::<Y>(dy)?);
+    let ([dx], partial_dw) = build(values.len(), grain(dim), |range, dx| {
+        let (rstd, weight) = (&rstd[range.start / dim..], &*weight);
+        let (x, dy) = (&values[range.clone()], &dy[range]);
+        vectorized!({
+            let (mut dw, mut products) = (vec![0f32; dim], vec![0f32; dim]);
+            for ((x, dy), &rstd) in x.chunks_exact(dim).zip(dy.chunks_exact(dim)).zip(rstd) {
+                let sums = dw.iter_mut().zip(&mut products);
+                for ((dw, product), ((x, dy), w)) in sums.zip(x.iter().zip(dy).zip(weight)) {
+                    let dy_xhat = dy.load() * (x.load() * rstd);
+                    *dw += dy_xhat;
+                    *product = w * dy_xhat;
                 }
-                dw
-            },)
-        })
-        .collect();
+                let mean = sum_of(&products, |product| product) / dim as f32;
+                let terms = x.iter().zip(dy).zip(weight);
+                dx.extend(terms.map(|((x, dy), w)| [X::store(rstd * (w * dy.load() - x.load() * rstd * mean))]));
+            }
+            dw
+        },)
+    });
     update(grad, |grad: &mut [f32]| {
         for partial in &partial_dw {
             grad.iter_mut().zip(partial).for_each(|(grad, dw)| *grad += dw);
         }
     })?;
-    tensor(dx, x.shape(), x.dtype())
+    Ok(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)
 }

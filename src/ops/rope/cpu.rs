@@ -1,27 +1,41 @@
-use candle_core::Tensor;
-use rayon::prelude::*;
+use candle_core::{Device, Tensor};
 
 use crate::Result;
-use crate::ops::host::{floats, tensor, vectorized};
+use crate::ops::host::{Element, GRAIN, build, elements, floats, typed, vectorized};
 
 /// Rotates by `direction` (1 or -1) times the angle.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Result<Tensor> {
+    typed!(X = x.dtype(); rotate_as::<X>(x, cos, sin, direction))
+}
+
+fn rotate_as<X: Element>(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Result<Tensor> {
+    // Pairs that one step of the loop handles: angles are repeated for as many heads, where heads are smaller.
+    const STEP: usize = 16;
     let (_, s, h, hd) = x.dims4()?;
-    let (values, cos, sin) = (floats(x)?, floats(cos)?, floats(sin)?);
-    let mut y = vec![0f32; values.len()];
-    y.par_chunks_mut(h * hd).zip(values.par_chunks(h * hd)).enumerate().for_each(|(row, (y, x))| {
-        let angles = (row % s) * hd / 2..((row % s) + 1) * hd / 2;
-        let (cos, sin) = (&cos[angles.clone()], &sin[angles]);
+    let (values, cos, sin) = (elements::<X>(x)?, floats(cos)?, floats(sin)?);
+    let (half, row) = (hd / 2, h * hd / 2);
+    let ([y], _) = build(values.len() / 2, (GRAIN / 2 / row).max(1) * row, |range, y| {
+        let (cos, sin) = (&*cos, &*sin);
+        let (pairs, _) = values[2 * range.start..2 * range.end].as_chunks::<2>();
         vectorized!({
-            for (y, x) in y.chunks_exact_mut(hd).zip(x.chunks_exact(hd)) {
-                let pairs = y.chunks_exact_mut(2).zip(x.chunks_exact(2));
-                for ((y, x), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
-                    let sin = direction * sin;
-                    y[0] = x[0] * cos - x[1] * sin;
-                    y[1] = x[0] * sin + x[1] * cos;
+            let (mut coss, mut sins) = (Vec::new(), Vec::new());
+            for (i, row_of_pairs) in pairs.chunks_exact(row).enumerate() {
+                let position = (range.start / row + i) % s;
+                let angles = position * half..(position + 1) * half;
+                coss.clear();
+                sins.clear();
+                for _ in 0..STEP.div_ceil(half) {
+                    coss.extend_from_slice(&cos[angles.clone()]);
+                    sins.extend(sin[angles.clone()].iter().map(|sin| direction * sin));
+                }
+                for heads in row_of_pairs.chunks(coss.len()) {
+                    y.extend(heads.iter().zip(coss.iter().zip(&sins)).map(|([a, b], (cos, sin))| {
+                        let (a, b) = (a.load(), b.load());
+                        [[X::store(a * cos - b * sin), X::store(a * sin + b * cos)]]
+                    }));
                 }
             }
-        },);
+        });
     });
-    tensor(y, x.shape(), x.dtype())
+    Ok(Tensor::from_vec(y.into_flattened(), x.shape(), &Device::Cpu)?)
 }
