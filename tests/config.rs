@@ -146,6 +146,14 @@ const MISTAKES: &[Mistake] = &[
         &["`checkpoint.keep_latest_k` cannot be 1", "allowed: 0 (keep all), 2 and more"],
     ),
     // Combinations
+    file(
+        "[profiling]\nprofiler_active = 5\nprofile_freq = 3",
+        &[
+            "`profiling.profiler_active` 5 is more than `profiling.profile_freq` 3",
+            "job.toml:2:19",
+            "last `profiler_active` of",
+        ],
+    ),
     file("[training]\nlocal_batch_size = 8\nglobal_batch_size = 100", &["job.toml:3:21", "= 8; nearest: 96, 104"]),
     Mistake {
         job: "[training]\nlocal_batch_size = 8",

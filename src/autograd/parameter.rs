@@ -41,12 +41,22 @@ pub struct StageBuffers {
 /// counted first, and usable after [`StageBuilder::allocate`].
 #[derive(Debug, Default)]
 pub struct StageBuilder {
+    name: String,
     numel: usize,
     parameters: Vec<Arc<Parameter>>,
     buffers: Arc<OnceLock<StageBuffers>>,
 }
 
 impl StageBuilder {
+    /// An empty stage, called `name` in profiles.
+    pub fn named(name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..Self::default() }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Appends a parameter to the stage's layout.
     pub fn parameter(&mut self, fqn: impl Into<String>, shape: &[usize], init: Init) -> Arc<Parameter> {
         let parameter = Arc::new(Parameter {

@@ -5,6 +5,7 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::ops;
+use crate::tools::profiler::{self, Category};
 
 /// A function from the gradient of an op's result to the gradients of its inputs, `None` where one has none.
 type Backward = Box<dyn FnOnce(Tensor) -> Result<Vec<Option<Tensor>>>>;
@@ -16,6 +17,7 @@ struct Tape {
 }
 
 struct Node {
+    op: &'static str,
     /// Where the gradient of each input goes: a node, or nowhere if that input is a constant.
     inputs: Vec<Option<usize>>,
     backward: Backward,
@@ -40,7 +42,7 @@ impl Value {
     /// The input of a stage, with a new tape behind it.
     pub fn input(tensor: Tensor) -> Self {
         let tape = Tape::default();
-        tape.nodes.borrow_mut().push(Node { inputs: vec![], backward: Box::new(|_| Ok(vec![])) });
+        tape.nodes.borrow_mut().push(Node { op: "input", inputs: vec![], backward: Box::new(|_| Ok(vec![])) });
         Self { tensor, source: Some((Rc::new(tape), 0)) }
     }
 
@@ -54,8 +56,10 @@ impl Value {
     }
 
     /// The result of an op on `inputs`, with the op's backward: from the gradient of the result to one gradient per
-    /// input, in the input's shape and dtype. `backward` is dropped unused if no input is tracked.
+    /// input, in the input's shape and dtype. `backward` is dropped unused if no input is tracked. `op` is the name that
+    /// a profile knows the backward by.
     pub fn record<const N: usize>(
+        op: &'static str,
         tensor: Tensor,
         inputs: [&Self; N],
         backward: impl FnOnce(Tensor) -> Result<[Option<Tensor>; N]> + 'static,
@@ -65,6 +69,7 @@ impl Value {
         };
         let mut nodes = tape.nodes.borrow_mut();
         nodes.push(Node {
+            op,
             inputs: inputs.iter().map(|input| input.source.as_ref().map(|(_, node)| *node)).collect(),
             backward: Box::new(move |grad| Ok(backward(grad)?.into())),
         });
@@ -73,9 +78,10 @@ impl Value {
 
     /// `self` seen in another shape.
     pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
+        let _span = profiler::span("reshape").shapes(&[shape]);
         let original = self.tensor.shape().clone();
         let tensor = self.tensor.reshape(shape)?;
-        Ok(Self::record(tensor, [self], move |grad| Ok([Some(grad.reshape(original)?)])))
+        Ok(Self::record("reshape", tensor, [self], move |grad| Ok([Some(grad.reshape(original)?)])))
     }
 
     /// The vector-Jacobian product of everything between this value and the tape's input: given the gradient of
@@ -94,7 +100,9 @@ impl Value {
                 break;
             }
             let Some(grad) = grads.pop().expect("one gradient slot per node") else { continue };
-            for (input, grad) in node.inputs.into_iter().zip((node.backward)(grad)?) {
+            let span = profiler::span_in(Category::Backward, node.op).shapes(&[grad.dims()]);
+            let input_grads = span.around(|| (node.backward)(grad))?;
+            for (input, grad) in node.inputs.into_iter().zip(input_grads) {
                 if let (Some(input), Some(grad)) = (input, grad) {
                     let sum = match grads[input].take() {
                         None => grad,
@@ -117,7 +125,7 @@ mod tests {
     /// `y = a * x`, elementwise, with both as inputs.
     fn multiply(a: &Value, x: &Value) -> Result<Value> {
         let (ta, tx) = (a.tensor().clone(), x.tensor().clone());
-        Ok(Value::record((&ta * &tx)?, [a, x], move |grad| Ok([Some((&grad * tx)?), Some((&grad * ta)?)])))
+        Ok(Value::record("multiply", (&ta * &tx)?, [a, x], move |grad| Ok([Some((&grad * tx)?), Some((&grad * ta)?)])))
     }
 
     #[test]

@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use crate::Result;
 use crate::autograd::StageBuilder;
 use crate::ops::{AdamStep, adam_step, sum_of_squares};
+use crate::tools::profiler;
 
 /// What distinguishes one optimizer from another.
 #[derive(Clone, Copy, Debug)]
@@ -50,8 +51,9 @@ impl Optimizer {
     /// gradients. Returns the norm before clipping. Where that is not finite, nothing but the gradients changes.
     pub fn step(&mut self, stages: &[StageBuilder], lr: f64, max_norm: f64) -> Result<f64> {
         let grads = |stage: &StageBuilder| stage.buffers().grads.clone().expect("a model that trains has gradients");
-        let squares = stages.iter().map(|stage| sum_of_squares(&grads(stage))).sum::<Result<f64>>()?;
-        let norm = squares.sqrt();
+        let span = |stage: &StageBuilder| profiler::span(stage.name());
+        let squares = stages.iter().map(|stage| span(stage).around(|| sum_of_squares(&grads(stage))));
+        let norm = squares.sum::<Result<f64>>()?.sqrt();
         if !norm.is_finite() {
             stages.iter().try_for_each(|stage| grads(stage).zero_set())?;
             return Ok(norm);
@@ -68,6 +70,7 @@ impl Optimizer {
             grad_scale: (max_norm / (norm + 1e-6)).min(1.0),
         };
         for (stage, moments) in stages.iter().zip(&self.moments) {
+            let _span = span(stage);
             adam_step(stage.buffers(), &moments.exp_avg, &moments.exp_avg_sq, &step)?;
         }
         Ok(norm)

@@ -6,6 +6,7 @@ use candle_core::Device;
 
 use crate::data::Loader;
 use crate::engine::{self, Stages};
+use crate::tools::profiler;
 use crate::{Error, Result};
 
 /// Measures a model on the same batches every time. Nothing of the training state changes.
@@ -35,7 +36,8 @@ impl Validator {
         self.loader.rewind();
         let (mut sum, mut batches, mut n_tokens) = (0.0, 0, 0);
         while self.steps.is_none_or(|steps| batches < steps) {
-            let Some(batch) = self.loader.next_batch()? else { break };
+            let batch = profiler::span("data_loading").around(|| self.loader.next_batch())?;
+            let Some(batch) = batch else { break };
             let (tokens, labels) = batch.tensors(device)?;
             n_tokens += labels.elem_count() as u64;
             sum += f64::from(engine::evaluate(model, &tokens, &labels)?);

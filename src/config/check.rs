@@ -25,6 +25,7 @@ pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
     }
     faults.extend(parallelism(config));
     faults.extend(activation_checkpoint(config));
+    faults.extend(profiling(config));
     checkpoint(config, &mut faults);
     faults
 }
@@ -100,6 +101,17 @@ fn activation_checkpoint(config: &JobConfig) -> Option<Fault> {
         let key = "activation_checkpoint.selective_ac_option";
         Fault::new(format!("`{key}` cannot be {option:?}"), &[key])
             .note("allowed: \"op\", or the distance of recomputed layers in quotes, such as \"2\"")
+    })
+}
+
+fn profiling(config: &JobConfig) -> Option<Fault> {
+    let (freq, active) = (config.profiling.profile_freq, config.profiling.profiler_active);
+    (active > freq).then(|| {
+        Fault::new(
+            format!("`profiling.profiler_active` {active} is more than `profiling.profile_freq` {freq}"),
+            &["profiling.profiler_active", "profiling.profile_freq"],
+        )
+        .note("a trace covers the last `profiler_active` of every `profile_freq` steps")
     })
 }
 

@@ -7,18 +7,18 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Profiling {
-    /// Write a Chrome trace every `profile_freq` steps.
-    #[schemars(extend("x-not-yet" = "titan does not write profiles yet"))]
+    /// Log where the time goes, by op, and write a Chrome trace, every `profile_freq` steps.
     pub enable_profiling: bool,
     /// Folder of the traces, in `job.dump_folder`.
     pub save_traces_folder: PathBuf,
     /// Steps from one trace to the next.
     #[schemars(range(min = 1))]
     pub profile_freq: usize,
-    /// Steps that a trace covers.
+    /// Steps that a trace covers: the last of each `profile_freq`.
     #[schemars(range(min = 1))]
     pub profiler_active: usize,
     /// Steps that the profiler runs before a trace, so that its own start does not show.
+    #[schemars(extend("x-no-effect" = "titan's profiler is warm at once"))]
     pub profiler_warmup: usize,
     /// Write a record of every allocation with each trace.
     #[schemars(extend("x-not-yet" = "titan does not write memory snapshots yet"))]

@@ -10,6 +10,7 @@ use candle_core::Tensor;
 use crate::Result;
 use crate::autograd::{StageBuilder, Value};
 use crate::ops::LossAndGrad;
+use crate::tools::profiler::{self, Category};
 
 /// What a pass over a block is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,10 +88,13 @@ pub fn forward_backward<M: Stages>(
     scale: f64,
     recompute: Recompute,
 ) -> Result<f32> {
-    let context = model.context(tokens)?;
-    let mut x = model.embed(tokens)?;
+    let span = |category, stage: usize| profiler::span_in(category, model.stages()[stage].name());
+    let head = model.n_blocks() + 1;
+    let context = profiler::span_in(Category::Forward, "context").around(|| model.context(tokens))?;
+    let mut x = span(Category::Forward, 0).around(|| model.embed(tokens))?;
     let mut kept = Vec::with_capacity(model.n_blocks());
     for index in 0..model.n_blocks() {
+        let _span = span(Category::Forward, index + 1);
         if recompute.includes(index) {
             let y = model.block(index, &Value::constant(x.clone()), &context, Pass::Training)?;
             kept.push(Kept::Input(std::mem::replace(&mut x, y.tensor().clone())));
@@ -101,25 +105,30 @@ pub fn forward_backward<M: Stages>(
         }
     }
 
-    let LossAndGrad { loss, dx } = model.loss_grad(x, labels, scale)?;
+    let LossAndGrad { loss, dx } =
+        span(Category::ForwardBackward, head).around(|| model.loss_grad(x, labels, scale))?;
     let mut grad = dx;
     while let Some(block) = kept.pop() {
+        let index = kept.len();
         let graph = match block {
             Kept::Graph(graph) => graph,
-            Kept::Input(x) => model.block(kept.len(), &Value::input(x), &context, Pass::Recompute)?,
+            Kept::Input(x) => span(Category::Recompute, index + 1)
+                .around(|| model.block(index, &Value::input(x), &context, Pass::Recompute))?,
         };
-        grad = graph.backward(grad)?;
+        grad = span(Category::Backward, index + 1).around(|| graph.backward(grad))?;
     }
-    model.embed_backward(tokens, &grad)?;
+    span(Category::Backward, 0).around(|| model.embed_backward(tokens, &grad))?;
     Ok(loss)
 }
 
 /// The mean loss of a batch, forward only; changes nothing.
 pub fn evaluate<M: Stages>(model: &M, tokens: &Tensor, labels: &Tensor) -> Result<f32> {
-    let context = model.context(tokens)?;
-    let mut x = model.embed(tokens)?;
+    let span = |stage: usize| profiler::span(model.stages()[stage].name());
+    let context = profiler::span("context").around(|| model.context(tokens))?;
+    let mut x = span(0).around(|| model.embed(tokens))?;
     for index in 0..model.n_blocks() {
+        let _span = span(index + 1);
         x = model.block(index, &Value::constant(x), &context, Pass::Evaluation)?.tensor().clone();
     }
-    model.loss(x, labels)
+    span(model.n_blocks() + 1).around(|| model.loss(x, labels))
 }

@@ -1,6 +1,7 @@
 //! One decoder, described by data.
 
 use std::collections::BTreeMap;
+use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -78,7 +79,9 @@ impl Decoder {
                     .into(),
             ));
         }
-        let mut stages: Vec<StageBuilder> = (0..args.n_layers + 2).map(|_| StageBuilder::default()).collect();
+        let block_names = (0..args.n_layers).map(|layer| format!("layers.{layer}"));
+        let names = iter::once("tok_embeddings".into()).chain(block_names).chain(iter::once("head".into()));
+        let mut stages: Vec<StageBuilder> = names.map(StageBuilder::named).collect();
         let tok_embeddings = stages[0].parameter(
             "tok_embeddings.weight",
             &[args.vocab_size, args.dim],

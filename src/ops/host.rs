@@ -203,7 +203,7 @@ fn round_bf16(x: f32) -> f32 {
     f32::from_bits(bits & 0xffff_0000)
 }
 
-fn convert<X: Element, Y: Element>(values: &[X]) -> Vec<Y> {
+pub fn convert<X: Element, Y: Element>(values: &[X]) -> Vec<Y> {
     let ([out], _) = build(values.len(), GRAIN, |range, out| {
         let values = &values[range];
         vectorized!(out.extend(values.iter().map(|x| [Y::store(x.load())])));

@@ -1,6 +1,7 @@
-//! Logging, signals, random numbers, and facts about the device.
+//! Logging, profiling, signals, random numbers, and facts about the device.
 
 pub mod device;
 pub mod logging;
+pub mod profiler;
 pub mod random;
 pub mod signals;

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use tracing::{info, warn};
 
 use super::Trainer;
+use super::profile::StepProfiler;
 use crate::autograd::Precision;
 use crate::components::checkpoint::{Assets, CheckpointManager, Weights};
 use crate::components::lr_scheduler::LrScheduler;
@@ -129,6 +130,7 @@ impl Trainer {
             }
         }
 
+        let profiling = &config.profiling;
         let scheduler = &config.lr_scheduler;
         let schedule = LrScheduler::new(
             config.training.steps,
@@ -143,6 +145,7 @@ impl Trainer {
             grad_accum: config.training.global_batch_size.map_or(1, |global| global / local_batch_size),
             n_tokens_seen: train_state.map_or(0, |state| state.n_tokens_seen),
             run: RunFacts { device: facts, flops_per_token: flops_per_token as f64 },
+            profiler: profiling.enable_profiling.then(|| StepProfiler::new(profiling, &config.job.dump_folder)),
             config,
             device,
             model,

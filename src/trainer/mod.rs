@@ -1,11 +1,12 @@
 //! The training loop: owns the parts, and the order in which they act.
 
 mod build;
+mod profile;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use tracing::info;
 
 use crate::components::checkpoint::{CheckpointManager, Progress, State, TrainState, Why};
@@ -17,8 +18,10 @@ use crate::config::JobConfig;
 use crate::data::Loader;
 use crate::engine::{self, Recompute, Stages};
 use crate::models::Decoder;
+use crate::tools::profiler::{self, Category};
 use crate::tools::signals::Interrupt;
 use crate::{Error, Result};
+use profile::StepProfiler;
 
 /// One run of training, from the job config to the last checkpoint.
 pub struct Trainer {
@@ -33,6 +36,7 @@ pub struct Trainer {
     grad_accum: usize,
     validator: Option<Validator>,
     checkpoints: CheckpointManager,
+    profiler: Option<StepProfiler>,
     /// Optimizer steps taken.
     step: usize,
     n_tokens_seen: u64,
@@ -75,15 +79,16 @@ impl Trainer {
         let mut metrics = self.run.metrics(&self.config, self.step)?;
         info!("Training starts at step {}.", self.step + 1);
         while self.step < last_step {
-            let step = self.train_step()?;
-            self.log(&mut metrics, step);
-            if self.validates() {
-                self.validate(&mut metrics)?;
+            if let Some(profiler) = &mut self.profiler {
+                profiler.step_begins(self.step + 1);
             }
-            if let Some(why) = self.checkpoints.due(self.step, last_step) {
-                self.save(why)?;
+            let span = profiler::span_in(Category::Step, format_args!("step {}", self.step + 1));
+            span.around(|| self.step_and_save(&mut metrics))?;
+            let signal = interrupt.requested().filter(|_| self.step < last_step);
+            if let Some(profiler) = &mut self.profiler {
+                profiler.step_ends(self.step, signal.is_some() || self.step == last_step);
             }
-            if let Some(signal) = interrupt.requested().filter(|_| self.step < last_step) {
+            if let Some(signal) = signal {
                 drop(metrics); // The progress bar leaves the terminal before the last words.
                 self.save(Why::Interrupt)?; // does nothing if this step is saved already
                 return Err(Error::Interrupted { signal, step: self.step, saved: self.checkpoints.saves() });
@@ -94,6 +99,19 @@ impl Trainer {
         Ok(())
     }
 
+    /// A step, and all that is due after it.
+    fn step_and_save(&mut self, metrics: &mut MetricsLogger) -> Result<()> {
+        let step = self.train_step()?;
+        profiler::span_in(Category::Metrics, "metrics").around(|| self.log(metrics, step));
+        if self.validates() {
+            profiler::span_in(Category::Validation, "validation").around(|| self.validate(metrics))?;
+        }
+        if let Some(why) = self.checkpoints.due(self.step, self.config.training.steps) {
+            profiler::span_in(Category::Checkpoint, "checkpoint").around(|| self.save(why))?;
+        }
+        Ok(())
+    }
+
     /// Gradient accumulation, expert biases, clipping, and the optimizer.
     fn train_step(&mut self) -> Result<Step> {
         let mut data_loading = Duration::ZERO;
@@ -101,14 +119,13 @@ impl Trainer {
         let scale = 1.0 / self.grad_accum as f64;
         for _ in 0..self.grad_accum {
             let waiting = Instant::now();
-            let batch = self.loader.next_batch()?;
-            let batch = batch.ok_or_else(|| Error::Data("the training data ended, though it should repeat".into()))?;
-            let (tokens, labels) = batch.tensors(&self.device)?;
+            let (tokens, labels) = profiler::span_in(Category::Data, "data_loading").around(|| self.next_batch())?;
             data_loading += waiting.elapsed();
             n_tokens += labels.elem_count() as u64;
             loss += f64::from(engine::forward_backward(&self.model, &tokens, &labels, scale, self.recompute)?);
         }
         let step = self.step + 1;
+        let _span = profiler::span_in(Category::Optimizer, "optimizer");
         let loads = self.model.expert_loads().into_iter();
         let tokens_per_expert = loads.map(|(layer, load)| (layer, load.rebalance())).collect();
 
@@ -124,6 +141,13 @@ impl Trainer {
         self.step = step;
         self.n_tokens_seen += n_tokens;
         Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading, tokens_per_expert })
+    }
+
+    /// Tokens and labels, `(b, s)`.
+    fn next_batch(&mut self) -> Result<(Tensor, Tensor)> {
+        let batch = self.loader.next_batch()?;
+        let batch = batch.ok_or_else(|| Error::Data("the training data ended, though it should repeat".into()))?;
+        batch.tensors(&self.device)
     }
 
     fn log(&self, metrics: &mut MetricsLogger, step: Step) {

@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::StageBuffers;
+use crate::tools::profiler;
 
 /// One step of Adam or AdamW, for all parameters alike.
 ///
@@ -34,11 +35,13 @@ pub struct AdamStep {
 /// # Shapes
 /// `exp_avg` (`m`) and `exp_avg_sq` (`v`) are laid out like the buffers, in the storage dtype.
 pub fn adam_step(buffers: &StageBuffers, exp_avg: &Tensor, exp_avg_sq: &Tensor, step: &AdamStep) -> Result<()> {
+    let _span = profiler::span("adamw").shapes(&[buffers.weights.dims()]);
     cpu::step(buffers, exp_avg, exp_avg_sq, step)
 }
 
 /// `Σ g²` in f64, in an order that does not depend on the number of threads.
 pub fn sum_of_squares(grads: &Tensor) -> Result<f64> {
+    let _span = profiler::span("sum_of_squares").shapes(&[grads.dims()]);
     cpu::sum_of_squares(grads)
 }
 

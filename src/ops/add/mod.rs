@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use crate::Result;
 use crate::autograd::Value;
 use crate::ops::host::cast;
+use crate::tools::profiler;
 
 /// `x + y`, in `x`'s dtype: the residual stream keeps its own precision whatever is added to it.
 ///
@@ -15,7 +16,7 @@ use crate::ops::host::cast;
 pub fn add(x: &Value, y: &Value) -> Result<Value> {
     let sum = add_tensors(x.tensor(), y.tensor())?;
     let dtype = y.tensor().dtype();
-    Ok(Value::record(sum, [x, y], move |grad| {
+    Ok(Value::record("add", sum, [x, y], move |grad| {
         let dy = cast(&grad, dtype)?;
         Ok([Some(grad), Some(dy)])
     }))
@@ -23,6 +24,7 @@ pub fn add(x: &Value, y: &Value) -> Result<Value> {
 
 /// As [`add`], on bare tensors.
 pub(crate) fn add_tensors(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let _span = profiler::span("add").shapes(&[x.dims(), y.dims()]);
     cpu::add(x, y)
 }
 

@@ -1,10 +1,14 @@
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::AttentionMask;
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use crate::Result;
 use crate::ops::host::{Disjoint, dot, exp, floats, max_of, sum_of, tensor, vectorized};
+#[cfg(target_arch = "x86_64")]
+use crate::ops::matmul::tiles::ISAS;
 use crate::ops::matmul::{Mat, Store, matmul};
 
 /// Queries and keys per block of scores: the block stays in the second-level cache.
@@ -12,17 +16,17 @@ const QUERIES: usize = 64;
 const KEYS: usize = 128;
 
 /// Sizes, and where a head's rows lie in tensors of `(b, s, heads, hd)`.
-struct Sizes {
-    b: usize,
-    sq: usize,
-    sk: usize,
-    h: usize,
-    kv: usize,
-    hd: usize,
+pub struct Sizes {
+    pub b: usize,
+    pub sq: usize,
+    pub sk: usize,
+    pub h: usize,
+    pub kv: usize,
+    pub hd: usize,
 }
 
 impl Sizes {
-    fn of(q: &Tensor, k: &Tensor) -> Result<Self> {
+    pub fn of(q: &Tensor, k: &Tensor) -> Result<Self> {
         let (b, sq, h, hd) = q.dims4()?;
         let (_, sk, kv, _) = k.dims4()?;
         assert!(h % kv == 0 && sq <= sk, "query heads share key heads evenly, and queries are the last positions");
@@ -30,21 +34,21 @@ impl Sizes {
     }
 
     /// Offset of query row `i` of head `head` in batch row `b`.
-    fn query(&self, b: usize, i: usize, head: usize) -> usize {
+    pub fn query(&self, b: usize, i: usize, head: usize) -> usize {
         ((b * self.sq + i) * self.h + head) * self.hd
     }
 
     /// As [`Sizes::query`] for keys and values.
-    fn key(&self, b: usize, i: usize, head: usize) -> usize {
+    pub fn key(&self, b: usize, i: usize, head: usize) -> usize {
         ((b * self.sk + i) * self.kv + head) * self.hd
     }
 
     /// Queries `i..i + n` of a head as a matrix `(n, hd)`.
-    fn queries<'a>(&self, data: &'a [f32], b: usize, i: usize, n: usize, head: usize) -> Mat<'a> {
+    pub fn queries<'a, T>(&self, data: &'a [T], b: usize, i: usize, n: usize, head: usize) -> Mat<'a, T> {
         Mat::strided(&data[self.query(b, i, head)..], n, self.hd, self.h * self.hd)
     }
 
-    fn keys<'a>(&self, data: &'a [f32], b: usize, i: usize, n: usize, head: usize) -> Mat<'a> {
+    pub fn keys<'a, T>(&self, data: &'a [T], b: usize, i: usize, n: usize, head: usize) -> Mat<'a, T> {
         Mat::strided(&data[self.key(b, i, head)..], n, self.hd, self.kv * self.hd)
     }
 
@@ -65,6 +69,10 @@ impl Sizes {
 
 /// The result, and the logsumexp of each query, `(b, h, sq)`.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: f32) -> Result<(Tensor, Vec<f32>)> {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(isa), DType::BF16) = (ISAS.first(), q.dtype()) {
+        return tiles::forward(*isa, q, k, v, mask, scale);
+    }
     let sizes = Sizes::of(q, k)?;
     let Sizes { b, sq, h, kv, hd, .. } = sizes;
     let (qs, ks, vs) = (floats(q)?, floats(k)?, floats(v)?);
@@ -143,6 +151,10 @@ pub struct Saved<'a> {
 /// The gradients of q, k and v. With `P` the probabilities and `D = Σ dy · y` per query:
 /// `dv = Pᵀ dy`, `dS = P · (dy vᵀ - D)`, `dq = scale · dS k`, `dk = scale · dSᵀ q`.
 pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> Result<(Tensor, Tensor, Tensor)> {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(isa), DType::BF16) = (ISAS.first(), saved.q.dtype()) {
+        return tiles::backward(*isa, saved, dy, mask, scale);
+    }
     let sizes = Sizes::of(saved.q, saved.k)?;
     let Sizes { b, sq, sk, h, kv, hd } = sizes;
     let (qs, ks, vs) = (floats(saved.q)?, floats(saved.k)?, floats(saved.v)?);

@@ -1,11 +1,14 @@
 //! Attention with a streaming softmax: no matrix of scores is ever held whole.
 
 mod cpu;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::sync::Arc;
 
 use crate::Result;
 use crate::autograd::Value;
+use crate::tools::profiler;
 
 /// Which keys each query sees: those from its own lower bound up to its own position.
 ///
@@ -72,10 +75,11 @@ impl AttentionMask {
 /// # Source
 /// Dao, arXiv:2307.08691, algorithms 1 and 2.
 pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scale: f32) -> Result<Value> {
+    let _span = profiler::span("attention").shapes(&[q.tensor().dims(), k.tensor().dims(), v.tensor().dims()]);
     let (y, logsumexp) = cpu::forward(q.tensor(), k.tensor(), v.tensor(), mask, scale)?;
     let (saved_q, saved_k, saved_v) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
     let (saved_y, mask) = (y.clone(), mask.clone());
-    Ok(Value::record(y, [q, k, v], move |dy| {
+    Ok(Value::record("attention", y, [q, k, v], move |dy| {
         let saved = cpu::Saved { q: &saved_q, k: &saved_k, v: &saved_v, y: &saved_y, logsumexp: &logsumexp };
         let (dq, dk, dv) = cpu::backward(saved, &dy, &mask, scale)?;
         Ok([Some(dq), Some(dk), Some(dv)])
@@ -129,6 +133,8 @@ mod tests {
             check(dtype, [1, 1, 1, 1, 1, 2], &AttentionMask::causal())?;
             check(dtype, [1, 70, 201, 4, 2, 16], &AttentionMask::causal())?;
             check(dtype, [2, 150, 150, 6, 2, 10], &AttentionMask::causal())?;
+            check(dtype, [1, 290, 290, 2, 1, 40], &AttentionMask::causal())?;
+            check(dtype, [1, 65, 577, 1, 1, 64], &AttentionMask::causal())?;
         }
         Ok(())
     }
@@ -141,7 +147,10 @@ mod tests {
         let both = documents.clone().within_blocks(64, b, 0..s);
         for mask in [&documents, &both, &AttentionMask::causal().within_blocks(7, b, 0..s)] {
             check(DType::F32, [b, s, s, 4, 2, 8], mask)?;
+            check(DType::BF16, [b, s, s, 4, 2, 8], mask)?;
         }
+        let long = AttentionMask::causal().within_blocks(100, 1, 0..600);
+        check(DType::BF16, [1, 600, 600, 1, 1, 16], &long)?;
         assert_eq!(both.start(0, 149, s), documents.start(0, 149, s).max(128));
         Ok(())
     }
@@ -154,14 +163,16 @@ mod tests {
 
     #[test]
     fn attention_is_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
-        let run = || -> Result<Vec<f32>> {
-            let q = Value::input(random_tensor("q", &[2, 140, 4, 8])?);
-            let k = Value::constant(random_tensor("k", &[2, 140, 2, 8])?);
-            let y = attention(&q, &k, &k, &AttentionMask::causal(), 0.4)?;
-            let dy = random_tensor("dy", &[2, 140, 4, 8])?;
-            Ok(y.backward(dy)?.flatten_all()?.to_vec1()?)
-        };
-        assert_eq!(on_threads(1, run)?, on_threads(3, run)?);
+        for dtype in [DType::F32, DType::BF16] {
+            let run = || -> Result<Vec<f32>> {
+                let q = Value::input(random_tensor("q", &[2, 340, 4, 8])?.to_dtype(dtype)?);
+                let k = Value::constant(random_tensor("k", &[2, 340, 2, 8])?.to_dtype(dtype)?);
+                let y = attention(&q, &k, &k, &AttentionMask::causal(), 0.4)?;
+                let dy = random_tensor("dy", &[2, 340, 4, 8])?.to_dtype(dtype)?;
+                Ok(y.backward(dy)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+            };
+            assert_eq!(on_threads(1, run)?, on_threads(3, run)?);
+        }
         Ok(())
     }
 }

@@ -1,25 +1,16 @@
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use crate::Result;
-use crate::ops::host::{
-    check_tokens, exp, floats, floats_in, max_of, round, sum_of, tensor, update, vectorized, with_indices,
-};
-use crate::ops::matmul::{Mat, Store, matmul_all};
+use crate::ops::host::{Element, check_tokens, elements, exp, max_of, sum_of, typed, update, vectorized, with_indices};
+use crate::ops::matmul::{Dst, Mat, Operand, Product};
 
 /// Logits that exist at a time: 128 MiB of f32.
 const LOGITS: usize = 1 << 25;
 
 /// The sum of the losses of all tokens.
 pub fn forward(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
-    let (x, w) = (floats_in(x, weight.dtype())?, floats(weight)?);
-    with_indices(targets, |targets| {
-        let mut sum = 0.0;
-        for_chunks(&x, &w, weight, targets, |_, logits, targets, vocab_size| {
-            sum += losses(logits, targets, vocab_size, |_, _, _| {});
-        })?;
-        Ok(sum)
-    })?
+    typed!(T = weight.dtype(); forward_in::<T>(x, weight, targets))
 }
 
 /// As [`forward`], with the gradients of `mean` times that sum.
@@ -30,65 +21,95 @@ pub fn forward_backward(
     targets: &Tensor,
     mean: f32,
 ) -> Result<(f64, Tensor)> {
-    let dtype = weight.dtype();
-    let (values, w) = (floats_in(x, dtype)?, floats(weight)?);
-    let mut dx = vec![0f32; values.len()];
+    typed!(T = weight.dtype(); forward_backward_in::<T>(x, weight, grad, targets, mean))
+}
+
+fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
+    let (vocab_size, dim) = weight.dims2()?;
+    let (x, w) = (elements::<T>(x)?, elements::<T>(weight)?);
+    with_indices(targets, |targets| {
+        let mut sum = 0.0;
+        for_chunks(&x, Mat::new(&w, vocab_size, dim), targets, |_, logits, targets| {
+            sum += losses(logits, targets, |_, _, _| {});
+        })?;
+        Ok(sum)
+    })?
+}
+
+fn forward_backward_in<T: Operand>(
+    x: &Tensor,
+    weight: &Tensor,
+    grad: &Tensor,
+    targets: &Tensor,
+    mean: f32,
+) -> Result<(f64, Tensor)> {
+    let (vocab_size, dim) = weight.dims2()?;
+    let (values, w) = (elements::<T>(x)?, elements::<T>(weight)?);
+    let w = Mat::new(&w, vocab_size, dim);
+    let mut dx = Vec::with_capacity(values.len());
     let sum = with_indices(targets, |targets| {
         update(grad, |grad: &mut [f32]| -> Result<f64> {
             let mut sum = 0.0;
-            for_chunks(&values, &w, weight, targets, |first, logits, targets, vocab_size| {
+            for_chunks(&values, w, targets, |first, logits, targets| {
                 // logits become their own gradient: mean · (softmax - one-hot)
-                sum += losses(logits, targets, vocab_size, |logits, target, logsumexp| {
-                    logits.iter_mut().for_each(|l| *l = mean * exp(*l - logsumexp));
-                    logits[target] -= mean;
+                sum += losses(logits, targets, |logits, target, logsumexp| {
+                    let gradient = |l: T| mean * exp(l.load() - logsumexp);
+                    let at_target = gradient(logits[target]) - mean;
+                    logits.iter_mut().for_each(|l| *l = T::store(gradient(*l)));
+                    logits[target] = T::store(at_target);
                 });
-                round(logits, dtype);
-                let (rows, dim) = (targets.len(), w.len() / vocab_size);
+                let rows = targets.len();
                 let dlogits = Mat::new(logits, rows, vocab_size);
-                let x = Mat::new(&values[first * dim..], rows, dim);
-                matmul_all(&mut dx[first * dim..], Store::Overwrite, dlogits, Mat::new(&w, vocab_size, dim));
-                matmul_all(grad, Store::Add, dlogits.t(), x);
+                let chunk = first * dim..(first + rows) * dim;
+                let dx = &mut dx.spare_capacity_mut()[chunk.clone()];
+                T::multiply(vec![
+                    Product::new(dlogits, w, Dst::Rounded(dx)),
+                    Product::new(dlogits.t(), Mat::new(&values[chunk], rows, dim), Dst::Add(grad)),
+                ]);
             })?;
             Ok(sum)
         })?
     })??;
-    Ok((sum, tensor(dx, x.shape(), x.dtype())?))
+    // SAFETY: the chunks cover all rows, and a product writes all of its destination.
+    unsafe { dx.set_len(values.len()) };
+    Ok((sum, Tensor::from_vec(dx, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?))
 }
 
-/// Computes the logits of some rows at a time and hands them on: `(first row, logits, targets, vocab_size)`.
-fn for_chunks(
-    x: &[f32],
-    w: &[f32],
-    weight: &Tensor,
+/// Computes the logits of some rows at a time and hands them on: `(first row, logits, targets)`.
+fn for_chunks<T: Operand>(
+    x: &[T],
+    w: Mat<T>,
     targets: &[u32],
-    mut body: impl FnMut(usize, &mut [f32], &[u32], usize),
+    mut body: impl FnMut(usize, &mut [T], &[u32]),
 ) -> Result<()> {
-    let (vocab_size, dim) = weight.dims2()?;
+    let (vocab_size, dim) = (w.rows(), w.cols());
     check_tokens(targets, vocab_size)?;
     let rows = (LOGITS / vocab_size).clamp(1, targets.len());
-    let mut buffer = vec![0f32; rows * vocab_size];
+    let mut buffer = Vec::with_capacity(rows * vocab_size);
     for (chunk, targets) in targets.chunks(rows).enumerate() {
         let first = chunk * rows;
-        let logits = &mut buffer[..targets.len() * vocab_size];
+        let len = targets.len() * vocab_size;
         let x = Mat::new(&x[first * dim..], targets.len(), dim);
-        matmul_all(logits, Store::Overwrite, x, Mat::new(w, vocab_size, dim).t());
-        round(logits, weight.dtype());
-        body(first, logits, targets, vocab_size);
+        buffer.clear();
+        T::multiply(vec![Product::new(x, w.t(), Dst::Rounded(&mut buffer.spare_capacity_mut()[..len]))]);
+        // SAFETY: a product writes all of its destination.
+        unsafe { buffer.set_len(len) };
+        body(first, &mut buffer, targets);
     }
     Ok(())
 }
 
 /// The sum over rows of `logsumexp - logits[target]`, in f64. `then` gets each row's logits, target and logsumexp.
-fn losses(logits: &mut [f32], targets: &[u32], vocab_size: usize, then: impl Fn(&mut [f32], usize, f32) + Sync) -> f64 {
+fn losses<T: Element>(logits: &mut [T], targets: &[u32], then: impl Fn(&mut [T], usize, f32) + Sync) -> f64 {
     let rows: Vec<f64> = logits
-        .par_chunks_mut(vocab_size)
+        .par_chunks_mut(logits.len() / targets.len())
         .zip(targets)
         .map(|(logits, target)| {
             vectorized!({
                 let max = max_of(logits, f32::NEG_INFINITY);
                 let sum: f64 = logits.chunks(256).map(|chunk| f64::from(sum_of(chunk, |l| exp(l - max)))).sum();
                 let logsumexp = max + (sum as f32).ln();
-                let loss = f64::from(logsumexp) - f64::from(logits[*target as usize]);
+                let loss = f64::from(logsumexp) - f64::from(logits[*target as usize].load());
                 then(logits, *target as usize, logsumexp);
                 loss
             },)

@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::Parameter;
+use crate::tools::profiler::{self, Category};
 
 /// Mean next-token cross-entropy, in nats per token, of the logits `x Wᵀ`.
 ///
@@ -15,6 +16,7 @@ use crate::autograd::Parameter;
 /// # Shapes
 /// `x`: `(b, s, dim)`. `weight`: `(vocab_size, dim)`. `targets`: `(b, s)`, u32.
 pub fn cross_entropy_loss(x: &Tensor, weight: &Parameter, targets: &Tensor) -> Result<f32> {
+    let _span = profiler::span("cross_entropy").shapes(&[x.dims(), weight.shape()]);
     let mean = 1.0 / targets.elem_count() as f64;
     Ok((cpu::forward(x, &weight.compute()?, targets)? * mean) as f32)
 }
@@ -29,6 +31,7 @@ pub struct LossAndGrad {
 /// As [`cross_entropy_loss`], times `scale`; with the gradient in the same pass over the logits. The gradient of
 /// `weight` is added to its accumulator.
 pub fn cross_entropy_grad(x: &Tensor, weight: &Parameter, targets: &Tensor, scale: f64) -> Result<LossAndGrad> {
+    let _span = profiler::span_in(Category::ForwardBackward, "cross_entropy").shapes(&[x.dims(), weight.shape()]);
     let mean = scale / targets.elem_count() as f64;
     let (sum, dx) = cpu::forward_backward(x, &weight.compute()?, &weight.grad()?, targets, mean as f32)?;
     Ok(LossAndGrad { loss: (sum * mean) as f32, dx })

@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::Parameter;
+use crate::tools::profiler;
 
 /// The rows of `table` at `tokens`, in f32: the residual stream begins here.
 ///
@@ -15,11 +16,13 @@ use crate::autograd::Parameter;
 /// # Errors
 /// If a token is not in the table.
 pub fn embedding(tokens: &Tensor, table: &Parameter) -> Result<Tensor> {
+    let _span = profiler::span("embedding").shapes(&[tokens.dims(), table.shape()]);
     cpu::forward(tokens, &table.weights()?)
 }
 
 /// Adds the gradient of the looked-up rows to the table's accumulator; only rows that occur are touched.
 pub fn embedding_backward(tokens: &Tensor, table: &Parameter, dy: &Tensor) -> Result<()> {
+    let _span = profiler::span("embedding").shapes(&[dy.dims()]);
     cpu::backward(tokens, &table.grad()?, dy)
 }
 

@@ -1,32 +1,36 @@
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
 
 use crate::Result;
-use crate::ops::host::{floats, floats_in, tensor, update};
-use crate::ops::matmul::{Mat, Store, matmul_all};
+use crate::ops::host::{elements, typed, update};
+use crate::ops::matmul::{Mat, Operand, add_product, product};
 
 pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    typed!(T = weight.dtype(); forward_in::<T>(x, weight))
+}
+
+pub fn backward(x: &Tensor, weight: &Tensor, grad: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    typed!(T = weight.dtype(); backward_in::<T>(x, weight, grad, dy))
+}
+
+fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (outer, inner) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
     *shape.last_mut().expect("activations have at least one dimension") = outer;
     let rows = x.elem_count() / x.dim(D::Minus1)?;
 
-    let (values, weights) = (floats_in(x, weight.dtype())?, floats(weight)?);
-    let mut y = vec![0f32; rows * outer];
-    matmul_all(&mut y, Store::Overwrite, Mat::new(&values, rows, inner), Mat::new(&weights, outer, inner).t());
-    tensor(y, shape, weight.dtype())
+    let (x, weight) = (elements::<T>(x)?, elements::<T>(weight)?);
+    let y = product(Mat::new(&x, rows, inner), Mat::new(&weight, outer, inner).t());
+    Ok(Tensor::from_vec(y, shape, &Device::Cpu)?)
 }
 
-pub fn backward(x: &Tensor, weight: &Tensor, grad: &Tensor, dy: &Tensor) -> Result<Tensor> {
+fn backward_in<T: Operand>(x: &Tensor, weight: &Tensor, grad: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let (outer, inner) = weight.dims2()?;
     let rows = x.elem_count() / inner;
-    let dy = floats_in(dy, weight.dtype())?;
+    let (dy, weight) = (elements::<T>(dy)?, elements::<T>(weight)?);
     let dy = Mat::new(&dy, rows, outer);
 
-    {
-        let values = floats_in(x, weight.dtype())?;
-        update(grad, |grad: &mut [f32]| matmul_all(grad, Store::Add, dy.t(), Mat::new(&values, rows, inner)))?;
-    }
-    let mut dx = vec![0f32; rows * inner];
-    matmul_all(&mut dx, Store::Overwrite, dy, Mat::new(&floats(weight)?, outer, inner));
-    tensor(dx, x.shape(), x.dtype())
+    let values = elements::<T>(x)?;
+    update(grad, |grad: &mut [f32]| add_product(grad, dy.t(), Mat::new(&values, rows, inner)))?;
+    let dx = product(dy, Mat::new(&weight, outer, inner));
+    Ok(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?)
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
+use crate::tools::profiler;
 
 /// `y = x Wᵀ`, computed and returned in the compute dtype of `weight`, with f32 sums.
 ///
@@ -14,9 +15,12 @@ use crate::autograd::{Parameter, Value};
 /// # Shapes
 /// `x`: `(…, in)`. `weight`: `(out, in)`. Returns `(…, out)`.
 pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
+    let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
     let y = cpu::forward(x.tensor(), &weight.compute()?)?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record(y, [x], move |dy| Ok([Some(cpu::backward(&saved, &weight.compute()?, &weight.grad()?, &dy)?)])))
+    Ok(Value::record("linear", y, [x], move |dy| {
+        Ok([Some(cpu::backward(&saved, &weight.compute()?, &weight.grad()?, &dy)?)])
+    }))
 }
 
 #[cfg(test)]

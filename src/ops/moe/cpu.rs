@@ -1,24 +1,31 @@
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::{Experts, Router, Routing};
 use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
-use crate::ops::host::{GRAIN, dot, exp, floats, max_of, round, sum_of, tensor, update, vectorized};
-use crate::ops::matmul::{Mat, Store, matmul_all};
+use crate::ops::host::{Element, GRAIN, build, dot, elements, exp, floats, max_of, sum_of, typed, update, vectorized};
+use crate::ops::matmul::{Dst, Mat, Operand, Product, grouped_product, grouped_sum};
 use crate::ops::swiglu::cpu as swiglu;
 
 /// Keeps a sum of scores that are all zero from dividing by zero.
 const TINY: f32 = 1e-20;
 
-fn scores(logits: &[f32], score_func: ScoreFunc) -> Vec<f32> {
+/// Rows of tokens per task.
+fn rows_per_task(dim: usize) -> usize {
+    GRAIN.div_ceil(dim)
+}
+
+#[inline(always)]
+fn scores(logits: &[f32], score_func: ScoreFunc, scores: &mut [f32]) {
     match score_func {
-        ScoreFunc::Sigmoid => logits.iter().map(|l| swiglu::sigmoid(*l)).collect(),
+        ScoreFunc::Sigmoid => scores.iter_mut().zip(logits).for_each(|(s, l)| *s = swiglu::sigmoid(*l)),
         ScoreFunc::Softmax => {
             let max = max_of(logits, f32::NEG_INFINITY);
-            let sum = sum_of(logits, |l| exp(l - max));
-            logits.iter().map(|l| exp(l - max) / sum).collect()
+            scores.iter_mut().zip(logits).for_each(|(s, l)| *s = exp(l - max));
+            let sum = sum_of(scores, |s| s);
+            scores.iter_mut().for_each(|s| *s /= sum);
         }
     }
 }
@@ -27,65 +34,84 @@ pub fn route(logits: &Tensor, bias: Option<&[f32]>, router: &Router) -> Result<(
     let (n, n_experts) = logits.dims2()?;
     let top_k = router.top_k;
     let logits = floats(logits)?;
+    let rows = rows_per_task(n_experts);
     let (mut experts, mut weights) = (vec![0u32; n * top_k], vec![0f32; n * top_k]);
-    experts
-        .par_chunks_mut(top_k)
-        .zip(weights.par_chunks_mut(top_k))
-        .zip(logits.par_chunks(n_experts))
-        .enumerate()
-        .for_each(|(t, ((experts, weights), logits))| {
-            let scores = scores(logits, router.score_func);
-            if router.force_load_balance {
-                experts.iter_mut().enumerate().for_each(|(j, e)| *e = ((t * top_k + j) % n_experts) as u32);
-            } else {
-                let choice = |e: u32| scores[e as usize] + bias.map_or(0.0, |bias| bias[e as usize]);
-                let mut ranked: Vec<u32> = (0..n_experts as u32).collect();
-                ranked.sort_by(|a, b| choice(*b).total_cmp(&choice(*a)));
-                experts.copy_from_slice(&ranked[..top_k]);
+    let outputs = experts.par_chunks_mut(rows * top_k).zip(weights.par_chunks_mut(rows * top_k));
+    outputs.zip(logits.par_chunks(rows * n_experts)).enumerate().for_each(|(task, ((experts, weights), logits))| {
+        vectorized!({
+            let mut scored = vec![0f32; n_experts];
+            let mut ranked = Vec::with_capacity(n_experts);
+            let outputs = experts.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k));
+            for (i, ((experts, weights), logits)) in outputs.zip(logits.chunks_exact(n_experts)).enumerate() {
+                scores(logits, router.score_func, &mut scored);
+                if router.force_load_balance {
+                    let first = (task * rows + i) * top_k;
+                    experts.iter_mut().enumerate().for_each(|(j, e)| *e = ((first + j) % n_experts) as u32);
+                } else {
+                    let choice = |e: u32| scored[e as usize] + bias.map_or(0.0, |bias| bias[e as usize]);
+                    ranked.clear();
+                    ranked.extend(0..n_experts as u32);
+                    ranked.sort_by(|a, b| choice(*b).total_cmp(&choice(*a)));
+                    experts.copy_from_slice(&ranked[..top_k]);
+                }
+                experts.iter().zip(&mut *weights).for_each(|(e, w)| *w = scored[*e as usize]);
+                let norm = if router.route_norm { weights.iter().sum::<f32>() + TINY } else { 1.0 };
+                weights.iter_mut().for_each(|w| *w = *w / norm * router.route_scale);
             }
-            experts.iter().zip(weights.iter_mut()).for_each(|(e, w)| *w = scores[*e as usize]);
-            let norm = if router.route_norm { weights.iter().sum::<f32>() + TINY } else { 1.0 };
-            weights.iter_mut().for_each(|w| *w = *w / norm * router.route_scale);
-        });
-    Ok((tensor(weights, (n, top_k), DType::F32)?, Routing::new(experts, n_experts, top_k)))
+        },);
+    });
+    Ok((Tensor::from_vec(weights, (n, top_k), &Device::Cpu)?, Routing::new(experts, n_experts, top_k)))
 }
 
 pub fn route_backward(logits: &Tensor, routing: &Routing, router: &Router, dweights: &Tensor) -> Result<Tensor> {
+    typed!(T = logits.dtype(); route_backward_in::<T>(logits, routing, router, dweights))
+}
+
+fn route_backward_in<T: Element>(
+    logits: &Tensor,
+    routing: &Routing,
+    router: &Router,
+    dweights: &Tensor,
+) -> Result<Tensor> {
     let (_, n_experts) = logits.dims2()?;
     let top_k = router.top_k;
     let (values, dweights) = (floats(logits)?, floats(dweights)?);
-    let mut dlogits = vec![0f32; values.len()];
-    dlogits
-        .par_chunks_mut(n_experts)
-        .zip(values.par_chunks(n_experts))
-        .zip(routing.experts.par_chunks(top_k).zip(dweights.par_chunks(top_k)))
-        .for_each(|((dlogits, logits), (experts, dweights))| {
-            let scores = scores(logits, router.score_func);
-            let chosen = |j: usize| scores[experts[j] as usize];
-            // From weights to scores: w = scale · s / Σ s, or w = scale · s.
-            let (norm, shared) = if router.route_norm {
-                let norm = (0..top_k).map(chosen).sum::<f32>() + TINY;
-                (norm, (0..top_k).map(|j| dweights[j] * chosen(j)).sum::<f32>() / (norm * norm))
-            } else {
-                (1.0, 0.0)
-            };
-            let dscore = |j: usize| router.route_scale * (dweights[j] / norm - shared);
-            match router.score_func {
-                ScoreFunc::Sigmoid => {
-                    for (j, e) in experts.iter().enumerate() {
-                        dlogits[*e as usize] += dscore(j) * chosen(j) * (1.0 - chosen(j));
+    let (values, dweights): (&[f32], &[f32]) = (&values, &dweights);
+    let ([dlogits], _) = build(values.len(), rows_per_task(n_experts) * n_experts, |range, out| {
+        vectorized!({
+            let (mut scored, mut dlogits) = (vec![0f32; n_experts], vec![0f32; n_experts]);
+            for t in range.start / n_experts..range.end / n_experts {
+                scores(&values[t * n_experts..][..n_experts], router.score_func, &mut scored);
+                let (experts, dweights) = (&routing.experts[t * top_k..][..top_k], &dweights[t * top_k..][..top_k]);
+                let chosen = |j: usize| scored[experts[j] as usize];
+                // From weights to scores: w = scale · s / Σ s, or w = scale · s.
+                let (norm, shared) = if router.route_norm {
+                    let norm = (0..top_k).map(chosen).sum::<f32>() + TINY;
+                    (norm, (0..top_k).map(|j| dweights[j] * chosen(j)).sum::<f32>() / (norm * norm))
+                } else {
+                    (1.0, 0.0)
+                };
+                let dscore = |j: usize| router.route_scale * (dweights[j] / norm - shared);
+                match router.score_func {
+                    ScoreFunc::Sigmoid => {
+                        dlogits.fill(0.0);
+                        for (j, e) in experts.iter().enumerate() {
+                            dlogits[*e as usize] += dscore(j) * chosen(j) * (1.0 - chosen(j));
+                        }
+                    }
+                    ScoreFunc::Softmax => {
+                        let mean: f32 = (0..top_k).map(|j| dscore(j) * chosen(j)).sum();
+                        dlogits.iter_mut().zip(&scored).for_each(|(d, s)| *d = -s * mean);
+                        for (j, e) in experts.iter().enumerate() {
+                            dlogits[*e as usize] += dscore(j) * chosen(j);
+                        }
                     }
                 }
-                ScoreFunc::Softmax => {
-                    let mean: f32 = (0..top_k).map(|j| dscore(j) * chosen(j)).sum();
-                    dlogits.iter_mut().zip(&scores).for_each(|(d, s)| *d = -s * mean);
-                    for (j, e) in experts.iter().enumerate() {
-                        dlogits[*e as usize] += dscore(j) * chosen(j);
-                    }
-                }
+                out.extend(dlogits.iter().map(|d| [T::store(*d)]));
             }
-        });
-    tensor(dlogits, logits.shape(), logits.dtype())
+        },);
+    });
+    Ok(Tensor::from_vec(dlogits, logits.shape(), &Device::Cpu)?)
 }
 
 /// What forward leaves for backward, in the order of the sorted slots.
@@ -103,39 +129,33 @@ pub struct Forward {
 }
 
 pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Experts) -> Result<Forward> {
+    typed!(X = x.dtype(), T = experts.w1.compute()?.dtype(); forward_in::<X, T>(x, weights, routing, experts))
+}
+
+fn forward_in<X: Element, T: Operand>(
+    x: &Tensor,
+    weights: &Tensor,
+    routing: &Routing,
+    experts: &Experts,
+) -> Result<Forward> {
     let (n, dim) = x.dims2()?;
-    let (w1, w2, w3) = (experts.w1.compute()?, experts.w2.compute()?, experts.w3.compute()?);
-    let (_, hidden_dim, _) = w1.dims3()?;
-    let dtype = w1.dtype();
-    let slots = routing.sorted.len();
-    let weights = floats(weights)?;
+    let (slots, hidden_dim) = (routing.sorted.len(), experts.w1.shape()[1]);
+    let (values, weights) = (elements::<X>(x)?, floats(weights)?);
+    let (before, after) = weights_of(experts, &weights);
 
-    let input = gather(&floats(x)?, dim, routing, experts.score_before_experts.then_some(&weights[..]), dtype);
-    let product = |input: &[f32], weight: &Tensor, rows: usize, cols: usize| -> Result<Vec<f32>> {
-        let weight = floats(weight)?;
-        let mut y = vec![0f32; slots * rows];
-        for_experts(routing, |e, range| {
-            let x = Mat::new(&input[range.start * cols..], range.len(), cols);
-            let w = Mat::new(&weight[e * rows * cols..], rows, cols);
-            matmul_all(&mut y[range.start * rows..range.end * rows], Store::Overwrite, x, w.t());
-        });
-        round(&mut y, dtype);
-        Ok(y)
+    let input = gather::<X, T>(&values, dim, routing, before);
+    let product = |x: &[T], weight: &Parameter| -> Result<Vec<T>> {
+        let values = weight.compute()?;
+        Ok(grouped_product(&routing.offsets, x, &transposed(weight, &elements(&values)?)))
     };
-    let gate = product(&input, &w1, hidden_dim, dim)?;
-    let up = product(&input, &w3, hidden_dim, dim)?;
-    let mut activated = swiglu::activate(&gate, &up);
-    round(&mut activated, dtype);
-    let result = product(&activated, &w2, dim, hidden_dim)?;
+    let (gate, up) = (product(&input, &experts.w1)?, product(&input, &experts.w3)?);
+    let result = product(&swiglu::activate(&gate, &up), &experts.w2)?;
+    let y = scatter_sum::<T, X>(&result, dim, routing, after);
 
-    let mut y = vec![0f32; n * dim];
-    scatter_sum(&mut y, dim, &result, routing, (!experts.score_before_experts).then_some(&weights[..]));
-    let hidden = Hidden {
-        gate: tensor(gate, (slots, hidden_dim), dtype)?,
-        up: tensor(up, (slots, hidden_dim), dtype)?,
-        result: (!experts.score_before_experts).then(|| tensor(result, (slots, dim), dtype)).transpose()?,
-    };
-    Ok(Forward { y: tensor(y, (n, dim), x.dtype())?, hidden })
+    let tensor = |values: Vec<T>, width: usize| Tensor::from_vec(values, (slots, width), &Device::Cpu);
+    let result = after.map(|_| tensor(result, dim)).transpose()?;
+    let hidden = Hidden { gate: tensor(gate, hidden_dim)?, up: tensor(up, hidden_dim)?, result };
+    Ok(Forward { y: Tensor::from_vec(y, (n, dim), &Device::Cpu)?, hidden })
 }
 
 /// The gradients of `x` and `weights`.
@@ -147,105 +167,119 @@ pub fn backward(
     experts: &Experts,
     dy: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    let (n, dim) = x.dims2()?;
-    let (slots, hidden_dim) = hidden.gate.dims2()?;
-    let dtype = hidden.gate.dtype();
-    let before = experts.score_before_experts;
-    let (values, weight_values, dys) = (floats(x)?, floats(weights)?, floats(dy)?);
-    let (weights_before, weights_after) =
-        if before { (Some(&weight_values[..]), None) } else { (None, Some(&weight_values[..])) };
-
-    let input = gather(&values, dim, routing, weights_before, dtype);
-    let dresult = gather(&dys, dim, routing, weights_after, dtype);
-    let (gate, up) = (floats(&hidden.gate)?, floats(&hidden.up)?);
-    let mut activated = swiglu::activate(&gate, &up);
-    round(&mut activated, dtype);
-
-    accumulate(routing, &experts.w2, &dresult, &activated)?;
-    let mut dactivated = vec![0f32; slots * hidden_dim];
-    add_products(&mut dactivated, routing, &experts.w2, &dresult)?;
-    round(&mut dactivated, dtype);
-    let (mut dgate, mut dup) = swiglu::gradients(&gate, &up, &dactivated);
-    round(&mut dgate, dtype);
-    round(&mut dup, dtype);
-    accumulate(routing, &experts.w1, &dgate, &input)?;
-    accumulate(routing, &experts.w3, &dup, &input)?;
-    let mut dinput = vec![0f32; slots * dim];
-    add_products(&mut dinput, routing, &experts.w1, &dgate)?;
-    add_products(&mut dinput, routing, &experts.w3, &dup)?;
-
-    // A weight's gradient is the product of what it scaled with the gradient of the scaled.
-    let mut dweights = vec![0f32; slots];
-    let result = hidden.result.as_ref().map(floats).transpose()?;
-    for (position, slot) in routing.sorted.iter().enumerate() {
-        let token = *slot as usize / routing.top_k;
-        let (at_slot, at_token) = (position * dim..(position + 1) * dim, token * dim..(token + 1) * dim);
-        dweights[*slot as usize] = match &result {
-            None => dot(&values[at_token], &dinput[at_slot]),
-            Some(result) => dot(&result[at_slot], &dys[at_token]),
-        };
-    }
-    let mut dx = vec![0f32; n * dim];
-    scatter_sum(&mut dx, dim, &dinput, routing, weights_before);
-    Ok((tensor(dx, (n, dim), x.dtype())?, tensor(dweights, weights.shape(), DType::F32)?))
-}
-
-/// The rows of `x` in the order of the sorted slots, times the slot's weight if there are weights.
-fn gather(x: &[f32], dim: usize, routing: &Routing, weights: Option<&[f32]>, dtype: DType) -> Vec<f32> {
-    let mut rows = vec![0f32; routing.sorted.len() * dim];
-    rows.par_chunks_mut(dim).zip(&routing.sorted).with_min_len(GRAIN / dim.min(GRAIN)).for_each(|(row, slot)| {
-        let x = &x[*slot as usize / routing.top_k * dim..][..dim];
-        let weight = weights.map_or(1.0, |w| w[*slot as usize]);
-        vectorized!(row.iter_mut().zip(x).for_each(|(row, x)| *row = x * weight));
-    });
-    round(&mut rows, dtype);
-    rows
-}
-
-/// Adds to each token's row of `y` the rows of its slots, times their weights if there are weights, in the order of the
-/// token's choices.
-fn scatter_sum(y: &mut [f32], dim: usize, rows: &[f32], routing: &Routing, weights: Option<&[f32]>) {
-    let mut position_of = vec![0u32; routing.sorted.len()];
-    routing.sorted.iter().enumerate().for_each(|(position, slot)| position_of[*slot as usize] = position as u32);
-    y.par_chunks_mut(dim).enumerate().with_min_len(GRAIN / dim.min(GRAIN)).for_each(|(token, y)| {
-        for slot in token * routing.top_k..(token + 1) * routing.top_k {
-            let row = &rows[position_of[slot] as usize * dim..][..dim];
-            let weight = weights.map_or(1.0, |w| w[slot]);
-            vectorized!(y.iter_mut().zip(row).for_each(|(y, row)| *y += row * weight));
-        }
-    });
-}
-
-/// Calls `body` with each expert that has tokens, and its range of sorted slots.
-fn for_experts(routing: &Routing, mut body: impl FnMut(usize, std::ops::Range<usize>)) {
-    for (e, pair) in routing.offsets.windows(2).enumerate() {
-        if pair[0] < pair[1] {
-            body(e, pair[0]..pair[1]);
-        }
-    }
-}
-
-/// `grad[e] += dyᵀ x` over the slots of each expert.
-fn accumulate(routing: &Routing, weight: &Parameter, dy: &[f32], x: &[f32]) -> Result<()> {
-    let [_, rows, cols] = *weight.shape() else { unreachable!("expert weights have three dimensions") };
-    update(&weight.grad()?, |grad: &mut [f32]| {
-        for_experts(routing, |e, range| {
-            let dy = Mat::new(&dy[range.start * rows..], range.len(), rows);
-            let x = Mat::new(&x[range.start * cols..], range.len(), cols);
-            matmul_all(&mut grad[e * rows * cols..(e + 1) * rows * cols], Store::Add, dy.t(), x);
-        });
+    typed!(X = x.dtype(), T = hidden.gate.dtype(); {
+        backward_in::<X, T>(x, weights, hidden, routing, experts, dy)
     })
 }
 
-/// `dx += dy weight[e]` over the slots of each expert.
-fn add_products(dx: &mut [f32], routing: &Routing, weight: &Parameter, dy: &[f32]) -> Result<()> {
-    let [_, rows, cols] = *weight.shape() else { unreachable!("expert weights have three dimensions") };
-    let weight = weight.compute()?;
-    let weight = floats(&weight)?;
-    for_experts(routing, |e, range| {
-        let dy = Mat::new(&dy[range.start * rows..], range.len(), rows);
-        let w = Mat::new(&weight[e * rows * cols..], rows, cols);
-        matmul_all(&mut dx[range.start * cols..range.end * cols], Store::Add, dy, w);
+fn backward_in<X: Element, T: Operand>(
+    x: &Tensor,
+    weights: &Tensor,
+    hidden: &Hidden,
+    routing: &Routing,
+    experts: &Experts,
+    dy: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let (n, dim) = x.dims2()?;
+    let (values, weight_values, dys) = (elements::<X>(x)?, floats(weights)?, elements::<X>(dy)?);
+    let (values, dys): (&[X], &[X]) = (&values, &dys);
+    let (before, after) = weights_of(experts, &weight_values);
+
+    let input = gather::<X, T>(values, dim, routing, before);
+    let dresult = gather::<X, T>(dys, dim, routing, after);
+    let (gate, up) = (elements::<T>(&hidden.gate)?, elements::<T>(&hidden.up)?);
+    accumulate(routing, &experts.w2, &dresult, &swiglu::activate(&gate, &up))?;
+    let (w1, w2, w3) = (experts.w1.compute()?, experts.w2.compute()?, experts.w3.compute()?);
+    let (w1, w2, w3) = (elements::<T>(&w1)?, elements::<T>(&w2)?, elements::<T>(&w3)?);
+    let dactivated = grouped_product(&routing.offsets, &dresult, &matrices(&experts.w2, &w2));
+    drop(dresult);
+    let (dgate, dup) = swiglu::gradients(&gate, &up, &dactivated);
+    drop(dactivated);
+    accumulate(routing, &experts.w1, &dgate, &input)?;
+    accumulate(routing, &experts.w3, &dup, &input)?;
+    drop(input);
+    let through_gate = (&dgate[..], matrices(&experts.w1, &w1));
+    let dinput = grouped_sum(&routing.offsets, &[through_gate, (&dup, matrices(&experts.w3, &w3))]);
+
+    // A weight's gradient is the product of what it scaled with the gradient of the scaled.
+    let result = hidden.result.as_ref().map(elements::<T>).transpose()?;
+    let result = result.as_deref();
+    let ([dweights], _) = build(routing.sorted.len(), rows_per_task(dim), |slots, dweights| {
+        vectorized!(dweights.extend(slots.map(|slot| {
+            let (position, token) = (routing.positions[slot] as usize, slot / routing.top_k);
+            let (at_slot, at_token) = (position * dim..(position + 1) * dim, token * dim..(token + 1) * dim);
+            [match result {
+                None => dot(&values[at_token], &dinput[at_slot]),
+                Some(result) => dot(&result[at_slot], &dys[at_token]),
+            }]
+        })));
     });
-    Ok(())
+    let dx = scatter_sum::<f32, X>(&dinput, dim, routing, before);
+    let dx = Tensor::from_vec(dx, (n, dim), &Device::Cpu)?;
+    Ok((dx, Tensor::from_vec(dweights, weights.shape(), &Device::Cpu)?))
+}
+
+/// The weights that multiply tokens before the experts, and those that multiply results after them.
+fn weights_of<'a>(experts: &Experts, weights: &'a [f32]) -> (Option<&'a [f32]>, Option<&'a [f32]>) {
+    if experts.score_before_experts { (Some(weights), None) } else { (None, Some(weights)) }
+}
+
+/// The rows of `x` in the order of the sorted slots, times the slot's weight if there are weights.
+fn gather<X: Element, T: Element>(x: &[X], dim: usize, routing: &Routing, weights: Option<&[f32]>) -> Vec<T> {
+    let ([rows], _) = build(routing.sorted.len() * dim, rows_per_task(dim) * dim, |range, rows| {
+        vectorized!({
+            for slot in &routing.sorted[range.start / dim..range.end / dim] {
+                let x = &x[*slot as usize / routing.top_k * dim..][..dim];
+                let weight = weights.map_or(1.0, |w| w[*slot as usize]);
+                rows.extend(x.iter().map(|x| [T::store(x.load() * weight)]));
+            }
+        },);
+    });
+    rows
+}
+
+/// For each token the sum of the rows of its slots, times their weights if there are weights, in the order of the token's
+/// choices.
+fn scatter_sum<T: Element, X: Element>(rows: &[T], dim: usize, routing: &Routing, weights: Option<&[f32]>) -> Vec<X> {
+    let top_k = routing.top_k;
+    let n = routing.sorted.len() / top_k;
+    let ([y], _) = build(n * dim, rows_per_task(dim) * dim, |range, y| {
+        vectorized!({
+            let mut sums = vec![0f32; dim];
+            for token in range.start / dim..range.end / dim {
+                sums.fill(0.0);
+                for slot in token * top_k..(token + 1) * top_k {
+                    let row = &rows[routing.positions[slot] as usize * dim..][..dim];
+                    let weight = weights.map_or(1.0, |w| w[slot]);
+                    sums.iter_mut().zip(row).for_each(|(sum, row)| *sum += row.load() * weight);
+                }
+                y.extend(sums.iter().map(|sum| [X::store(*sum)]));
+            }
+        },);
+    });
+    y
+}
+
+/// The matrices of all experts.
+fn matrices<'a, T>(weight: &Parameter, values: &'a [T]) -> Vec<Mat<'a, T>> {
+    let [_, rows, cols] = *weight.shape() else { unreachable!("expert weights have three dimensions") };
+    values.chunks_exact(rows * cols).map(|values| Mat::new(values, rows, cols)).collect()
+}
+
+fn transposed<'a, T>(weight: &Parameter, values: &'a [T]) -> Vec<Mat<'a, T>> {
+    matrices(weight, values).into_iter().map(Mat::t).collect()
+}
+
+/// `grad[e] += dyᵀ x` over the slots of each expert.
+fn accumulate<T: Operand>(routing: &Routing, weight: &Parameter, dy: &[T], x: &[T]) -> Result<()> {
+    let [_, rows, cols] = *weight.shape() else { unreachable!("expert weights have three dimensions") };
+    update(&weight.grad()?, |grad: &mut [f32]| {
+        let experts = routing.offsets.windows(2).zip(grad.chunks_exact_mut(rows * cols));
+        let products = experts.filter(|(slots, _)| slots[0] < slots[1]).map(|(slots, grad)| {
+            let dy = Mat::new(&dy[slots[0] * rows..slots[1] * rows], slots[1] - slots[0], rows);
+            let x = Mat::new(&x[slots[0] * cols..slots[1] * cols], slots[1] - slots[0], cols);
+            Product::new(dy.t(), x, Dst::Add(grad))
+        });
+        T::multiply(products.collect());
+    })
 }

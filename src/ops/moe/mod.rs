@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::models::args::ScoreFunc;
+use crate::tools::profiler;
 
 /// How router logits become choices and weights.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +29,8 @@ pub struct Routing {
     pub experts: Vec<u32>,
     /// The slots, sorted by expert and within an expert by slot.
     sorted: Vec<u32>,
+    /// Where each slot stands in `sorted`.
+    positions: Vec<u32>,
     /// Where expert `e` begins in `sorted`; one more entry than experts.
     offsets: Vec<usize>,
     top_k: usize,
@@ -39,12 +42,14 @@ impl Routing {
         experts.iter().for_each(|e| offsets[*e as usize + 1] += 1);
         (0..n_experts).for_each(|e| offsets[e + 1] += offsets[e]);
         let mut next = offsets.clone();
-        let mut sorted = vec![0; experts.len()];
+        let (mut sorted, mut positions) = (vec![0; experts.len()], vec![0; experts.len()]);
         for (slot, expert) in experts.iter().enumerate() {
-            sorted[next[*expert as usize]] = slot as u32;
-            next[*expert as usize] += 1;
+            let position = &mut next[*expert as usize];
+            sorted[*position] = slot as u32;
+            positions[slot] = *position as u32;
+            *position += 1;
         }
-        Self { experts, sorted, offsets, top_k }
+        Self { experts, sorted, positions, offsets, top_k }
     }
 
     /// How many slots chose each expert.
@@ -62,10 +67,11 @@ impl Routing {
 /// # Shapes
 /// `logits`: `(n, n_experts)`. `bias`: `n_experts`.
 pub fn route(logits: &Value, bias: Option<&[f32]>, router: &Router) -> Result<(Value, Arc<Routing>)> {
+    let _span = profiler::span("route").shapes(&[logits.tensor().dims()]);
     let (weights, routing) = cpu::route(logits.tensor(), bias, router)?;
     let routing = Arc::new(routing);
     let (saved, choices, router) = (logits.tensor().clone(), routing.clone(), *router);
-    let weights = Value::record(weights, [logits], move |dweights| {
+    let weights = Value::record("route", weights, [logits], move |dweights| {
         Ok([Some(cpu::route_backward(&saved, &choices, &router, &dweights)?)])
     });
     Ok((weights, routing))
@@ -92,11 +98,12 @@ pub struct Experts {
 /// `x`: `(n, dim)`. `weights`: `(n, top_k)`, as [`route`] returned them with `routing`. Returns `(n, dim)`, in `x`'s
 /// dtype.
 pub fn experts(x: &Value, weights: &Value, routing: &Arc<Routing>, experts: &Experts) -> Result<Value> {
+    let _span = profiler::span("experts").shapes(&[x.tensor().dims(), experts.w1.shape()]);
     let forward = cpu::forward(x.tensor(), weights.tensor(), routing, experts)?;
     let (y, hidden) = (forward.y, forward.hidden);
     let (saved_x, saved_weights) = (x.tensor().clone(), weights.tensor().clone());
     let (routing, experts) = (routing.clone(), experts.clone());
-    Ok(Value::record(y, [x, weights], move |dy| {
+    Ok(Value::record("experts", y, [x, weights], move |dy| {
         let (dx, dweights) = cpu::backward(&saved_x, &saved_weights, &hidden, &routing, &experts, &dy)?;
         Ok([Some(dx), Some(dweights)])
     }))

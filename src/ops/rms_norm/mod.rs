@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
+use crate::tools::profiler;
 
 /// `y = x · rstd · w` with `rstd = 1 / sqrt(mean(x²) + eps)` over the last dimension, in the compute dtype of `weight`.
 ///
@@ -17,9 +18,10 @@ use crate::autograd::{Parameter, Value};
 /// # Source
 /// Zhang & Sennrich, arXiv:1910.07467.
 pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, eps: f64) -> Result<Value> {
+    let _span = profiler::span("rms_norm").shapes(&[x.tensor().dims()]);
     let (y, rstd) = cpu::forward(x.tensor(), &weight.weights()?, eps as f32, weight.compute()?.dtype())?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record(y, [x], move |dy| {
+    Ok(Value::record("rms_norm", y, [x], move |dy| {
         Ok([Some(cpu::backward(&saved, &weight.weights()?, &weight.grad()?, &rstd, &dy)?)])
     }))
 }

@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 use crate::Result;
 use crate::autograd::Value;
 use crate::models::args::RopeScalingArgs;
+use crate::tools::profiler;
 
 /// Cosines and sines of `position · frequency`, `(positions, head_dim / 2)`, f32.
 #[derive(Clone, Debug)]
@@ -78,9 +79,10 @@ fn frequencies(head_dim: usize, theta: f64, scaling: Option<&RopeScalingArgs>) -
 /// # Shapes
 /// `x`: `(b, s, h, hd)`; `table` holds the `s` positions of the sequence.
 pub fn rope(x: &Value, table: &RopeTable) -> Result<Value> {
+    let _span = profiler::span("rope").shapes(&[x.tensor().dims()]);
     let y = cpu::rotate(x.tensor(), &table.cos, &table.sin, 1.0)?;
     let table = table.clone();
-    Ok(Value::record(y, [x], move |dy| Ok([Some(cpu::rotate(&dy, &table.cos, &table.sin, -1.0)?)])))
+    Ok(Value::record("rope", y, [x], move |dy| Ok([Some(cpu::rotate(&dy, &table.cos, &table.sin, -1.0)?)])))
 }
 
 #[cfg(test)]

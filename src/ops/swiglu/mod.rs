@@ -4,15 +4,17 @@ pub(in crate::ops) mod cpu;
 
 use crate::Result;
 use crate::autograd::Value;
+use crate::tools::profiler;
 
 /// `silu(gate) · up` with `silu(z) = z / (1 + e⁻ᶻ)`, elementwise, in the inputs' dtype.
 ///
 /// # Source
 /// Shazeer, arXiv:2002.05202.
 pub fn swiglu(gate: &Value, up: &Value) -> Result<Value> {
+    let _span = profiler::span("swiglu").shapes(&[gate.tensor().dims()]);
     let y = cpu::forward(gate.tensor(), up.tensor())?;
     let saved = (gate.tensor().clone(), up.tensor().clone());
-    Ok(Value::record(y, [gate, up], move |dy| {
+    Ok(Value::record("swiglu", y, [gate, up], move |dy| {
         let (dgate, dup) = cpu::backward(&saved.0, &saved.1, &dy)?;
         Ok([Some(dgate), Some(dup)])
     }))

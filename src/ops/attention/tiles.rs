@@ -1,0 +1,584 @@
+//! Attention in bf16 on matrix instructions. Scores are kept transposed, `(keys, queries)`, so that every statistic of a
+//! query has a lane of its own and nothing is ever summed across a vector; the exponentials, not the products, take most
+//! of the time.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use candle_core::{Device, Tensor};
+use half::bf16;
+use rayon::prelude::*;
+
+use super::AttentionMask;
+use super::cpu::{Saved, Sizes};
+use crate::Result;
+use crate::ops::host::{Element, dot, elements};
+use crate::ops::matmul::Mat;
+use crate::ops::matmul::tiles::{Block, Isa, Packing, STEP, TILE, TILE_LEN, pack_tile, transpose};
+
+/// Queries of a block.
+const QUERIES: usize = 64;
+/// Keys of a block, forward and backward. There are more of them forward, because sums are rescaled once per block.
+const KEYS: usize = 256;
+const KEYS_BACKWARD: usize = 128;
+
+/// What a hidden score is, and what a maximum is before there is one: `2^(HIDDEN - NONE)` is 0.
+const HIDDEN: f32 = -1e30;
+const NONE: f32 = -1e20;
+
+/// Packed tiles: `rows` of `steps` tiles each.
+#[derive(Default)]
+struct Tiles {
+    data: Vec<bf16>,
+    steps: usize,
+}
+
+impl Tiles {
+    /// Packs all of `matrix`, and zeros up to `rows` rows of tiles.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn pack(&mut self, matrix: &Mat<bf16>, rows: usize, packing: Packing) {
+        self.steps = matrix.cols().div_ceil(STEP);
+        let len = rows * self.steps * TILE_LEN;
+        self.data.clear();
+        self.data.reserve(len);
+        for (i, tile) in self.data.spare_capacity_mut()[..len].chunks_exact_mut(TILE_LEN).enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { pack_tile(tile, matrix, i / self.steps * TILE, i % self.steps * STEP, packing) };
+        }
+        // SAFETY: every tile has been written.
+        unsafe { self.data.set_len(len) };
+    }
+
+    /// `rows` of tiles, to be written before they are read.
+    fn resize(&mut self, rows: usize, steps: usize) {
+        self.steps = steps;
+        self.data.resize(rows * steps * TILE_LEN, bf16::ZERO);
+    }
+
+    fn rows(&self) -> usize {
+        self.data.len() / (self.steps * TILE_LEN).max(1)
+    }
+}
+
+/// `c = a b`, or `c += a b`, over rows `rows` of tiles of `a`, all columns of tiles of `b`, and the first `steps` tiles of
+/// `k` of `a` from `a_step`. Row 0 of `c` is the first of `rows`.
+///
+/// # Safety
+/// As for [`Isa::block`]; `c` has its rows.
+#[expect(clippy::too_many_arguments, reason = "a product has this many")]
+#[inline]
+unsafe fn multiply(
+    isa: Isa,
+    a: &Tiles,
+    rows: Range<usize>,
+    a_step: usize,
+    b: &Tiles,
+    steps: usize,
+    c: &mut [f32],
+    c_stride: usize,
+    add: bool,
+) {
+    assert!(rows.end <= a.rows() && a_step + steps <= a.steps && steps <= b.steps);
+    assert!(b.rows() * TILE <= c_stride && rows.len() * TILE * c_stride <= c.len());
+    for j in (0..b.rows()).step_by(2) {
+        for i in rows.clone().step_by(2) {
+            // SAFETY: inside the three buffers by the assertions above.
+            unsafe {
+                isa.block(Block {
+                    a: a.data.as_ptr().add((i * a.steps + a_step) * TILE_LEN),
+                    b: b.data.as_ptr().add(j * b.steps * TILE_LEN),
+                    a_stride: a.steps * TILE_LEN,
+                    b_stride: b.steps * TILE_LEN,
+                    steps,
+                    c: c.as_mut_ptr().add((i - rows.start) * TILE * c_stride + j * TILE),
+                    c_stride,
+                    m: (rows.end - i).min(2),
+                    n: (b.rows() - j).min(2),
+                    add,
+                });
+            }
+        }
+    }
+}
+
+/// Tiles that hold `n` rows, in whole pairs: a tile's [`STEP`] of `k` is two tiles of rows.
+fn pairs_of_tiles(n: usize) -> usize {
+    n.div_ceil(STEP) * 2
+}
+
+/// `2^x` to 3e-6 relative, for `x <= 0` and far below.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp2(x: __m512) -> __m512 {
+    let n = _mm512_roundscale_ps::<0>(x);
+    let f = _mm512_sub_ps(x, n);
+    let mut p = _mm512_set1_ps(1.339_887_4e-3);
+    for c in [9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+    }
+    _mm512_scalef_ps(p, n)
+}
+
+/// Which keys each of 16 queries sees: from `start` up to `end`, inclusive.
+#[derive(Clone, Copy)]
+struct Visible {
+    start: __m512i,
+    end: __m512i,
+}
+
+/// A block of queries, as the mask sees it.
+struct QueryBlock {
+    visible: [Visible; QUERIES / TILE],
+    /// Keys that any of the queries sees, from a multiple of a block of keys.
+    keys: Range<usize>,
+    /// Keys that all of them see.
+    seen_by_all: Range<usize>,
+}
+
+impl QueryBlock {
+    #[target_feature(enable = "avx512f")]
+    fn new(sizes: &Sizes, mask: &AttentionMask, row: usize, queries: Range<usize>) -> Self {
+        let past = sizes.sk - sizes.sq;
+        let (mut starts, mut ends) = ([0i32; QUERIES], [i32::MAX; QUERIES]);
+        for (i, query) in queries.clone().enumerate() {
+            starts[i] = mask.start(row, query, sizes.sq) as i32;
+            ends[i] = (past + query) as i32;
+        }
+        let starts_of_queries = &starts[..queries.len()];
+        let first = starts_of_queries.iter().min().map_or(0, |s| *s as usize);
+        let last = starts_of_queries.iter().max().map_or(0, |s| *s as usize);
+        Self {
+            visible: std::array::from_fn(|g| {
+                // SAFETY: 16 numbers each from the arrays' four times 16.
+                unsafe {
+                    Visible {
+                        start: _mm512_loadu_si512(starts[g * TILE..].as_ptr().cast()),
+                        end: _mm512_loadu_si512(ends[g * TILE..].as_ptr().cast()),
+                    }
+                }
+            }),
+            keys: first / KEYS * KEYS..past + queries.end,
+            seen_by_all: last..past + queries.start + 1,
+        }
+    }
+
+    /// Blocks of at most `size` keys.
+    fn key_blocks(&self, size: usize) -> impl Iterator<Item = Range<usize>> {
+        let end = self.keys.end;
+        self.keys.clone().step_by(size).map(move |key| key..end.min(key + size))
+    }
+
+    /// Hides scores, `(keys, QUERIES)`, that a query must not see.
+    #[target_feature(enable = "avx512f")]
+    fn hide(&self, scores: &mut [f32], keys: Range<usize>, groups: usize) {
+        // Up to whole tiles: keys beyond the last one are seen by none.
+        let n = keys.len().next_multiple_of(STEP);
+        if self.seen_by_all.start <= keys.start && keys.start + n <= self.seen_by_all.end {
+            return;
+        }
+        let hidden = _mm512_set1_ps(HIDDEN);
+        for (i, scores) in scores.chunks_exact_mut(QUERIES).enumerate().take(n) {
+            let key = _mm512_set1_epi32((keys.start + i) as i32);
+            for (visible, scores) in self.visible[..groups].iter().zip(scores.chunks_exact_mut(TILE)) {
+                let hide = _mm512_cmplt_epi32_mask(key, visible.start) | _mm512_cmpgt_epi32_mask(key, visible.end);
+                // SAFETY: a chunk is one vector.
+                unsafe { _mm512_mask_storeu_ps(scores.as_mut_ptr(), hide, hidden) };
+            }
+        }
+    }
+}
+
+/// What a forward task works in.
+#[derive(Default)]
+struct Forward {
+    k: Tiles,
+    v: Tiles,
+    q: Tiles,
+    p: Tiles,
+    scores: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+/// As [`super::cpu::forward`].
+pub fn forward(
+    isa: Isa,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttentionMask,
+    scale: f32,
+) -> Result<(Tensor, Vec<f32>)> {
+    let sizes = Sizes::of(q, k)?;
+    let Sizes { b, sq, h, kv, .. } = sizes;
+    let inputs = (elements::<bf16>(q)?, elements::<bf16>(k)?, elements::<bf16>(v)?);
+    let (q_values, k_values, v_values): (&[bf16], &[bf16], &[bf16]) = (&inputs.0, &inputs.1, &inputs.2);
+    let mut y = Box::<[bf16]>::new_uninit_slice(q_values.len());
+    let mut logsumexp = vec![0f32; b * h * sq];
+    let (y_out, logsumexp_out) = (Shared(y.as_mut_ptr().cast::<bf16>()), Shared(logsumexp.as_mut_ptr()));
+
+    // A task has one key/value head, and so many blocks of queries that packing its keys does not show.
+    let chunk = QUERIES * sq.div_ceil(QUERIES).div_ceil(4 * rayon::current_num_threads().div_ceil(b * kv)).max(4);
+    let chunks = sq.div_ceil(chunk);
+    (0..b * kv * chunks).into_par_iter().for_each_init(Forward::default, |scratch, task| {
+        let (row, kv_head) = (task / chunks / kv, task / chunks % kv);
+        let queries = task % chunks * chunk..sq.min((task % chunks + 1) * chunk);
+        let sk = sizes.sk - sq + queries.end;
+        let keys = sizes.keys(k_values, row, 0, sk, kv_head);
+        let values = sizes.keys(v_values, row, 0, sk, kv_head);
+        // SAFETY: an `isa` means AVX-512.
+        isa.with(|| unsafe {
+            scratch.k.pack(&keys, pairs_of_tiles(sk), Packing::Left);
+            scratch.v.pack(&values.t(), sizes.hd.div_ceil(TILE), Packing::Left);
+            for head in kv_head * (h / kv)..(kv_head + 1) * (h / kv) {
+                for first in queries.clone().step_by(QUERIES) {
+                    let block = first..queries.end.min(first + QUERIES);
+                    let q = sizes.queries(q_values, row, first, block.len(), head);
+                    let masked = QueryBlock::new(&sizes, mask, row, block.clone());
+                    let lse = logsumexp_out.get().add((row * h + head) * sq + first);
+                    // A task writes the rows of its own queries and heads, which no other task has.
+                    let y = y_out.get().add(sizes.query(row, first, head));
+                    scratch.block(isa, &q, &masked, scale, y, h * sizes.hd, lse);
+                }
+            }
+        });
+    });
+    // SAFETY: every row of every head has been written.
+    let y = unsafe { y.assume_init() }.into_vec();
+    Ok((Tensor::from_vec(y, q.shape(), &Device::Cpu)?, logsumexp))
+}
+
+/// A pointer to a buffer of which each task writes its own part.
+#[derive(Clone, Copy)]
+struct Shared<T>(*mut T);
+
+// SAFETY: tasks write disjoint parts.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+impl Forward {
+    /// One block of queries against all the keys they see.
+    ///
+    /// # Safety
+    /// As for [`Isa::block`]; rows of `y`, `y_stride` apart, and `lse` have room for the queries.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[expect(clippy::too_many_arguments, reason = "inputs, and where two outputs go")]
+    unsafe fn block(
+        &mut self,
+        isa: Isa,
+        q: &Mat<bf16>,
+        masked: &QueryBlock,
+        scale: f32,
+        y: *mut bf16,
+        y_stride: usize,
+        lse: *mut f32,
+    ) {
+        let (n, hd) = (q.rows(), q.cols());
+        let groups = pairs_of_tiles(n);
+        let factor = _mm512_set1_ps(scale * std::f32::consts::LOG2_E);
+        let (mut max, mut total) = ([_mm512_set1_ps(NONE); QUERIES / TILE], [_mm512_setzero_ps(); QUERIES / TILE]);
+        self.sums.clear();
+        self.sums.resize(self.v.rows() * TILE * QUERIES, 0.0);
+        self.scores.resize(KEYS * QUERIES, 0.0);
+        // SAFETY: promised by the caller; every vector lies inside its slice, by the sizes above.
+        unsafe {
+            self.q.pack(q, groups, Packing::Right);
+            for keys in masked.key_blocks(KEYS) {
+                let steps = keys.len().div_ceil(STEP);
+                let key_tiles = keys.start / TILE..keys.start / TILE + 2 * steps;
+                multiply(isa, &self.k, key_tiles, 0, &self.q, self.k.steps, &mut self.scores, QUERIES, false);
+                let scores = &mut self.scores[..steps * STEP * QUERIES];
+                masked.hide(scores, keys.clone(), groups);
+                self.p.resize(groups, steps);
+                for g in 0..groups {
+                    let at = |i: usize| scores[i * QUERIES + g * TILE..].as_ptr();
+                    let mut maxima = [_mm512_set1_ps(HIDDEN); 4];
+                    for i in (0..steps * STEP).step_by(4) {
+                        for (j, max) in maxima.iter_mut().enumerate() {
+                            *max = _mm512_max_ps(*max, _mm512_loadu_ps(at(i + j)));
+                        }
+                    }
+                    let largest =
+                        _mm512_max_ps(_mm512_max_ps(maxima[0], maxima[1]), _mm512_max_ps(maxima[2], maxima[3]));
+                    let new_max = _mm512_max_ps(max[g], _mm512_mul_ps(largest, factor));
+                    let correction = exp2(_mm512_sub_ps(max[g], new_max));
+                    max[g] = new_max;
+                    let mut sums = [_mm512_setzero_ps(); 2];
+                    let tiles = self.p.data[g * steps * TILE_LEN..].as_mut_ptr();
+                    for pair in 0..steps * STEP / 2 {
+                        let even = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(2 * pair)), factor, new_max));
+                        let odd = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(2 * pair + 1)), factor, new_max));
+                        sums[0] = _mm512_add_ps(sums[0], even);
+                        sums[1] = _mm512_add_ps(sums[1], odd);
+                        _mm512_storeu_si512(tiles.add(pair * STEP).cast(), paired(even, odd));
+                    }
+                    total[g] = _mm512_fmadd_ps(total[g], correction, _mm512_add_ps(sums[0], sums[1]));
+                    for sums in self.sums.chunks_exact_mut(QUERIES) {
+                        let sums = sums[g * TILE..].as_mut_ptr();
+                        _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), correction));
+                    }
+                }
+                let rows = 0..self.v.rows();
+                multiply(isa, &self.v, rows, keys.start / STEP, &self.p, steps, &mut self.sums, QUERIES, true);
+            }
+            for g in 0..n.div_ceil(TILE) {
+                let lanes = lanes(n - g * TILE);
+                let natural = _mm512_mul_ps(max[g], _mm512_set1_ps(std::f32::consts::LN_2));
+                let mut totals = [0f32; TILE];
+                _mm512_storeu_ps(totals.as_mut_ptr(), total[g]);
+                let logs = totals.map(f32::ln);
+                let logs = _mm512_add_ps(natural, _mm512_loadu_ps(logs.as_ptr()));
+                _mm512_mask_storeu_ps(lse.add(g * TILE), lanes, logs);
+                let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), total[g]);
+                store_transposed(&self.sums, g, n, hd, inverse, y, y_stride);
+            }
+        }
+    }
+}
+
+/// The lanes of `n` elements, at most all.
+fn lanes(n: usize) -> u16 {
+    u16::MAX >> (TILE - n.min(TILE))
+}
+
+/// Two rows of non-negative numbers, or of any finite ones, as rows of pairs, each rounded to bf16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
+fn paired(even: __m512, odd: __m512) -> __m512i {
+    let (even, odd) = (rounded(even), rounded(odd));
+    _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(odd)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
+fn rounded(values: __m512) -> __m256i {
+    // SAFETY: both are 32 bytes, and every pattern is a value.
+    unsafe { std::mem::transmute(_mm512_cvtneps_pbh(values)) }
+}
+
+/// Writes queries `16 g..` of `sums`, `(hd, QUERIES)`, times `scale`, as the rows of `to`, `(n, hd)`.
+///
+/// # Safety
+/// Rows of `to`, `stride` apart, have room for `hd` numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn store_transposed(
+    sums: &[f32],
+    g: usize,
+    n: usize,
+    hd: usize,
+    scale: __m512,
+    to: *mut bf16,
+    stride: usize,
+) {
+    for first in (0..hd).step_by(TILE) {
+        let mut rows = [_mm512_setzero_si512(); TILE];
+        for (i, row) in rows.iter_mut().enumerate() {
+            // SAFETY: rows of sums come in whole tiles.
+            let sums = unsafe { _mm512_loadu_ps(sums[(first + i) * QUERIES + g * TILE..].as_ptr()) };
+            *row = _mm512_castps_si512(_mm512_mul_ps(sums, scale));
+        }
+        for (i, row) in transpose(rows).into_iter().enumerate().take(n - g * TILE) {
+            let row = rounded(_mm512_castsi512_ps(row));
+            // SAFETY: promised by the caller.
+            unsafe { _mm256_mask_storeu_epi16(to.add((g * TILE + i) * stride + first).cast(), lanes(hd - first), row) };
+        }
+    }
+}
+
+/// What a backward task works in.
+#[derive(Default)]
+struct Backward {
+    k: Tiles,
+    k_columns: Tiles,
+    v: Tiles,
+    q: Tiles,
+    q_columns: Tiles,
+    dy: Tiles,
+    dy_columns: Tiles,
+    p: Tiles,
+    ds: Tiles,
+    ds_pairs: Tiles,
+    scores: Vec<f32>,
+    dp: Vec<f32>,
+    dq: Vec<f32>,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+/// As [`super::cpu::backward`].
+pub fn backward(
+    isa: Isa,
+    saved: Saved,
+    dy: &Tensor,
+    mask: &AttentionMask,
+    scale: f32,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let sizes = Sizes::of(saved.q, saved.k)?;
+    let Sizes { b, sq, sk, h, kv, hd } = sizes;
+    let inputs = (elements::<bf16>(saved.q)?, elements::<bf16>(saved.k)?, elements::<bf16>(saved.v)?);
+    let (qs, ks, vs): (&[bf16], &[bf16], &[bf16]) = (&inputs.0, &inputs.1, &inputs.2);
+    let outputs = (elements::<bf16>(saved.y)?, elements::<bf16>(dy)?);
+    let (ys, dys): (&[bf16], &[bf16]) = (&outputs.0, &outputs.1);
+    let mut grads = [qs.len(), ks.len(), vs.len()].map(Box::<[bf16]>::new_uninit_slice);
+    let [dq, dk, dv] = grads.each_mut().map(|grad| Shared(grad.as_mut_ptr().cast::<bf16>()));
+
+    // A task owns one key/value head with all the query heads that read it, so that no two tasks add to one gradient.
+    (0..b * kv).into_par_iter().for_each_init(Backward::default, |scratch, task| {
+        let (row, kv_head) = (task / kv, task % kv);
+        let (k, v) = (sizes.keys(ks, row, 0, sk, kv_head), sizes.keys(vs, row, 0, sk, kv_head));
+        // SAFETY: an `isa` means AVX-512; gradients of a task's heads are written by no other task.
+        isa.with(|| unsafe {
+            scratch.start(&k, &v);
+            for head in kv_head * (h / kv)..(kv_head + 1) * (h / kv) {
+                for first in (0..sq).step_by(QUERIES) {
+                    let block = first..sq.min(first + QUERIES);
+                    let (mut lse, mut d) = ([0f32; QUERIES], [0f32; QUERIES]);
+                    for (i, query) in block.clone().enumerate() {
+                        let at = sizes.query(row, query, head);
+                        lse[i] = saved.logsumexp[(row * h + head) * sq + query] * std::f32::consts::LOG2_E;
+                        d[i] = short_dot(&ys[at..at + hd], &dys[at..at + hd]);
+                    }
+                    let q = sizes.queries(qs, row, first, block.len(), head);
+                    let dy = sizes.queries(dys, row, first, block.len(), head);
+                    let masked = QueryBlock::new(&sizes, mask, row, block);
+                    let dq = dq.get().add(sizes.query(row, first, head));
+                    scratch.block(isa, &q, &dy, &lse, &d, &masked, scale, dq, h * hd);
+                }
+            }
+            store_rows(&scratch.dk, sk, hd, scale, dk.get().add(sizes.key(row, 0, kv_head)), kv * hd);
+            store_rows(&scratch.dv, sk, hd, 1.0, dv.get().add(sizes.key(row, 0, kv_head)), kv * hd);
+        });
+    });
+    // SAFETY: every row of every head has been written.
+    let [dq, dk, dv] = grads.map(|grad| unsafe { grad.assume_init() }.into_vec());
+    Ok((
+        Tensor::from_vec(dq, saved.q.shape(), &Device::Cpu)?,
+        Tensor::from_vec(dk, saved.k.shape(), &Device::Cpu)?,
+        Tensor::from_vec(dv, saved.v.shape(), &Device::Cpu)?,
+    ))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn short_dot(a: &[bf16], b: &[bf16]) -> f32 {
+    dot(a, b)
+}
+
+/// Writes the first `n` rows of `sums`, times `scale`, as the rows of `to`, `(n, hd)`.
+///
+/// # Safety
+/// Rows of `to`, `stride` apart, have room for `hd` numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn store_rows(sums: &[f32], n: usize, hd: usize, scale: f32, to: *mut bf16, stride: usize) {
+    for (i, sums) in sums.chunks_exact(hd.next_multiple_of(TILE)).enumerate().take(n) {
+        for (j, sum) in sums[..hd].iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { to.add(i * stride + j).write(bf16::store(sum * scale)) };
+        }
+    }
+}
+
+impl Backward {
+    /// Packs the keys and values of a head, and forgets gradients.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn start(&mut self, k: &Mat<bf16>, v: &Mat<bf16>) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            self.k.pack(k, pairs_of_tiles(k.rows()), Packing::Left);
+            self.k_columns.pack(&k.t(), k.cols().div_ceil(TILE), Packing::Left);
+            self.v.pack(v, pairs_of_tiles(k.rows()), Packing::Left);
+        }
+        let (keys, width) = (k.rows().next_multiple_of(STEP), k.cols().next_multiple_of(TILE));
+        for grad in [&mut self.dk, &mut self.dv] {
+            grad.clear();
+            grad.resize(keys * width, 0.0);
+        }
+        self.scores.resize(KEYS_BACKWARD * QUERIES, 0.0);
+        self.dp.resize(KEYS_BACKWARD * QUERIES, 0.0);
+    }
+
+    /// One block of queries against all the keys they see. `lse` is of base 2.
+    ///
+    /// # Safety
+    /// As for [`Isa::block`]; rows of `dq_out`, `stride` apart, have room for the queries.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[expect(clippy::too_many_arguments, reason = "what forward left, and where the gradient goes")]
+    unsafe fn block(
+        &mut self,
+        isa: Isa,
+        q: &Mat<bf16>,
+        dy: &Mat<bf16>,
+        lse: &[f32; QUERIES],
+        d: &[f32; QUERIES],
+        masked: &QueryBlock,
+        scale: f32,
+        dq_out: *mut bf16,
+        stride: usize,
+    ) {
+        let (n, hd) = (q.rows(), q.cols());
+        let (groups, q_steps, width) = (pairs_of_tiles(n), n.div_ceil(STEP), hd.next_multiple_of(TILE));
+        let factor = _mm512_set1_ps(scale * std::f32::consts::LOG2_E);
+        self.dq.clear();
+        self.dq.resize(width * QUERIES, 0.0);
+        // SAFETY: promised by the caller; every vector lies inside its slice, by the sizes above.
+        unsafe {
+            self.q.pack(q, groups, Packing::Right);
+            self.q_columns.pack(&q.t(), hd.div_ceil(TILE), Packing::Right);
+            self.dy.pack(dy, groups, Packing::Right);
+            self.dy_columns.pack(&dy.t(), hd.div_ceil(TILE), Packing::Right);
+            for keys in masked.key_blocks(KEYS_BACKWARD) {
+                let steps = keys.len().div_ceil(STEP);
+                let first_tile = keys.start / TILE;
+                let key_tiles = first_tile..first_tile + 2 * steps;
+                let hd_steps = self.k.steps;
+                multiply(isa, &self.k, key_tiles.clone(), 0, &self.q, hd_steps, &mut self.scores, QUERIES, false);
+                multiply(isa, &self.v, key_tiles, 0, &self.dy, hd_steps, &mut self.dp, QUERIES, false);
+                masked.hide(&mut self.scores, keys.clone(), groups);
+                self.p.resize(2 * steps, q_steps);
+                self.ds.resize(2 * steps, q_steps);
+                self.ds_pairs.resize(groups, steps);
+                for g in 0..groups {
+                    let (lse, d) =
+                        (_mm512_loadu_ps(lse[g * TILE..].as_ptr()), _mm512_loadu_ps(d[g * TILE..].as_ptr()));
+                    let pairs = self.ds_pairs.data[g * steps * TILE_LEN..].as_mut_ptr();
+                    for pair in 0..steps * STEP / 2 {
+                        let mut gradients = [_mm512_setzero_ps(); 2];
+                        for (j, gradient) in gradients.iter_mut().enumerate() {
+                            let key = 2 * pair + j;
+                            let at = key * QUERIES + g * TILE;
+                            let scores = _mm512_loadu_ps(self.scores[at..].as_ptr());
+                            let p = exp2(_mm512_fmsub_ps(scores, factor, lse));
+                            *gradient = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(self.dp[at..].as_ptr()), d));
+                            // Tile of 16 keys by 32 queries, of which this is one half of a row.
+                            let tile = (key / TILE * q_steps + g / 2) * TILE_LEN + key % TILE * STEP + g % 2 * TILE;
+                            _mm256_storeu_si256(self.p.data[tile..].as_mut_ptr().cast(), rounded(p));
+                            _mm256_storeu_si256(self.ds.data[tile..].as_mut_ptr().cast(), rounded(*gradient));
+                        }
+                        _mm512_storeu_si512(pairs.add(pair * STEP).cast(), paired(gradients[0], gradients[1]));
+                    }
+                }
+                let rows = 0..2 * steps;
+                let (dk, dv) = (&mut self.dk[keys.start * width..], &mut self.dv[keys.start * width..]);
+                multiply(isa, &self.p, rows.clone(), 0, &self.dy_columns, q_steps, dv, width, true);
+                multiply(isa, &self.ds, rows, 0, &self.q_columns, q_steps, dk, width, true);
+                let rows = 0..self.k_columns.rows();
+                let first = keys.start / STEP;
+                multiply(isa, &self.k_columns, rows, first, &self.ds_pairs, steps, &mut self.dq, QUERIES, true);
+            }
+            for g in 0..n.div_ceil(TILE) {
+                store_transposed(&self.dq, g, n, hd, _mm512_set1_ps(scale), dq_out, stride);
+            }
+        }
+    }
+}

@@ -1,0 +1,172 @@
+use std::arch::asm;
+use std::arch::x86_64::__cpuid_count;
+
+use super::{Block, TILE, TILE_LEN};
+
+/// Whether the processor has bf16 tiles and the system lets this process use them.
+pub fn is_usable() -> bool {
+    const AMX_BF16: u32 = 1 << 22;
+    const AMX_TILE: u32 = 1 << 24;
+    let features = __cpuid_count(7, 0).edx;
+    features & AMX_BF16 != 0 && features & AMX_TILE != 0 && request_permission()
+}
+
+/// Linux gives the registers' eight kibibytes only to processes that ask.
+#[cfg(target_os = "linux")]
+fn request_permission() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+    // SAFETY: the call reads two integers and writes no memory of ours.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn request_permission() -> bool {
+    false
+}
+
+/// Layout of the tile registers, as `ldtilecfg` reads it.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    bytes_per_row: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// This thread's tile registers, in use.
+pub struct Tiles(());
+
+impl Tiles {
+    /// Eight tiles of 16 rows of 64 bytes.
+    pub fn configure() -> Self {
+        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], bytes_per_row: [0; 16], rows: [0; 16] };
+        config.bytes_per_row[..8].fill(64);
+        config.rows[..8].fill(TILE as u8);
+        // SAFETY: reads the 64 bytes of `config`. The only caller has seen `is_usable`.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly, preserves_flags)) };
+        Self(())
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: forgets the registers, which nothing uses outside of `Tiles`.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+    }
+}
+
+/// # Safety
+/// `Tiles` are configured; the 16 rows of 64 bytes, `stride` bytes apart, can be read.
+#[inline(always)]
+unsafe fn load<const T: u8>(from: *const u8, stride: usize) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        asm!("tileloadd tmm{t}, [{from} + {stride}]", t = const T, from = in(reg) from, stride = in(reg) stride,
+            options(nostack, readonly, preserves_flags));
+    }
+}
+
+/// # Safety
+/// As for [`load`], to be written.
+#[inline(always)]
+unsafe fn store<const T: u8>(to: *mut f32, stride: usize) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        asm!("tilestored [{to} + {stride}], tmm{t}", t = const T, to = in(reg) to, stride = in(reg) stride,
+            options(nostack, preserves_flags));
+    }
+}
+
+/// # Safety
+/// `Tiles` are configured.
+#[inline(always)]
+unsafe fn zero<const T: u8>() {
+    // SAFETY: promised by the caller.
+    unsafe { asm!("tilezero tmm{t}", t = const T, options(nostack, nomem, preserves_flags)) };
+}
+
+/// `C += A B`.
+///
+/// # Safety
+/// `Tiles` are configured.
+#[inline(always)]
+unsafe fn multiply<const C: u8, const A: u8, const B: u8>() {
+    // SAFETY: promised by the caller.
+    unsafe {
+        asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B,
+            options(nostack, nomem, preserves_flags));
+    }
+}
+
+/// # Safety
+/// As for [`super::Isa::block`].
+#[inline]
+pub unsafe fn block(block: Block) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        match (block.m, block.n) {
+            (2, 2) => tiles::<2, 2>(block),
+            (2, _) => tiles::<2, 1>(block),
+            (_, 2) => tiles::<1, 2>(block),
+            _ => tiles::<1, 1>(block),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`block`].
+#[inline]
+unsafe fn tiles<const M: usize, const N: usize>(block: Block) {
+    let Block { a, b, a_stride, b_stride, steps, c, c_stride, add, .. } = block;
+    let row = c_stride * size_of::<f32>();
+    // SAFETY: promised by the caller.
+    unsafe {
+        let below = c.add(TILE * c_stride);
+        if add {
+            load::<0>(c.cast(), row);
+            if N == 2 {
+                load::<1>(c.add(TILE).cast(), row);
+            }
+            if M == 2 {
+                load::<2>(below.cast(), row);
+            }
+            if M == 2 && N == 2 {
+                load::<3>(below.add(TILE).cast(), row);
+            }
+        } else {
+            zero::<0>();
+            zero::<1>();
+            zero::<2>();
+            zero::<3>();
+        }
+        for step in 0..steps {
+            let (a, b) = (a.add(step * TILE_LEN), b.add(step * TILE_LEN));
+            load::<4>(a.cast(), 64);
+            load::<6>(b.cast(), 64);
+            multiply::<0, 4, 6>();
+            if N == 2 {
+                load::<7>(b.add(b_stride).cast(), 64);
+                multiply::<1, 4, 7>();
+            }
+            if M == 2 {
+                load::<5>(a.add(a_stride).cast(), 64);
+                multiply::<2, 5, 6>();
+            }
+            if M == 2 && N == 2 {
+                multiply::<3, 5, 7>();
+            }
+        }
+        store::<0>(c, row);
+        if N == 2 {
+            store::<1>(c.add(TILE), row);
+        }
+        if M == 2 {
+            store::<2>(below, row);
+        }
+        if M == 2 && N == 2 {
+            store::<3>(below.add(TILE), row);
+        }
+    }
+}

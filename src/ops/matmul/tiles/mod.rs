@@ -1,0 +1,296 @@
+//! Products of bf16 matrices with f32 sums, on processors that have instructions for them.
+//!
+//! Both operands are first packed into tiles of 16 x 32 numbers, a kibibyte each, that kernels read from front to back:
+//! of the left operand a tile holds 16 rows by 32 `k`; of the right one, 16 columns by 32 `k`, in pairs of `k` as the
+//! instructions want them (`[pair of k][column][2]`). Edges are padded with zeros. The right operand is packed once for
+//! the whole product, the left one by the task that needs it.
+
+mod amx;
+mod avx512;
+mod pack;
+
+use std::mem::MaybeUninit;
+use std::sync::LazyLock;
+
+use half::bf16;
+use rayon::prelude::*;
+
+pub use self::pack::{Packing, pack_tile, transpose};
+use super::{Dst, Mat, Product};
+use crate::ops::host::Element;
+
+/// Rows of a tile of the left operand, columns of one of the right.
+pub const TILE: usize = 16;
+/// The `k` of a tile.
+pub const STEP: usize = 32;
+/// Numbers in a tile.
+pub const TILE_LEN: usize = TILE * STEP;
+
+/// Tiles of `k` that are summed before sums go back to memory: the operands of a block stay in the first-level cache.
+const K_STEPS: usize = 16;
+
+/// Instructions that multiply bf16 matrices.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Isa {
+    /// Intel's tile registers.
+    Amx,
+    /// AVX512-BF16: vectors.
+    Avx512,
+}
+
+/// What this processor has, the best first.
+pub static ISAS: LazyLock<Vec<Isa>> = LazyLock::new(|| {
+    let avx512 = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512bf16");
+    match avx512 {
+        true if amx::is_usable() => vec![Isa::Amx, Isa::Avx512],
+        true => vec![Isa::Avx512],
+        false => vec![],
+    }
+});
+
+/// A block of at most 2 x 2 tiles of a product: `c = a b`, or `c += a b`.
+#[derive(Clone, Copy)]
+pub struct Block {
+    /// Packed tiles; those of one row (or column) of tiles follow one another, `steps` of them are summed over.
+    pub a: *const bf16,
+    pub b: *const bf16,
+    /// Numbers from one row (or column) of tiles to the next.
+    pub a_stride: usize,
+    pub b_stride: usize,
+    pub steps: usize,
+    /// `(16 m, 16 n)` f32, rows `c_stride` apart.
+    pub c: *mut f32,
+    pub c_stride: usize,
+    /// Rows and columns of tiles, 1 or 2.
+    pub m: usize,
+    pub n: usize,
+    pub add: bool,
+}
+
+impl Isa {
+    /// Runs `body`, inside which this thread may call [`Isa::block`].
+    pub fn with<R>(self, body: impl FnOnce() -> R) -> R {
+        let _tiles = (self == Self::Amx).then(amx::Tiles::configure);
+        body()
+    }
+
+    /// # Safety
+    /// `self` is one of [`ISAS`], and inside its [`Isa::with`]. The pointers of `block` are good for what it says.
+    #[inline]
+    pub unsafe fn block(self, block: Block) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            match self {
+                Self::Amx => amx::block(block),
+                Self::Avx512 => avx512::block(block),
+            }
+        }
+    }
+}
+
+/// The right operand of a product, packed.
+struct Right {
+    tiles: Vec<bf16>,
+    /// Columns of tiles, and tiles in each.
+    columns: usize,
+    steps: usize,
+}
+
+impl Right {
+    /// Memory for the tiles of `b`, which [`Right::fill`] writes.
+    fn for_matrix(b: &Mat<bf16>) -> Self {
+        let (columns, steps) = (b.cols.div_ceil(TILE), b.rows.div_ceil(STEP));
+        Self { tiles: Vec::with_capacity(columns * steps * TILE_LEN), columns, steps }
+    }
+}
+
+/// Packs the right operands of all products, in parallel.
+fn pack_right(products: &[Product<bf16>]) -> Vec<Right> {
+    let mut packed: Vec<Right> = products.iter().map(|product| Right::for_matrix(&product.b)).collect();
+    let columns: Vec<_> = products
+        .iter()
+        .zip(&mut packed)
+        .flat_map(|(product, right)| {
+            let (b, steps) = (product.b.t(), right.steps);
+            let columns = right.tiles.spare_capacity_mut()[..right.columns * steps * TILE_LEN]
+                .chunks_mut(steps.max(1) * TILE_LEN)
+                .enumerate();
+            columns.map(move |(column, tiles)| (b, column, tiles)).collect::<Vec<_>>()
+        })
+        .collect();
+    columns.into_par_iter().with_min_len(2).for_each(|(b, column, tiles)| {
+        for (step, tile) in tiles.chunks_exact_mut(TILE_LEN).enumerate() {
+            // SAFETY: products run only where `ISAS` has an entry, and each of those has AVX-512.
+            unsafe { pack_tile(tile, &b, column * TILE, step * STEP, Packing::Right) };
+        }
+    });
+    for right in &mut packed {
+        // SAFETY: every tile was written above.
+        unsafe { right.tiles.set_len(right.columns * right.steps * TILE_LEN) };
+    }
+    packed
+}
+
+/// Where a task writes.
+#[derive(Clone, Copy)]
+enum Target {
+    Add(*mut f32),
+    F32(*mut f32),
+    BF16(*mut bf16),
+}
+
+// SAFETY: tasks write disjoint blocks.
+unsafe impl Send for Target {}
+// SAFETY: as above.
+unsafe impl Sync for Target {}
+
+/// A block of rows and columns of one product.
+struct Task<'a> {
+    a: Mat<'a, bf16>,
+    b: &'a Right,
+    n: usize,
+    target: Target,
+    rows: std::ops::Range<usize>,
+    /// Columns of tiles.
+    columns: std::ops::Range<usize>,
+}
+
+/// What a task works in.
+#[derive(Default)]
+struct Scratch {
+    a: Vec<bf16>,
+    c: Vec<f32>,
+}
+
+/// Runs all products, in parallel over blocks of all of them.
+///
+/// Each element is summed over `k` in an order that depends on `k` only, so results are the same bits on any number of
+/// threads.
+pub fn run(isa: Isa, products: Vec<Product<bf16>>) {
+    let packed = pack_right(&products);
+    let n_threads = rayon::current_num_threads();
+    // Blocks of 128 rows by 512 columns; smaller ones where that would leave threads without work.
+    let (mut rows, mut columns) = (8 * TILE, 32);
+    let n_tasks = |rows: usize, columns: usize| -> usize {
+        products.iter().map(|p| p.a.rows.div_ceil(rows) * p.b.cols.div_ceil(columns * TILE)).sum()
+    };
+    while n_threads > 1 && n_tasks(rows, columns) < 4 * n_threads && columns > 2 {
+        if rows > 4 * TILE || columns <= 4 {
+            rows = (rows / 2).max(2 * TILE)
+        } else {
+            columns /= 2
+        }
+        if rows == 2 * TILE {
+            columns /= 2;
+        }
+    }
+    let mut tasks = Vec::with_capacity(n_tasks(rows, columns));
+    for (product, b) in products.into_iter().zip(&packed) {
+        let (m, n) = (product.a.rows, product.b.cols);
+        let target = match product.dst {
+            Dst::Add(dst) => Target::Add(dst.as_mut_ptr()),
+            Dst::F32(dst) => Target::F32(dst.as_mut_ptr().cast()),
+            Dst::Rounded(dst) => Target::BF16(dst.as_mut_ptr().cast()),
+        };
+        for column in (0..b.columns).step_by(columns) {
+            for row in (0..m).step_by(rows) {
+                let (rows, columns) = (row..m.min(row + rows), column..b.columns.min(column + columns));
+                tasks.push(Task { a: product.a, b, n, target, rows, columns });
+            }
+        }
+    }
+    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+        // SAFETY: `isa` is one of `ISAS`.
+        isa.with(|| unsafe { task.run(isa, scratch) });
+    });
+}
+
+impl Task<'_> {
+    /// # Safety
+    /// As for [`Isa::block`].
+    unsafe fn run(&self, isa: Isa, scratch: &mut Scratch) {
+        let steps = self.b.steps;
+        let (m, n) = (self.rows.len().div_ceil(TILE), self.columns.len());
+        let a_steps = steps.min(K_STEPS);
+        scratch.a.clear();
+        scratch.a.reserve(m * a_steps * TILE_LEN);
+        let a = &mut scratch.a.spare_capacity_mut()[..m * a_steps * TILE_LEN];
+        // Sums that wait for the next block of `k`, or, if there is but one, a single block of them.
+        let (c_stride, waiting) = if steps <= K_STEPS { (2 * TILE, false) } else { (n * TILE, true) };
+        scratch.c.resize(if waiting { m * TILE * c_stride } else { 2 * TILE * c_stride }, 0.0);
+
+        for first in (0..steps.max(1)).step_by(K_STEPS) {
+            let block_steps = K_STEPS.min(steps - first);
+            for (i, tiles) in a.chunks_exact_mut((a_steps * TILE_LEN).max(1)).enumerate() {
+                for (step, tile) in tiles.chunks_exact_mut(TILE_LEN).enumerate().take(block_steps) {
+                    let mut rows = self.a;
+                    rows.rows = self.rows.end;
+                    // SAFETY: all of `ISAS` have AVX-512.
+                    unsafe {
+                        pack_tile(tile, &rows, self.rows.start + i * TILE, (first + step) * STEP, Packing::Left);
+                    }
+                }
+            }
+            for j in (0..n).step_by(2) {
+                for i in (0..m).step_by(2) {
+                    let at = if waiting { i * TILE * c_stride + j * TILE } else { 0 };
+                    let (block_m, block_n) = ((m - i).min(2), (n - j).min(2));
+                    let c = &mut scratch.c[at..];
+                    // SAFETY: tiles `i..i + block_m` and `j..j + block_n` lie inside `a` and `b`, the block inside `c`,
+                    // whose rows beyond the last one that is written here belong to no one else.
+                    unsafe {
+                        isa.block(Block {
+                            a: a[i * a_steps * TILE_LEN..].as_ptr().cast(),
+                            b: self.b.tiles[((self.columns.start + j) * steps + first) * TILE_LEN..].as_ptr(),
+                            a_stride: a_steps * TILE_LEN,
+                            b_stride: steps * TILE_LEN,
+                            steps: block_steps,
+                            c: c.as_mut_ptr(),
+                            c_stride,
+                            m: block_m,
+                            n: block_n,
+                            add: first > 0,
+                        });
+                        if first + block_steps >= steps {
+                            self.store(c, c_stride, i * TILE, j * TILE);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes the block of sums `c` that begins at row `row` and column `column` of this task.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn store(&self, c: &[f32], c_stride: usize, row: usize, column: usize) {
+        let column = self.columns.start * TILE + column;
+        let width = (self.n - column).min(2 * TILE).min(self.columns.end * TILE - column);
+        for i in 0..(self.rows.len() - row).min(2 * TILE) {
+            let sums = &c[i * c_stride..][..width];
+            let at = (self.rows.start + row + i) * self.n + column;
+            // SAFETY: inside the destination, whose size `Product` checked; no other task has this block.
+            unsafe {
+                match self.target {
+                    Target::F32(dst) => std::slice::from_raw_parts_mut(dst.add(at), width).copy_from_slice(sums),
+                    Target::Add(dst) => {
+                        let dst = std::slice::from_raw_parts_mut(dst.add(at), width);
+                        dst.iter_mut().zip(sums).for_each(|(dst, sum)| *dst += sum);
+                    }
+                    Target::BF16(dst) => {
+                        let dst = std::slice::from_raw_parts_mut(dst.add(at).cast::<MaybeUninit<bf16>>(), width);
+                        dst.iter_mut().zip(sums).for_each(|(dst, sum)| {
+                            dst.write(bf16::store(*sum));
+                        });
+                    }
+                }
+            }
+        }
+    }
+}

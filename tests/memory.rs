@@ -1,0 +1,216 @@
+//! What forward and backward hold at each moment, under each way of recomputing.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use candle_core::{DType, Device, Tensor};
+use titan::autograd::{Precision, StageBuilder, Value};
+use titan::engine::{self, Pass, Recompute, Stages};
+use titan::models::args::DecoderArgs;
+use titan::models::{self, Decoder};
+use titan::ops::LossAndGrad;
+
+/// The system's allocator, counted.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to `System` as it came; counting beside it touches no memory that is handed out. `realloc`
+// and `alloc_zeroed` come here by their default implementations.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let live = LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(live, Ordering::Relaxed);
+        // SAFETY: the caller's promise about `layout`, passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: `memory` came from `System.alloc` with this layout, as the caller promises of `alloc`.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const ROWS: usize = 2;
+const SEQ_LEN: usize = 128;
+const TOKENS: usize = ROWS * SEQ_LEN;
+
+fn args(n_layers: usize) -> DecoderArgs {
+    let mut args = models::flavor("llama3", "debugmodel").unwrap();
+    args.n_layers = n_layers;
+    args.dim = 256;
+    args.n_heads = 8;
+    args.n_kv_heads = Some(4);
+    args.vocab_size = 512;
+    args.max_seq_len = SEQ_LEN;
+    args
+}
+
+/// Bytes of a stage's input, `(b, s, dim)`, f32.
+fn input_bytes(args: &DecoderArgs) -> usize {
+    4 * TOKENS * args.dim
+}
+
+/// Bytes that a block keeps from forward to backward, its input included.
+fn block_bytes(args: &DecoderArgs, compute: DType) -> usize {
+    let (q, kv, hidden) = (args.dim, args.n_kv_heads() * args.head_dim(), args.ffn_hidden_dim());
+    let residual = 2 * args.dim; // input, and input with attention added
+    let activations = 2 * args.dim // both norms
+        + 2 * q + 2 * kv // queries, keys, values, attention's result
+        + 3 * hidden; // gate, up, and their product
+    let statistics = 2 + args.n_heads; // of norms, and of each softmax
+    TOKENS * (4 * (residual + statistics) + compute.size_in_bytes() * activations)
+}
+
+/// Bytes that an op may need besides what is kept: a few matrices as wide as the hidden layer, f32. Far less than a
+/// second copy of the gradients.
+fn working_bytes(args: &DecoderArgs) -> usize {
+    6 * 4 * TOKENS * args.ffn_hidden_dim()
+}
+
+/// Bytes per block beyond those of its tensors' numbers: tape, shapes, reference counts.
+const OVERHEAD: usize = 8 << 10;
+
+/// A call of the engine, and the bytes that were live when it came, beyond those before the pass.
+type Call = (&'static str, usize, usize);
+
+/// A model that notes each call.
+struct Watched {
+    model: Decoder,
+    before: usize,
+    calls: RefCell<Vec<Call>>,
+}
+
+impl Watched {
+    fn note(&self, name: &'static str, index: usize) {
+        let live = LIVE.load(Ordering::Relaxed) - self.before;
+        self.calls.borrow_mut().push((name, index, live));
+    }
+}
+
+impl Stages for Watched {
+    type Context = <Decoder as Stages>::Context;
+
+    fn stages(&self) -> &[StageBuilder] {
+        self.model.stages()
+    }
+
+    fn context(&self, tokens: &Tensor) -> titan::Result<Self::Context> {
+        self.model.context(tokens)
+    }
+
+    fn embed(&self, tokens: &Tensor) -> titan::Result<Tensor> {
+        self.model.embed(tokens)
+    }
+
+    fn embed_backward(&self, tokens: &Tensor, dy: &Tensor) -> titan::Result<()> {
+        self.note("embed_backward", 0);
+        self.model.embed_backward(tokens, dy)
+    }
+
+    fn n_blocks(&self) -> usize {
+        self.model.n_blocks()
+    }
+
+    fn block(&self, index: usize, x: &Value, context: &Self::Context, pass: Pass) -> titan::Result<Value> {
+        self.note(if pass == Pass::Recompute { "recompute" } else { "forward" }, index);
+        self.model.block(index, x, context, pass)
+    }
+
+    fn loss(&self, x: Tensor, labels: &Tensor) -> titan::Result<f32> {
+        self.model.loss(x, labels)
+    }
+
+    fn loss_grad(&self, x: Tensor, labels: &Tensor, scale: f64) -> titan::Result<LossAndGrad> {
+        self.note("loss", 0);
+        self.model.loss_grad(x, labels, scale)
+    }
+}
+
+struct Measured {
+    calls: Vec<Call>,
+    /// Beyond what was live before.
+    peak: usize,
+    /// Live after the pass less live before it.
+    left: isize,
+}
+
+/// The second of two passes: the first takes the buffers that threads keep for good. On one thread, so that these are
+/// the same every time.
+fn measure(args: &DecoderArgs, compute: DType, recompute: Recompute) -> Measured {
+    let mut model = Decoder::new(args, Some(0)).unwrap();
+    model.allocate(Precision { storage: DType::F32, compute }, &Device::Cpu, true).unwrap();
+    model.parameters().for_each(|parameter| models::initialize(parameter, 0).unwrap());
+    let ids: Vec<u32> = (0..TOKENS).map(|i| (i * 7919 % args.vocab_size) as u32).collect();
+    let tokens = Tensor::from_vec(ids, (ROWS, SEQ_LEN), &Device::Cpu).unwrap();
+    let mut watched = Watched { model, before: 0, calls: RefCell::default() };
+    let pass = |watched: &Watched| engine::forward_backward(watched, &tokens, &tokens, 1.0, recompute).unwrap();
+    pass(&watched);
+
+    watched.calls = RefCell::new(Vec::with_capacity(3 * args.n_layers)); // noting a call takes no memory
+    watched.before = LIVE.load(Ordering::Relaxed);
+    PEAK.store(watched.before, Ordering::Relaxed);
+    pass(&watched);
+    let left = LIVE.load(Ordering::Relaxed) as isize - watched.before as isize;
+    let peak = PEAK.load(Ordering::Relaxed) - watched.before;
+    Measured { calls: watched.calls.take(), peak, left }
+}
+
+/// Holds one pass to what its mode promises, and returns its peak.
+fn check(n_layers: usize, compute: DType, mode: Recompute) -> usize {
+    let args = args(n_layers);
+    let again = |block: usize| match mode {
+        Recompute::None => false,
+        Recompute::EveryNth(n) => block % n == n - 1,
+        Recompute::All => true,
+    };
+    let (input, block) = (input_bytes(&args), block_bytes(&args, compute));
+    let kept = |blocks: usize| -> usize { (0..blocks).map(|i| if again(i) { input } else { block }).sum() };
+
+    let mut expected: Vec<Call> = (0..n_layers).map(|i| ("forward", i, kept(i) + input)).collect();
+    expected.push(("loss", 0, kept(n_layers) + input));
+    // Its input and the gradient of its result; of the blocks behind it nothing is left.
+    expected.extend((0..n_layers).rev().filter(|i| again(*i)).map(|i| ("recompute", i, kept(i) + 2 * input)));
+    expected.push(("embed_backward", 0, input));
+
+    let case = format!("{n_layers} blocks, {compute:?}, {mode:?}");
+    let measured = measure(&args, compute, mode);
+    let overhead = n_layers * OVERHEAD;
+    assert_eq!(measured.calls.len(), expected.len(), "{case}");
+    for (call, (name, index, most)) in measured.calls.iter().zip(expected) {
+        assert_eq!((call.0, call.1), (name, index), "{case}");
+        assert!(call.2 <= most + overhead, "{case}: {} bytes live, {most} promised at {name} {index}", call.2);
+    }
+    let one_again = if mode == Recompute::None { 0 } else { block };
+    let most = kept(n_layers) + 2 * input + one_again + working_bytes(&args) + overhead;
+    assert!(measured.peak <= most, "{case}: a peak of {} bytes, {most} promised", measured.peak);
+    assert_eq!(measured.left, 0, "{case}: a pass leaves nothing behind");
+    measured.peak
+}
+
+#[test]
+fn each_mode_keeps_what_it_promises_and_frees_it_as_backward_goes() {
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(check_all);
+}
+
+fn check_all() {
+    for compute in [DType::F32, DType::BF16] {
+        let [none, second, all] = [Recompute::None, Recompute::EveryNth(2), Recompute::All].map(|mode| {
+            let (few, many) = (check(4, compute, mode), check(8, compute, mode));
+            (many, (many - few) / 4)
+        });
+        assert!(all.0 < second.0 && second.0 < none.0, "peaks: {all:?} {second:?} {none:?}");
+
+        let (input, block) = (input_bytes(&args(1)), block_bytes(&args(1), compute));
+        for ((_, per_block), promised) in [(all, input), (second, (input + block) / 2), (none, block)] {
+            assert!(per_block <= promised + OVERHEAD, "{compute:?}: a block adds {per_block} bytes, not {promised}");
+        }
+        assert!(all.1 >= input, "what `All` keeps is no less than the stages' inputs");
+    }
+}

@@ -1,0 +1,118 @@
+//! The trace of a training step: whole, nested, and without gaps.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value as Json;
+
+/// A span of a trace, times in nanoseconds, with what it lies in.
+struct Span {
+    name: String,
+    category: String,
+    start: u64,
+    end: u64,
+    /// Indices, the outermost first.
+    around: Vec<usize>,
+    is_leaf: bool,
+}
+
+/// The spans in the order of their beginnings.
+fn read_trace(path: &Path) -> Vec<Span> {
+    let trace: Json = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let ns = |event: &Json, key: &str| (event[key].as_f64().unwrap() * 1e3).round() as u64;
+    let mut spans: Vec<Span> = Vec::new();
+    for event in trace["traceEvents"].as_array().unwrap() {
+        assert_eq!((&event["ph"], &event["pid"], &event["tid"]), (&"X".into(), &0.into(), &0.into()));
+        let text = |key: &str| event[key].as_str().unwrap().to_owned();
+        let (start, duration) = (ns(event, "ts"), ns(event, "dur"));
+        let (name, category) = (text("name"), text("cat"));
+        spans.push(Span { name, category, start, end: start + duration, around: vec![], is_leaf: true });
+    }
+    spans.sort_by_key(|span| (span.start, std::cmp::Reverse(span.end)));
+    let mut open: Vec<usize> = Vec::new();
+    for i in 0..spans.len() {
+        open.retain(|outer| spans[*outer].end > spans[i].start);
+        for outer in &open {
+            assert!(spans[i].end <= spans[*outer].end, "{} crosses the end of {}", spans[i].name, spans[*outer].name);
+            spans[*outer].is_leaf = false;
+        }
+        spans[i].around = open.clone();
+        open.push(i);
+    }
+    spans
+}
+
+#[test]
+fn a_trace_holds_every_op_of_every_block_both_ways_and_leaves_no_gaps() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_titan"))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .args(["train", "--config", "configs/debug_model.toml", "--training.steps=5"])
+        .args(["--checkpoint.no-enable", "--validation.no-enable"])
+        .args(["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"])
+        .args(["--profiling.enable_profiling", "--profiling.profile_freq=3", "--profiling.profiler_active=2"])
+        .arg("--job.dump_folder")
+        .arg(folder.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    for line in ["ms of a step went, mean of 2", "not accounted for", "Dumping profiler traces at step 3"] {
+        assert!(log.contains(line), "{line} is missing in:\n{log}");
+    }
+
+    let traces = folder.path().join("profile_traces");
+    let mut written: Vec<_> = std::fs::read_dir(&traces).unwrap().map(|it| it.unwrap().file_name()).collect();
+    written.sort();
+    // Of the first three steps the last two, of the next three, of which the run takes two, the fifth.
+    assert_eq!(written, ["iteration_3", "iteration_5"]);
+    let steps = |spans: &[Span]| -> Vec<String> {
+        spans.iter().filter(|it| it.category == "step").map(|it| it.name.clone()).collect()
+    };
+    assert_eq!(steps(&read_trace(&traces.join("iteration_5/rank0_trace.json"))), ["step 5"]);
+    let spans = read_trace(&traces.join("iteration_3/rank0_trace.json"));
+    assert_eq!(steps(&spans), ["step 2", "step 3"]);
+
+    let within = |outer: usize| spans.iter().filter(move |span| span.around.contains(&outer));
+    for step in (0..spans.len()).filter(|i| spans[*i].around.is_empty()) {
+        assert_eq!(spans[step].category, "step", "{} is in no step", spans[step].name);
+        let length = spans[step].end - spans[step].start;
+        let leaves: u64 = within(step).filter(|it| it.is_leaf).map(|it| it.end - it.start).sum();
+        assert!(leaves as f64 >= 0.95 * length as f64, "{leaves} ns of {length} are accounted for");
+
+        let named = |name: &str, category: &str| -> Option<usize> {
+            let is_it = |i: &usize| spans[*i].name == name && spans[*i].category == category;
+            (0..spans.len()).find(|i| spans[*i].around == [step] && is_it(i))
+        };
+        let ops = |stage: usize| -> BTreeSet<&str> { within(stage).map(|it| it.name.as_str()).collect() };
+        for layer in 0..6 {
+            let find = |category| named(&format!("layers.{layer}"), category);
+            let (forward, backward) = (find("forward").unwrap(), find("backward").unwrap());
+            let expected = match layer % 2 {
+                0 => vec!["rms_norm", "linear", "reshape", "rope", "attention", "add", "swiglu"],
+                // The dense feed-forward of these layers is the shared expert.
+                _ => vec!["rms_norm", "linear", "reshape", "rope", "attention", "add", "route", "experts", "swiglu"],
+            };
+            assert_eq!(ops(forward), BTreeSet::from_iter(expected), "layer {layer}");
+            assert_eq!(ops(backward), ops(forward), "layer {layer}");
+            assert!(within(forward).all(|it| it.category == "forward"));
+            assert!(within(backward).all(|it| it.category == "backward"));
+            match find("recompute") {
+                Some(again) => assert_eq!((ops(again), layer % 2), (ops(forward), 1)),
+                None => assert_eq!(layer % 2, 0, "every second layer runs forward again"),
+            }
+            let optimizer = named("optimizer", "optimizer").unwrap();
+            let of_layer = within(optimizer).filter(|it| it.name == format!("layers.{layer}"));
+            assert_eq!(of_layer.count(), 2, "the norm and the update of layer {layer}");
+        }
+        assert_eq!(ops(named("head", "forward,backward").unwrap()), BTreeSet::from(["rms_norm", "cross_entropy"]));
+        for category in ["forward", "backward"] {
+            assert_eq!(ops(named("tok_embeddings", category).unwrap()), BTreeSet::from(["embedding"]));
+        }
+        for (name, category) in [("data_loading", "data"), ("context", "forward"), ("metrics", "metrics")] {
+            assert!(named(name, category).is_some(), "{name} is missing");
+        }
+    }
+}
