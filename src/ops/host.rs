@@ -1,5 +1,6 @@
 //! Tensors of the host as slices.
 
+use std::array::from_fn;
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, Range};
@@ -218,7 +219,7 @@ pub fn build<T: Copy + Send, R: Send, const N: usize>(
     chunk: usize,
     task: impl Fn(Range<usize>, &mut Slots<T, N>) -> R + Sync,
 ) -> ([Vec<T>; N], Vec<R>) {
-    let mut vectors = std::array::from_fn(|_| Box::<[T]>::new_uninit_slice(n));
+    let mut vectors = from_fn(|_| Box::<[T]>::new_uninit_slice(n));
     let mut chunks = vectors.each_mut().map(|vector| vector.chunks_mut(chunk));
     let parts: Vec<(usize, [&mut [MaybeUninit<T>]; N])> = (0..n)
         .step_by(chunk)
@@ -247,12 +248,13 @@ impl<T, const N: usize> Slots<'_, T, N> {
     /// Writes the next elements, one of each vector per item.
     #[inline(always)]
     pub fn extend(&mut self, items: impl Iterator<Item = [T; N]>) {
-        let mut slots = self.slots.each_mut().map(|slots| &mut slots[self.written..]);
-        let room = slots.iter().map(|slots| slots.len()).min().unwrap_or(0);
+        let room = self.slots.iter().map(|slots| slots.len()).min().unwrap_or(0) - self.written;
+        let mut slots = self.slots.each_mut().map(|slots| &mut slots[self.written..][..room]);
         let mut count = 0;
         for (i, item) in (0..room).zip(items) {
             for (slots, value) in slots.iter_mut().zip(item) {
-                slots[i].write(value);
+                // SAFETY: `i < room`, the length that the slots were cut to. A check would keep the loop from vectorising.
+                unsafe { slots.get_unchecked_mut(i) }.write(value);
             }
             count += 1;
         }
@@ -312,52 +314,55 @@ impl Disjoint {
 /// `Σ a · b`.
 #[inline(always)]
 pub fn dot<X: Element, Y: Element>(a: &[X], b: &[Y]) -> f32 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = [0f32; LANES];
-    for (a, b) in a.iter().zip(b) {
-        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (a, b))| *sum += a.load() * b.load());
-    }
-    sums.iter_mut().zip(a_rest.iter().zip(b_rest)).for_each(|(sum, (a, b))| *sum += a.load() * b.load());
-    merge(sums, |a, b| a + b)
+    fold(a, b, 0.0, |sum, a, b| sum + a * b, |a, b| a + b)
 }
 
 /// `Σ f(x)`.
 #[inline(always)]
 pub fn sum_of<X: Element>(values: &[X], f: impl Fn(f32) -> f32) -> f32 {
-    fold(values, 0.0, |sum, x| sum + f(x), |a, b| a + b)
+    fold(values, values, 0.0, |sum, x, _| sum + f(x), |a, b| a + b)
 }
 
 /// The largest of `values` and `least`.
 #[inline(always)]
 pub fn max_of<X: Element>(values: &[X], least: f32) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    fold(values, least, larger, larger)
+    fold(values, values, least, |max, x, _| larger(max, x), larger)
 }
 
-/// Partial results of a reduction: as many as four of the widest vectors hold, so that no step waits for the one before.
-const LANES: usize = 64;
-
+/// Folds pairs of elements into 64 partial results, which are then joined: four of the widest vectors, so that it
+/// vectorises and no step waits for the one before.
 #[inline(always)]
-fn fold<X: Element>(values: &[X], start: f32, step: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    let mut lanes = [start; LANES];
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = step(*lane, x.load()));
+fn fold<X: Element, Y: Element>(
+    a: &[X],
+    b: &[Y],
+    start: f32,
+    step: impl Fn(f32, f32, f32) -> f32,
+    join: impl Fn(f32, f32) -> f32,
+) -> f32 {
+    const LANES: usize = 16;
+    const VECTORS: usize = 4;
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let ((a, a_last), (b, b_last)) = (a.as_chunks::<VECTORS>(), b.as_chunks::<VECTORS>());
+    let add = |lanes: &mut [f32; LANES], a: &[X; LANES], b: &[Y; LANES]| {
+        for i in 0..LANES {
+            lanes[i] = step(lanes[i], a[i].load(), b[i].load());
+        }
+    };
+    let mut lanes = [[start; LANES]; VECTORS];
+    for (a, b) in a.iter().zip(b) {
+        for v in 0..VECTORS {
+            add(&mut lanes[v], &a[v], &b[v]);
+        }
     }
-    lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane = step(*lane, x.load()));
-    merge(lanes, join)
-}
-
-/// Halves by halves.
-#[inline(always)]
-fn merge(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut n = LANES / 2;
-    while n > 0 {
-        let (low, high) = lanes.split_at_mut(n);
-        low.iter_mut().zip(high).for_each(|(low, high)| *low = join(*low, *high));
-        n /= 2;
+    let mut total = from_fn(|i| join(join(lanes[0][i], lanes[1][i]), join(lanes[2][i], lanes[3][i])));
+    for (a, b) in a_last.iter().zip(b_last) {
+        add(&mut total, a, b);
     }
-    lanes[0]
+    let rest = a_rest.iter().zip(b_rest).fold(start, |rest, (a, b)| step(rest, a.load(), b.load()));
+    let total: [f32; 8] = from_fn(|i| join(total[i], total[i + 8]));
+    let total: [f32; 4] = from_fn(|i| join(total[i], total[i + 4]));
+    join(join(join(total[0], total[1]), join(total[2], total[3])), rest)
 }
 
 /// `eˣ` within 1 ulp; 0 below 2⁻¹²⁵·⁵, infinity beyond the range of f32. Without branches, so that loops over it

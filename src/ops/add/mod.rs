@@ -6,6 +6,7 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::Value;
+use crate::ops::host::cast;
 use crate::tools::profiler;
 
 /// `x + y`, in `x`'s dtype: the residual stream keeps its own precision whatever is added to it.
@@ -16,7 +17,7 @@ pub fn add(x: &Value, y: &Value) -> Result<Value> {
     let sum = add_tensors(x.tensor(), y.tensor())?;
     let dtype = y.tensor().dtype();
     Ok(Value::record("add", sum, [x, y], move |grad| {
-        let dy = grad.to_dtype(dtype)?;
+        let dy = cast(&grad, dtype)?;
         Ok([Some(grad), Some(dy)])
     }))
 }

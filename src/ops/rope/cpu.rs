@@ -9,24 +9,33 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Result<
 }
 
 fn rotate_as<X: Element>(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32) -> Result<Tensor> {
+    // Pairs that one step of the loop handles: angles are repeated for as many heads, where heads are smaller.
+    const STEP: usize = 16;
     let (_, s, h, hd) = x.dims4()?;
     let (values, cos, sin) = (elements::<X>(x)?, floats(cos)?, floats(sin)?);
-    let row = h * hd;
-    let ([y], _) = build(values.len() / 2, (GRAIN / row).max(1) * row / 2, |range, y| {
+    let (half, row) = (hd / 2, h * hd / 2);
+    let ([y], _) = build(values.len() / 2, (GRAIN / 2 / row).max(1) * row, |range, y| {
+        let (cos, sin) = (&*cos, &*sin);
         let (pairs, _) = values[2 * range.start..2 * range.end].as_chunks::<2>();
-        for (i, pairs) in pairs.chunks_exact(row / 2).enumerate() {
-            let position = (2 * range.start / row + i) % s;
-            let angles = position * hd / 2..(position + 1) * hd / 2;
-            let (cos, sin) = (&cos[angles.clone()], &sin[angles]);
-            vectorized!({
-                for head in pairs.chunks_exact(hd / 2) {
-                    y.extend(head.iter().zip(cos.iter().zip(sin)).map(|([a, b], (cos, sin))| {
-                        let (a, b, sin) = (a.load(), b.load(), direction * sin);
+        vectorized!({
+            let (mut coss, mut sins) = (Vec::new(), Vec::new());
+            for (i, row_of_pairs) in pairs.chunks_exact(row).enumerate() {
+                let position = (range.start / row + i) % s;
+                let angles = position * half..(position + 1) * half;
+                coss.clear();
+                sins.clear();
+                for _ in 0..STEP.div_ceil(half) {
+                    coss.extend_from_slice(&cos[angles.clone()]);
+                    sins.extend(sin[angles.clone()].iter().map(|sin| direction * sin));
+                }
+                for heads in row_of_pairs.chunks(coss.len()) {
+                    y.extend(heads.iter().zip(coss.iter().zip(&sins)).map(|([a, b], (cos, sin))| {
+                        let (a, b) = (a.load(), b.load());
                         [[X::store(a * cos - b * sin), X::store(a * sin + b * cos)]]
                     }));
                 }
-            });
-        }
+            }
+        });
     });
     Ok(Tensor::from_vec(y.into_flattened(), x.shape(), &Device::Cpu)?)
 }
