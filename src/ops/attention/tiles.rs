@@ -370,15 +370,7 @@ fn rounded(values: __m512) -> __m256i {
 /// # Safety
 /// Rows of `to`, `stride` apart, have room for `hd` numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn store_transposed(
-    sums: &[f32],
-    g: usize,
-    n: usize,
-    hd: usize,
-    scale: __m512,
-    to: *mut bf16,
-    stride: usize,
-) {
+unsafe fn store_transposed(sums: &[f32], g: usize, n: usize, hd: usize, scale: __m512, to: *mut bf16, stride: usize) {
     for first in (0..hd).step_by(TILE) {
         let mut rows = [_mm512_setzero_si512(); TILE];
         for (i, row) in rows.iter_mut().enumerate() {
@@ -549,8 +541,7 @@ impl Backward {
                 self.ds.resize(2 * steps, q_steps);
                 self.ds_pairs.resize(groups, steps);
                 for g in 0..groups {
-                    let (lse, d) =
-                        (_mm512_loadu_ps(lse[g * TILE..].as_ptr()), _mm512_loadu_ps(d[g * TILE..].as_ptr()));
+                    let (lse, d) = (_mm512_loadu_ps(lse[g * TILE..].as_ptr()), _mm512_loadu_ps(d[g * TILE..].as_ptr()));
                     let pairs = self.ds_pairs.data[g * steps * TILE_LEN..].as_mut_ptr();
                     for pair in 0..steps * STEP / 2 {
                         let mut gradients = [_mm512_setzero_ps(); 2];

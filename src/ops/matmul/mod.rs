@@ -260,7 +260,11 @@ mod tests {
         }));
         for (way, multiply) in ways {
             for (m, n, k) in [(1, 1, 1), (7, 5, 3), (33, 17, 31), (16, 32, 64), (130, 70, 1100), (40, 530, 65)] {
-                let (a, b, c) = (convert::<_, bf16>(&random("a", m * k)), convert::<_, bf16>(&random("b", k * n)), random("c", m * n));
+                let (a, b, c) = (
+                    convert::<_, bf16>(&random("a", m * k)),
+                    convert::<_, bf16>(&random("b", k * n)),
+                    random("c", m * n),
+                );
                 let at = |i: usize, j: usize, left_rows: bool, right_rows: bool| -> f64 {
                     let a = |l: usize| if left_rows { a[i * k + l] } else { a[l * m + i] };
                     let b = |l: usize| if right_rows { b[l * n + j] } else { b[j * k + l] };
