@@ -14,7 +14,7 @@ use super::cpu::{Saved, Sizes};
 use crate::Result;
 use crate::ops::host::{Element, dot, elements};
 use crate::ops::matmul::Mat;
-use crate::ops::matmul::tiles::{Block, Isa, Packing, STEP, TILE, TILE_LEN, pack_tile, transpose};
+use crate::ops::matmul::tiles::{Block, Isa, Left, Packing, STEP, TILE, TILE_LEN, pack_tile, transpose};
 
 /// Queries of a block.
 const QUERIES: usize = 64;
@@ -88,9 +88,8 @@ unsafe fn multiply(
             // SAFETY: inside the three buffers by the assertions above.
             unsafe {
                 isa.block(Block {
-                    a: a.data.as_ptr().add((i * a.steps + a_step) * TILE_LEN),
+                    a: Left::packed(a.data.as_ptr().add((i * a.steps + a_step) * TILE_LEN), a.steps),
                     b: b.data.as_ptr().add(j * b.steps * TILE_LEN),
-                    a_stride: a.steps * TILE_LEN,
                     b_stride: b.steps * TILE_LEN,
                     steps,
                     c: c.as_mut_ptr().add((i - rows.start) * TILE * c_stride + j * TILE),

@@ -52,12 +52,18 @@ fn forward_backward_in<T: Operand>(
             let mut sum = 0.0;
             for_chunks(&values, w, targets, |first, logits, targets| {
                 // logits become their own gradient: mean · (softmax - one-hot)
-                sum += losses(logits, targets, |logits, target, logsumexp| {
-                    let gradient = |l: T| mean * exp(l.load() - logsumexp);
-                    let at_target = gradient(logits[target]) - mean;
-                    logits.iter_mut().for_each(|l| *l = T::store(gradient(*l)));
-                    logits[target] = T::store(at_target);
-                });
+                sum += losses(
+                    logits,
+                    targets,
+                    #[inline(always)]
+                    |logits, target, logsumexp| {
+                        let at_target = mean * (exp(logits[target].load() - logsumexp) - 1.0);
+                        for l in logits.iter_mut() {
+                            *l = T::store(mean * exp(l.load() - logsumexp));
+                        }
+                        logits[target] = T::store(at_target);
+                    },
+                );
                 let rows = targets.len();
                 let dlogits = Mat::new(logits, rows, vocab_size);
                 let chunk = first * dim..(first + rows) * dim;
@@ -107,7 +113,14 @@ fn losses<T: Element>(logits: &mut [T], targets: &[u32], then: impl Fn(&mut [T],
         .map(|(logits, target)| {
             vectorized!({
                 let max = max_of(logits, f32::NEG_INFINITY);
-                let sum: f64 = logits.chunks(256).map(|chunk| f64::from(sum_of(chunk, |l| exp(l - max)))).sum();
+                let mut sum = 0f64;
+                for chunk in logits.chunks(256) {
+                    sum += f64::from(sum_of(
+                        chunk,
+                        #[inline(always)]
+                        |l| exp(l - max),
+                    ));
+                }
                 let logsumexp = max + (sum as f32).ln();
                 let loss = f64::from(logsumexp) - f64::from(logits[*target as usize].load());
                 then(logits, *target as usize, logsumexp);

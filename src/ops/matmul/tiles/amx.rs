@@ -1,6 +1,8 @@
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 
+use half::bf16;
+
 use super::{Block, TILE, TILE_LEN};
 
 /// Whether the processor has bf16 tiles and the system lets this process use them.
@@ -119,7 +121,8 @@ pub unsafe fn block(block: Block) {
 /// As for [`block`].
 #[inline]
 unsafe fn tiles<const M: usize, const N: usize>(block: Block) {
-    let Block { a, b, a_stride, b_stride, steps, c, c_stride, add, .. } = block;
+    let Block { a, b, b_stride, steps, c, c_stride, add, .. } = block;
+    let a_row = a.row * size_of::<bf16>();
     let row = c_stride * size_of::<f32>();
     // SAFETY: promised by the caller.
     unsafe {
@@ -142,8 +145,8 @@ unsafe fn tiles<const M: usize, const N: usize>(block: Block) {
             zero::<3>();
         }
         for step in 0..steps {
-            let (a, b) = (a.add(step * TILE_LEN), b.add(step * TILE_LEN));
-            load::<4>(a.cast(), 64);
+            let (rows, b) = (a.data.add(step * a.step), b.add(step * TILE_LEN));
+            load::<4>(rows.cast(), a_row);
             load::<6>(b.cast(), 64);
             multiply::<0, 4, 6>();
             if N == 2 {
@@ -151,7 +154,7 @@ unsafe fn tiles<const M: usize, const N: usize>(block: Block) {
                 multiply::<1, 4, 7>();
             }
             if M == 2 {
-                load::<5>(a.add(a_stride).cast(), 64);
+                load::<5>(rows.add(a.tile).cast(), a_row);
                 multiply::<2, 5, 6>();
             }
             if M == 2 && N == 2 {

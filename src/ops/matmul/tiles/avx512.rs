@@ -1,6 +1,6 @@
 use std::arch::x86_64::*;
 
-use super::{Block, STEP, TILE, TILE_LEN};
+use super::{Block, Left, STEP, TILE, TILE_LEN};
 
 /// Rows whose sums are held in registers at a time.
 const ROWS: usize = 8;
@@ -14,8 +14,9 @@ pub unsafe fn block(block: Block) {
             let row = half * ROWS;
             // SAFETY: promised by the caller: these are rows of the block.
             unsafe {
+                let a = block.a;
                 let rows = Block {
-                    a: block.a.add(i * block.a_stride + row * STEP),
+                    a: Left { data: a.data.add(i * a.tile + row * a.row), ..a },
                     c: block.c.add((i * TILE + row) * block.c_stride),
                     ..block
                 };
@@ -45,14 +46,14 @@ unsafe fn sums<const N: usize>(block: Block) {
             }
         }
         for step in 0..block.steps {
-            let (a, b) = (block.a.add(step * TILE_LEN), block.b.add(step * TILE_LEN));
+            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * TILE_LEN));
             for pair in 0..STEP / 2 {
                 let mut columns = [_mm512_setzero_si512(); N];
                 for (j, columns) in columns.iter_mut().enumerate() {
                     *columns = _mm512_loadu_si512(b.add(j * block.b_stride + pair * STEP).cast());
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let row = _mm512_set1_epi32(a.add(i * STEP + 2 * pair).cast::<i32>().read_unaligned());
+                    let row = _mm512_set1_epi32(a.add(i * block.a.row + 2 * pair).cast::<i32>().read_unaligned());
                     for (sum, columns) in sums.iter_mut().zip(columns) {
                         *sum = _mm512_dpbf16_ps(*sum, as_bf16(row), as_bf16(columns));
                     }

@@ -52,15 +52,35 @@ pub static ISAS: LazyLock<Vec<Isa>> = LazyLock::new(|| {
     }
 });
 
+/// Where the tiles of a left operand lie. Distances are in numbers.
+#[derive(Clone, Copy)]
+pub struct Left {
+    pub data: *const bf16,
+    /// From one row of a tile to the next.
+    pub row: usize,
+    /// From one tile to the next along `k`.
+    pub step: usize,
+    /// From one row of tiles to the next.
+    pub tile: usize,
+}
+
+impl Left {
+    /// Packed rows of `steps` tiles each.
+    pub fn packed(data: *const bf16, steps: usize) -> Self {
+        Self { data, row: STEP, step: TILE_LEN, tile: steps * TILE_LEN }
+    }
+}
+
 /// A block of at most 2 x 2 tiles of a product: `c = a b`, or `c += a b`.
 #[derive(Clone, Copy)]
 pub struct Block {
-    /// Packed tiles; those of one row (or column) of tiles follow one another, `steps` of them are summed over.
-    pub a: *const bf16,
+    /// Tiles of the left operand.
+    pub a: Left,
+    /// Packed tiles of the right operand; those of one column of tiles follow one another.
     pub b: *const bf16,
-    /// Numbers from one row (or column) of tiles to the next.
-    pub a_stride: usize,
+    /// Numbers from one column of tiles to the next.
     pub b_stride: usize,
+    /// Tiles that are summed over.
     pub steps: usize,
     /// `(16 m, 16 n)` f32, rows `c_stride` apart.
     pub c: *mut f32,
@@ -223,9 +243,14 @@ impl Task<'_> {
         let (c_stride, waiting) = if steps <= K_STEPS { (2 * TILE, false) } else { (n * TILE, true) };
         scratch.c.resize(if waiting { m * TILE * c_stride } else { 2 * TILE * c_stride }, 0.0);
 
+        // Whole tiles of dense rows are read where they lie.
+        let direct = match self.a.col_stride == 1 && self.a.cols.is_multiple_of(STEP) {
+            true => self.rows.len() / TILE,
+            false => 0,
+        };
         for first in (0..steps.max(1)).step_by(K_STEPS) {
             let block_steps = K_STEPS.min(steps - first);
-            for (i, tiles) in a.chunks_exact_mut((a_steps * TILE_LEN).max(1)).enumerate() {
+            for (i, tiles) in a.chunks_exact_mut((a_steps * TILE_LEN).max(1)).enumerate().skip(direct) {
                 for (step, tile) in tiles.chunks_exact_mut(TILE_LEN).enumerate().take(block_steps) {
                     let mut rows = self.a;
                     rows.rows = self.rows.end;
@@ -235,18 +260,28 @@ impl Task<'_> {
                     }
                 }
             }
+            let left = |i: usize| {
+                if i < direct {
+                    let stride = self.a.row_stride;
+                    let data = self.a.data[(self.rows.start + i * TILE) * stride + first * STEP..].as_ptr();
+                    Left { data, row: stride, step: STEP, tile: TILE * stride }
+                } else {
+                    Left::packed(a[i * a_steps * TILE_LEN..].as_ptr().cast(), a_steps)
+                }
+            };
             for j in (0..n).step_by(2) {
-                for i in (0..m).step_by(2) {
+                let mut i = 0;
+                while i < m {
                     let at = if waiting { i * TILE * c_stride + j * TILE } else { 0 };
-                    let (block_m, block_n) = ((m - i).min(2), (n - j).min(2));
+                    let block_m = if i < direct { (direct - i).min(2) } else { (m - i).min(2) };
+                    let block_n = (n - j).min(2);
                     let c = &mut scratch.c[at..];
                     // SAFETY: tiles `i..i + block_m` and `j..j + block_n` lie inside `a` and `b`, the block inside `c`,
                     // whose rows beyond the last one that is written here belong to no one else.
                     unsafe {
                         isa.block(Block {
-                            a: a[i * a_steps * TILE_LEN..].as_ptr().cast(),
+                            a: left(i),
                             b: self.b.tiles[((self.columns.start + j) * steps + first) * TILE_LEN..].as_ptr(),
-                            a_stride: a_steps * TILE_LEN,
                             b_stride: steps * TILE_LEN,
                             steps: block_steps,
                             c: c.as_mut_ptr(),
@@ -256,23 +291,24 @@ impl Task<'_> {
                             add: first > 0,
                         });
                         if first + block_steps >= steps {
-                            self.store(c, c_stride, i * TILE, j * TILE);
+                            self.store(c, c_stride, i * TILE, j * TILE, block_m);
                         }
                     }
+                    i += block_m;
                 }
             }
         }
     }
 
-    /// Writes the block of sums `c` that begins at row `row` and column `column` of this task.
+    /// Writes the block of sums `c`, `tiles` rows of tiles, that begins at row `row` and column `column` of this task.
     ///
     /// # Safety
     /// The processor has AVX-512.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    unsafe fn store(&self, c: &[f32], c_stride: usize, row: usize, column: usize) {
+    unsafe fn store(&self, c: &[f32], c_stride: usize, row: usize, column: usize, tiles: usize) {
         let column = self.columns.start * TILE + column;
         let width = (self.n - column).min(2 * TILE).min(self.columns.end * TILE - column);
-        for i in 0..(self.rows.len() - row).min(2 * TILE) {
+        for i in 0..(self.rows.len() - row).min(tiles * TILE) {
             let sums = &c[i * c_stride..][..width];
             let at = (self.rows.start + row + i) * self.n + column;
             // SAFETY: inside the destination, whose size `Product` checked; no other task has this block.
