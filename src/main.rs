@@ -5,5 +5,6 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    titan::tools::memory::keep_freed_pages();
     titan::cli::main(std::env::args_os())
 }

@@ -2,6 +2,7 @@
 
 pub mod device;
 pub mod logging;
+pub mod memory;
 pub mod profiler;
 pub mod random;
 pub mod signals;

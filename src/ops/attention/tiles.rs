@@ -84,21 +84,19 @@ unsafe fn multiply(
     assert!(rows.end <= a.rows() && a_step + steps <= a.steps && steps <= b.steps);
     assert!(b.rows() * TILE <= c_stride && rows.len() * TILE * c_stride <= c.len());
     for j in (0..b.rows()).step_by(2) {
-        for i in rows.clone().step_by(2) {
-            // SAFETY: inside the three buffers by the assertions above.
-            unsafe {
-                isa.block(Block {
-                    a: Left::packed(a.data.as_ptr().add((i * a.steps + a_step) * TILE_LEN), a.steps),
-                    b: b.data.as_ptr().add(j * b.steps * TILE_LEN),
-                    b_stride: b.steps * TILE_LEN,
-                    steps,
-                    c: c.as_mut_ptr().add((i - rows.start) * TILE * c_stride + j * TILE),
-                    c_stride,
-                    m: (rows.end - i).min(2),
-                    n: (b.rows() - j).min(2),
-                    add,
-                });
-            }
+        // SAFETY: inside the three buffers by the assertions above.
+        unsafe {
+            isa.block(Block {
+                a: Left::packed(a.data.as_ptr().add((rows.start * a.steps + a_step) * TILE_LEN), a.steps),
+                b: b.data.as_ptr().add(j * b.steps * TILE_LEN),
+                b_stride: b.steps * TILE_LEN,
+                steps,
+                c: c.as_mut_ptr().add(j * TILE),
+                c_stride,
+                m: rows.len(),
+                n: (b.rows() - j).min(2),
+                add,
+            });
         }
     }
 }

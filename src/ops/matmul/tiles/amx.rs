@@ -3,7 +3,7 @@ use std::arch::x86_64::__cpuid_count;
 
 use half::bf16;
 
-use super::{Block, TILE, TILE_LEN};
+use super::{Block, Left, TILE, TILE_LEN};
 
 /// Whether the processor has bf16 tiles and the system lets this process use them.
 pub fn is_usable() -> bool {
@@ -108,19 +108,51 @@ unsafe fn multiply<const C: u8, const A: u8, const B: u8>() {
 pub unsafe fn block(block: Block) {
     // SAFETY: promised by the caller.
     unsafe {
-        match (block.m, block.n) {
-            (2, 2) => tiles::<2, 2>(block),
-            (2, _) => tiles::<2, 1>(block),
-            (_, 2) => tiles::<1, 2>(block),
-            _ => tiles::<1, 1>(block),
+        match (block.n, block.steps) {
+            (2, 1) => rows::<2, true>(block),
+            (2, _) => rows::<2, false>(block),
+            (_, 1) => rows::<1, true>(block),
+            _ => rows::<1, false>(block),
+        }
+    }
+}
+
+/// All rows of tiles, in pairs. With `ONE` step, the right operand's tiles stay in their registers.
+///
+/// # Safety
+/// As for [`super::Isa::block`].
+#[inline]
+unsafe fn rows<const N: usize, const ONE: bool>(block: Block) {
+    // SAFETY: promised by the caller: these are rows of the block.
+    unsafe {
+        if ONE {
+            load_right::<N>(block.b, block.b_stride);
+        }
+        for i in (0..block.m).step_by(2) {
+            let a = Left { data: block.a.data.add(i * block.a.tile), ..block.a };
+            let pair = Block { a, c: block.c.add(i * TILE * block.c_stride), ..block };
+            if i + 1 < block.m { tiles::<2, N, ONE>(pair) } else { tiles::<1, N, ONE>(pair) }
+        }
+    }
+}
+
+/// # Safety
+/// `Tiles` are configured; `b` points to `N` tiles, `stride` numbers apart.
+#[inline(always)]
+unsafe fn load_right<const N: usize>(b: *const bf16, stride: usize) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        load::<6>(b.cast(), 64);
+        if N == 2 {
+            load::<7>(b.add(stride).cast(), 64);
         }
     }
 }
 
 /// # Safety
 /// As for [`block`].
-#[inline]
-unsafe fn tiles<const M: usize, const N: usize>(block: Block) {
+#[inline(always)]
+unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block) {
     let Block { a, b, b_stride, steps, c, c_stride, add, .. } = block;
     let a_row = a.row * size_of::<bf16>();
     let row = c_stride * size_of::<f32>();
@@ -140,17 +172,24 @@ unsafe fn tiles<const M: usize, const N: usize>(block: Block) {
             }
         } else {
             zero::<0>();
-            zero::<1>();
-            zero::<2>();
-            zero::<3>();
+            if N == 2 {
+                zero::<1>();
+            }
+            if M == 2 {
+                zero::<2>();
+            }
+            if M == 2 && N == 2 {
+                zero::<3>();
+            }
         }
-        for step in 0..steps {
-            let (rows, b) = (a.data.add(step * a.step), b.add(step * TILE_LEN));
+        for step in 0..if ONE { 1 } else { steps } {
+            let rows = a.data.add(step * a.step);
             load::<4>(rows.cast(), a_row);
-            load::<6>(b.cast(), 64);
+            if !ONE {
+                load_right::<N>(b.add(step * TILE_LEN), b_stride);
+            }
             multiply::<0, 4, 6>();
             if N == 2 {
-                load::<7>(b.add(b_stride).cast(), 64);
                 multiply::<1, 4, 7>();
             }
             if M == 2 {

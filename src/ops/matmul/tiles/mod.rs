@@ -71,7 +71,7 @@ impl Left {
     }
 }
 
-/// A block of at most 2 x 2 tiles of a product: `c = a b`, or `c += a b`.
+/// A block of one or two columns of tiles of a product: `c = a b`, or `c += a b`.
 #[derive(Clone, Copy)]
 pub struct Block {
     /// Tiles of the left operand.
@@ -85,8 +85,9 @@ pub struct Block {
     /// `(16 m, 16 n)` f32, rows `c_stride` apart.
     pub c: *mut f32,
     pub c_stride: usize,
-    /// Rows and columns of tiles, 1 or 2.
+    /// Rows of tiles.
     pub m: usize,
+    /// Columns of tiles, 1 or 2.
     pub n: usize,
     pub add: bool,
 }
@@ -130,22 +131,32 @@ impl Right {
 
 /// Packs the right operands of all products, in parallel.
 fn pack_right(products: &[Product<bf16>]) -> Vec<Right> {
+    /// Columns of tiles and tiles of `k` of a task: whole cache lines of operands of either layout.
+    const COLUMNS: usize = 16;
+    const STEPS: usize = 8;
     let mut packed: Vec<Right> = products.iter().map(|product| Right::for_matrix(&product.b)).collect();
-    let columns: Vec<_> = products
-        .iter()
-        .zip(&mut packed)
-        .flat_map(|(product, right)| {
-            let (b, steps) = (product.b.t(), right.steps);
-            let columns = right.tiles.spare_capacity_mut()[..right.columns * steps * TILE_LEN]
-                .chunks_mut(steps.max(1) * TILE_LEN)
-                .enumerate();
-            columns.map(move |(column, tiles)| (b, column, tiles)).collect::<Vec<_>>()
-        })
-        .collect();
-    columns.into_par_iter().with_min_len(2).for_each(|(b, column, tiles)| {
-        for (step, tile) in tiles.chunks_exact_mut(TILE_LEN).enumerate() {
-            // SAFETY: products run only where `ISAS` has an entry, and each of those has AVX-512.
-            unsafe { pack_tile(tile, &b, column * TILE, step * STEP, Packing::Right) };
+    let mut tasks = Vec::new();
+    for (product, right) in products.iter().zip(&mut packed) {
+        let tiles = Target::BF16(right.tiles.as_mut_ptr());
+        for column in (0..right.columns).step_by(COLUMNS) {
+            for step in (0..right.steps).step_by(STEPS) {
+                let columns = column..right.columns.min(column + COLUMNS);
+                tasks.push((product.b.t(), tiles, right.steps, columns, step..right.steps.min(step + STEPS)));
+            }
+        }
+    }
+    tasks.into_par_iter().for_each(|(b, tiles, n_steps, columns, steps)| {
+        let Target::BF16(tiles) = tiles else { unreachable!("tiles are bf16") };
+        for step in steps {
+            for column in columns.clone() {
+                // SAFETY: inside the memory reserved for tiles, and no other task has this one. Products run only where
+                // `ISAS` has an entry, and each of those has AVX-512.
+                unsafe {
+                    let tile = tiles.add((column * n_steps + step) * TILE_LEN).cast();
+                    let tile = std::slice::from_raw_parts_mut(tile, TILE_LEN);
+                    pack_tile(tile, &b, column * TILE, step * STEP, Packing::Right);
+                }
+            }
         }
     });
     for right in &mut packed {
@@ -250,14 +261,14 @@ impl Task<'_> {
         };
         for first in (0..steps.max(1)).step_by(K_STEPS) {
             let block_steps = K_STEPS.min(steps - first);
-            for (i, tiles) in a.chunks_exact_mut((a_steps * TILE_LEN).max(1)).enumerate().skip(direct) {
-                for (step, tile) in tiles.chunks_exact_mut(TILE_LEN).enumerate().take(block_steps) {
-                    let mut rows = self.a;
-                    rows.rows = self.rows.end;
+            let mut rows = self.a;
+            rows.rows = self.rows.end;
+            for step in 0..block_steps {
+                for i in direct..m {
+                    let tile = &mut a[(i * a_steps + step) * TILE_LEN..][..TILE_LEN];
+                    let (row, k) = (self.rows.start + i * TILE, (first + step) * STEP);
                     // SAFETY: all of `ISAS` have AVX-512.
-                    unsafe {
-                        pack_tile(tile, &rows, self.rows.start + i * TILE, (first + step) * STEP, Packing::Left);
-                    }
+                    unsafe { pack_tile(tile, &rows, row, k, Packing::Left) };
                 }
             }
             let left = |i: usize| {
