@@ -3,8 +3,9 @@
 //! `cargo bench --bench ops -- [part of a name]...`
 //!
 //! Rates are those of the fastest run, because other programs only ever add time. An op that is bound by memory reads as
-//! GB/s (each input read once, each result written once), one that is bound by arithmetic as GFLOP/s; peaks are measured
-//! in the same run: a triad for memory, titan's own product of two square matrices for arithmetic.
+//! GB/s (each input read once, each result written once), one that is bound by arithmetic as GFLOP/s. Peaks are measured
+//! in the same run: for memory a triad over as many elements as the ops', for arithmetic titan's own product of two
+//! square matrices.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -19,11 +20,15 @@ use titan::ops::{self, AdamStep, AttentionMask, Experts, RopeTable, Router};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Sequences in a batch, tokens in a sequence, and elements in a token.
+/// Sequences in a batch, tokens in a sequence, tokens in a batch.
 const B: usize = 8;
 const S: usize = 1024;
 const N: usize = B * S;
+/// Of the residual stream, and of the feed-forward.
 const DIM: usize = 256;
+const HIDDEN: usize = 768;
+
+const DTYPES: [DType; 2] = [DType::F32, DType::BF16];
 
 fn main() {
     // Cargo passes `--bench`.
@@ -40,14 +45,12 @@ fn main() {
         "{:<22} {:<26} {:<5} {:>11} {:>11} {:>14} {:>7}",
         "op", "shape", "dtype", "fastest", "median", "rate", "of peak"
     );
-    for dtype in [DType::F32, DType::BF16] {
-        bench.elementwise(dtype);
-        bench.rows(dtype);
-        bench.optimizer(dtype);
-        bench.products(dtype);
-        bench.attention(dtype);
-        bench.experts(dtype);
-    }
+    bench.elementwise();
+    bench.rows();
+    bench.optimizer();
+    bench.products();
+    bench.attention();
+    bench.experts();
 }
 
 /// What the machine can do, per second.
@@ -59,28 +62,38 @@ struct Peaks {
 
 impl Peaks {
     fn measure() -> Self {
-        let n = 1 << 24;
+        let n = N * DIM;
         let (mut a, b, c) = (vec![0f32; n], vec![1f32; n], vec![2f32; n]);
-        let triad = time(
-            || (),
-            |()| {
-                a.par_chunks_mut(1 << 14).zip(b.par_chunks(1 << 14).zip(c.par_chunks(1 << 14))).for_each(
-                    |(a, (b, c))| {
-                        a.iter_mut().zip(b.iter().zip(c)).for_each(|(a, (b, c))| *a = b + 0.5 * c);
-                    },
-                );
-            },
-        );
+        let triad = |()| {
+            a.par_chunks_mut(1 << 14).zip(b.par_chunks(1 << 14).zip(c.par_chunks(1 << 14))).for_each(|(a, (b, c))| {
+                a.iter_mut().zip(b.iter().zip(c)).for_each(|(a, (b, c))| *a = b + 0.5 * c);
+            });
+        };
+        let memory = 12.0 * n as f64 / time(|| (), triad).fastest_s;
         let size = 2048;
-        let product = |dtype| {
+        let square = |dtype| {
             let (w, x) = (parameter(&[size, size], dtype), Value::constant(tensor(&[size, size], dtype)));
             2.0 * (size as f64).powi(3) / time(|| (), |()| ops::linear(&x, &w).unwrap()).fastest_s
         };
-        Self { memory: 12.0 * n as f64 / triad.fastest_s, f32: product(DType::F32), bf16: product(DType::BF16) }
+        Self { memory, f32: square(DType::F32), bf16: square(DType::BF16) }
+    }
+}
+
+/// What is timed.
+struct Op<'a> {
+    name: &'a str,
+    shape: String,
+    dtype: DType,
+}
+
+impl<'a> Op<'a> {
+    fn new(name: &'a str, shape: impl Into<String>, dtype: DType) -> Self {
+        Self { name, shape: shape.into(), dtype }
     }
 }
 
 /// The work of one call.
+#[derive(Clone, Copy)]
 enum Work {
     Bytes(usize),
     Flops(usize),
@@ -94,15 +107,8 @@ struct Bench {
 
 impl Bench {
     /// Prints the time of `run` on what `setup` makes, unless other names were asked for.
-    fn line<I, O>(
-        &self,
-        name: &str,
-        shape: &str,
-        dtype: DType,
-        work: Work,
-        setup: impl FnMut() -> I,
-        run: impl FnMut(I) -> O,
-    ) {
+    fn line<I, O>(&self, op: &Op, work: Work, setup: impl FnMut() -> I, run: impl FnMut(I) -> O) {
+        let Op { name, shape, dtype } = op;
         if !self.names.is_empty() && !self.names.iter().any(|part| name.contains(part.as_str())) {
             return;
         }
@@ -123,140 +129,140 @@ impl Bench {
         );
     }
 
-    /// An op of one tracked input, forward and backward.
-    fn both(
-        &self,
-        name: &str,
-        shape: &str,
-        dtype: DType,
-        work: [Work; 2],
-        x: &Tensor,
-        dy: &Tensor,
-        op: impl Fn(&Value) -> Value,
-    ) {
-        let [forward, backward] = work;
-        let constant = Value::constant(x.clone());
-        self.line(name, shape, dtype, forward, || (), |()| op(&constant));
-        let recorded = || (op(&Value::input(x.clone())), dy.clone());
-        self.line(&format!("{name} backward"), shape, dtype, backward, recorded, |(y, dy)| y.backward(dy).unwrap());
+    /// An op on `x`, which needs no gradient.
+    fn forward(&self, op: &Op, work: Work, x: &Tensor, run: impl Fn(&Value) -> Value) {
+        let x = Value::constant(x.clone());
+        self.line(op, work, || (), |()| run(&x));
     }
 
-    fn elementwise(&self, dtype: DType) {
-        let size = dtype.size_in_bytes();
-        let x = tensor(&[B, S, DIM], DType::F32);
-        let branch = Value::constant(tensor(&[B, S, DIM], dtype));
-        let n = N * DIM;
-        // Backward hands the gradient on, and narrows it for the branch.
-        let narrowed = if dtype == DType::F32 { 0 } else { n * (4 + size) };
-        let work = [Bytes(n * (8 + size)), Bytes(narrowed)];
-        self.both("add", &shape(&[N, DIM]), dtype, work, &x, &x, |x| ops::add(x, &branch).unwrap());
-
-        let hidden = 768;
-        let n = N * hidden;
-        let (gate, up) = (tensor(&[B, S, hidden], dtype), Value::constant(tensor(&[B, S, hidden], dtype)));
-        let work = [Bytes(3 * n * size), Bytes(5 * n * size)];
-        self.both("swiglu", &shape(&[N, hidden]), dtype, work, &gate, &gate, |gate| ops::swiglu(gate, &up).unwrap());
+    /// The gradient of `x` under `dy`.
+    fn backward(&self, op: &Op, work: Work, x: &Tensor, dy: &Tensor, run: impl Fn(&Value) -> Value) {
+        let name = format!("{} backward", op.name);
+        let op = Op::new(&name, op.shape.as_str(), op.dtype);
+        let recorded = || (run(&Value::input(x.clone())), dy.clone());
+        self.line(&op, work, recorded, |(y, dy)| y.backward(dy).unwrap());
     }
 
-    fn rows(&self, dtype: DType) {
-        let size = dtype.size_in_bytes();
-        for dim in [DIM, 2048] {
-            let (x, dy) = (tensor(&[N * DIM / dim, dim], DType::F32), tensor(&[N * DIM / dim, dim], dtype));
-            let weight = parameter(&[dim], dtype);
-            let n = N * DIM;
-            let work = [Bytes(n * (4 + size)), Bytes(n * (8 + size))];
-            let shape = shape(&[N * DIM / dim, dim]);
-            self.both("rms_norm", &shape, dtype, work, &x, &dy, |x| ops::rms_norm(x, &weight, 1e-5).unwrap());
+    fn both(&self, op: &Op, work: [Work; 2], x: &Tensor, dy: &Tensor, run: impl Fn(&Value) -> Value) {
+        self.forward(op, work[0], x, &run);
+        self.backward(op, work[1], x, dy, run);
+    }
+
+    fn elementwise(&self) {
+        for dtype in DTYPES {
+            let size = dtype.size_in_bytes();
+            let (n, x) = (N * DIM, tensor(&[B, S, DIM], DType::F32));
+            let branch = Value::constant(tensor(&[B, S, DIM], dtype));
+            let op = Op::new("add", shape(&[N, DIM]), dtype);
+            let add = |x: &Value| ops::add(x, &branch).unwrap();
+            self.forward(&op, Bytes(n * (8 + size)), &x, add);
+            // In f32, backward only hands the gradient on.
+            if dtype == DType::BF16 {
+                self.backward(&op, Bytes(n * (4 + size)), &x, &x, add);
+            }
+
+            let (n, gate) = (N * HIDDEN, tensor(&[B, S, HIDDEN], dtype));
+            let up = Value::constant(tensor(&[B, S, HIDDEN], dtype));
+            let work = [Bytes(3 * n * size), Bytes(5 * n * size)];
+            let op = Op::new("swiglu", shape(&[N, HIDDEN]), dtype);
+            self.both(&op, work, &gate, &gate, |gate| ops::swiglu(gate, &up).unwrap());
         }
-        for head_dim in [16, 64, 128] {
+    }
+
+    fn rows(&self) {
+        let n = N * DIM;
+        for (dtype, dim) in product(DTYPES, [DIM, 2048]) {
+            let size = dtype.size_in_bytes();
+            let dims = [n / dim, dim];
+            let (x, dy, weight) = (tensor(&dims, DType::F32), tensor(&dims, dtype), parameter(&[dim], dtype));
+            let work = [Bytes(n * (4 + size)), Bytes(n * (8 + size))];
+            let op = Op::new("rms_norm", shape(&dims), dtype);
+            self.both(&op, work, &x, &dy, |x| ops::rms_norm(x, &weight, 1e-5).unwrap());
+        }
+        for (dtype, head_dim) in product(DTYPES, [16, 64, 128]) {
             let dims = [B, S, DIM / head_dim, head_dim];
             let x = tensor(&dims, dtype);
             let table = RopeTable::new(head_dim, 5e5, None, S, &Device::Cpu).unwrap();
-            let work = [0, 0].map(|_| Bytes(2 * N * DIM * size));
-            self.both("rope", &shape(&dims), dtype, work, &x, &x, |x| ops::rope(x, &table).unwrap());
+            let work = [Bytes(2 * n * dtype.size_in_bytes()); 2];
+            self.both(&Op::new("rope", shape(&dims), dtype), work, &x, &x, |x| ops::rope(x, &table).unwrap());
         }
         for vocab_size in [2048, 202_048] {
-            let table = parameter(&[vocab_size, DIM], dtype);
-            let ids = tokens(vocab_size);
+            let (table, ids) = (parameter(&[vocab_size, DIM], DType::F32), tokens(vocab_size));
             let dy = tensor(&[B, S, DIM], DType::F32);
             let shape = format!("{vocab_size} x {DIM}, {N} ids");
-            let work = Bytes(8 * N * DIM);
-            self.line("embedding", &shape, dtype, work, || (), |()| ops::embedding(&ids, &table).unwrap());
-            let run = |()| ops::embedding_backward(&ids, &table, &dy).unwrap();
-            self.line("embedding backward", &shape, dtype, Bytes(12 * N * DIM), || (), run);
+            let op = Op::new("embedding", shape.as_str(), DType::F32);
+            self.line(&op, Bytes(8 * n), || (), |()| ops::embedding(&ids, &table).unwrap());
+            let op = Op::new("embedding backward", shape, DType::F32);
+            self.line(&op, Bytes(12 * n), || (), |()| ops::embedding_backward(&ids, &table, &dy).unwrap());
         }
     }
 
-    fn optimizer(&self, dtype: DType) {
+    fn optimizer(&self) {
         let n = 1 << 23;
-        for storage in [DType::F32, dtype] {
+        let grads = tensor(&[n], DType::F32);
+        let op = Op::new("sum_of_squares", shape(&[n]), DType::F32);
+        self.line(&op, Bytes(4 * n), || (), |()| ops::sum_of_squares(&grads).unwrap());
+        let step = AdamStep {
+            t: 10,
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            decoupled: true,
+            grad_scale: 1.0,
+        };
+        for (storage, compute) in [(DType::F32, DType::F32), (DType::F32, DType::BF16), (DType::BF16, DType::BF16)] {
             let mut stage = StageBuilder::default();
             stage.parameter("w", &[n], Init::Constant(0.0));
-            stage.allocate(Precision { storage, compute: dtype }, &Device::Cpu, true).unwrap();
+            stage.allocate(Precision { storage, compute }, &Device::Cpu, true).unwrap();
             let moments = [0, 1].map(|_| Tensor::zeros(n, storage, &Device::Cpu).unwrap());
-            let step = AdamStep {
-                t: 10,
-                lr: 1e-3,
-                beta1: 0.9,
-                beta2: 0.95,
-                eps: 1e-8,
-                weight_decay: 0.1,
-                decoupled: true,
-                grad_scale: 1.0,
-            };
-            let copy = if dtype == storage { 0 } else { dtype.size_in_bytes() };
+            let copy = if compute == storage { 0 } else { compute.size_in_bytes() };
             let work = Bytes(n * (6 * storage.size_in_bytes() + 8 + copy));
+            let op = Op::new("adam_step", format!("{n}, stored {}", storage.as_str()), compute);
             let run = |()| ops::adam_step(stage.buffers(), &moments[0], &moments[1], &step).unwrap();
-            self.line("adam_step", &format!("{n}, stored {}", storage.as_str()), dtype, work, || (), run);
-            if dtype == DType::F32 {
-                let grads = stage.buffers().grads.as_ref().unwrap();
-                let run = |()| ops::sum_of_squares(grads).unwrap();
-                self.line("sum_of_squares", &shape(&[n]), DType::F32, Bytes(4 * n), || (), run);
-                break;
-            }
+            self.line(&op, work, || (), run);
         }
     }
 
-    fn products(&self, dtype: DType) {
-        for (inner, outer) in [(256, 768), (768, 256), (2048, 2048)] {
+    fn products(&self) {
+        for (dtype, (inner, outer)) in product(DTYPES, [(DIM, HIDDEN), (HIDDEN, DIM), (2048, 2048)]) {
             let (x, dy) = (tensor(&[N, inner], dtype), tensor(&[N, outer], dtype));
             let weight = parameter(&[outer, inner], dtype);
             let flops = 2 * N * inner * outer;
-            let shape = format!("{N} x {inner} -> {outer}");
+            let op = Op::new("linear", format!("{N} x {inner} -> {outer}"), dtype);
             let work = [Flops(flops), Flops(2 * flops)];
-            self.both("linear", &shape, dtype, work, &x, &dy, |x| ops::linear(x, &weight).unwrap());
+            self.both(&op, work, &x, &dy, |x| ops::linear(x, &weight).unwrap());
         }
-        for vocab_size in [2048, 32_768] {
+        for (dtype, vocab_size) in product(DTYPES, [2048, 32_768]) {
             let (weight, x) = (parameter(&[vocab_size, DIM], dtype), tensor(&[B, S, DIM], DType::F32));
             let targets = tokens(vocab_size);
             let flops = 2 * N * vocab_size * DIM;
             let shape = format!("{N} x {DIM} -> {vocab_size}");
-            let loss = |()| ops::cross_entropy_loss(&x, &weight, &targets).unwrap();
-            self.line("cross_entropy_loss", &shape, dtype, Flops(flops), || (), loss);
+            let op = Op::new("cross_entropy_loss", shape.as_str(), dtype);
+            self.line(&op, Flops(flops), || (), |()| ops::cross_entropy_loss(&x, &weight, &targets).unwrap());
+            let op = Op::new("cross_entropy_grad", shape, dtype);
             let grad = |()| ops::cross_entropy_grad(&x, &weight, &targets, 1.0).unwrap();
-            self.line("cross_entropy_grad", &shape, dtype, Flops(3 * flops), || (), grad);
+            self.line(&op, Flops(3 * flops), || (), grad);
         }
     }
 
-    fn attention(&self, dtype: DType) {
-        for head_dim in [16, 64, 128] {
+    fn attention(&self) {
+        for (dtype, head_dim) in product(DTYPES, [16, 64, 128]) {
             let dims = [B, S, DIM / head_dim, head_dim];
             let x = tensor(&dims, dtype);
             let kv = Value::constant(x.clone());
             // Half the scores are masked; forward has two products, backward five.
             let flops = 2 * B * S * S / 2 * DIM;
             let work = [Flops(2 * flops), Flops(5 * flops)];
-            self.both("attention", &shape(&dims), dtype, work, &x, &x, |q| {
+            self.both(&Op::new("attention", shape(&dims), dtype), work, &x, &x, |q| {
                 ops::attention(q, &kv, &kv, &AttentionMask::causal(), 0.25).unwrap()
             });
         }
     }
 
-    fn experts(&self, dtype: DType) {
+    fn experts(&self) {
         let (n_experts, hidden) = (8, 512);
-        let [w1, w2, w3] = [[hidden, DIM], [DIM, hidden], [hidden, DIM]]
-            .map(|[rows, cols]| parameter(&[n_experts, rows, cols], dtype));
-        let weights = Experts { w1, w2, w3, score_before_experts: true };
         let router = Router {
             score_func: ScoreFunc::Sigmoid,
             top_k: 1,
@@ -265,15 +271,26 @@ impl Bench {
             force_load_balance: false,
         };
         let logits = Value::constant(tensor(&[N, n_experts], DType::F32));
-        let shape = format!("{N} x {DIM} -> {n_experts} x {hidden}");
+        let op = Op::new("route", shape(&[N, n_experts]), DType::F32);
         let work = Bytes(N * (n_experts + 2) * 4);
-        self.line("route", &shape, dtype, work, || (), |()| ops::route(&logits, None, &router).unwrap());
+        self.line(&op, work, || (), |()| ops::route(&logits, None, &router).unwrap());
         let (scores, routing) = ops::route(&logits, None, &router).unwrap();
-        let flops = 3 * 2 * N * hidden * DIM;
         let x = tensor(&[N, DIM], DType::F32);
-        let work = [Flops(flops), Flops(2 * flops)];
-        self.both("experts", &shape, dtype, work, &x, &x, |x| ops::experts(x, &scores, &routing, &weights).unwrap());
+        for dtype in DTYPES {
+            let [w1, w2, w3] = [[hidden, DIM], [DIM, hidden], [hidden, DIM]]
+                .map(|[rows, cols]| parameter(&[n_experts, rows, cols], dtype));
+            let weights = Experts { w1, w2, w3, score_before_experts: true };
+            let flops = 3 * 2 * N * hidden * DIM;
+            let work = [Flops(flops), Flops(2 * flops)];
+            let op = Op::new("experts", format!("{N} x {DIM} -> {n_experts} x {hidden}"), dtype);
+            self.both(&op, work, &x, &x, |x| ops::experts(x, &scores, &routing, &weights).unwrap());
+        }
     }
+}
+
+/// Each of `xs` with each of `ys`.
+fn product<X: Copy, Y: Copy, const M: usize, const N: usize>(xs: [X; M], ys: [Y; N]) -> impl Iterator<Item = (X, Y)> {
+    xs.into_iter().flat_map(move |x| ys.into_iter().map(move |y| (x, y)))
 }
 
 /// How long runs take.

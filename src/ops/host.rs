@@ -84,7 +84,11 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn store(value: f32) -> Self {
-        Self::from_bits((round_bf16(value).to_bits() >> 16) as u16)
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        // The addition could carry a NaN's payload away, and the cut could leave none of it.
+        let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
+        Self::from_bits((bits >> 16) as u16)
     }
 
     fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
@@ -137,17 +141,6 @@ pub fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
     elements(tensor)
 }
 
-/// As [`floats`], rounded to what `dtype` can hold.
-pub fn floats_in(tensor: &Tensor, dtype: DType) -> Result<Floats<'_>> {
-    let values = floats(tensor)?;
-    if dtype == DType::F32 || tensor.dtype() == dtype {
-        return Ok(values);
-    }
-    let mut values = values.to_vec();
-    round(&mut values, dtype);
-    Ok(Floats::Owned(values))
-}
-
 /// The elements of a contiguous u32 tensor.
 pub fn with_indices<R>(tensor: &Tensor, body: impl FnOnce(&[u32]) -> R) -> Result<R> {
     let tensor = tensor.contiguous()?;
@@ -186,23 +179,7 @@ pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result
     })
 }
 
-/// Rounds to what `dtype` can hold, to nearest even.
-pub fn round(values: &mut [f32], dtype: DType) {
-    if dtype == DType::BF16 {
-        values.par_chunks_mut(GRAIN).for_each(|chunk| vectorized!(chunk.iter_mut().for_each(|x| *x = round_bf16(*x))));
-    }
-}
-
-/// Round to nearest even in bf16, without branches.
-#[inline(always)]
-fn round_bf16(x: f32) -> f32 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-    // The addition could carry a NaN's payload away, and the cut could leave none of it.
-    let bits = if x.is_nan() { bits | 0x0040_0000 } else { rounded };
-    f32::from_bits(bits & 0xffff_0000)
-}
-
+/// `values` as another type, rounded where need be.
 pub fn convert<X: Element, Y: Element>(values: &[X]) -> Vec<Y> {
     let ([out], _) = build(values.len(), GRAIN, |range, out| {
         let values = &values[range];
@@ -412,10 +389,60 @@ mod tests {
     fn rounding_to_bf16_is_that_of_half() {
         let mut values = random("values", 10_000);
         values.extend([0.0, -0.0, f32::INFINITY, f32::MAX, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
-        let expected: Vec<f32> = values.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
         assert_eq!(convert::<_, bf16>(&values), values.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>());
-        round(&mut values, DType::BF16);
-        assert_eq!(values, expected);
         assert!([f32::NAN, f32::from_bits(0x7f80_0001)].iter().all(|x| bf16::store(*x).is_nan()));
+    }
+
+    #[test]
+    fn elements_are_read_in_row_major_order_whatever_the_tensor_holds() -> Result<()> {
+        let values = random("x", 77);
+        let tensor = Tensor::from_slice(&values, (7, 11), &Device::Cpu)?;
+        let transposed: Vec<f32> = (0..77).map(|i| values[i % 7 * 11 + i / 7]).collect();
+        for (tensor, values) in [(tensor.narrow(0, 2, 3)?, &values[22..55]), (tensor.t()?, &transposed[..])] {
+            let rounded: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
+            assert_eq!(&*elements::<f32>(&tensor)?, values);
+            assert_eq!(&*elements::<bf16>(&tensor)?, rounded);
+            let low = tensor.to_dtype(DType::BF16)?;
+            assert_eq!(&*elements::<bf16>(&low)?, rounded);
+            assert_eq!(&*elements::<f32>(&low)?, rounded.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
+            assert_eq!(&*elements::<bf16>(&cast(&tensor, DType::BF16)?)?, rounded);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn vectors_are_built_from_what_the_tasks_write() {
+        for n in [0, 1, 10, 25] {
+            let ([double, square], starts) = build(n, 10, |range, out| {
+                let (first, rest) = (range.start..range.end.min(range.start + 3), range.start + 3..range.end);
+                out.extend(first.map(|i| [2 * i, i * i]));
+                out.extend(rest.map(|i| [2 * i, i * i]));
+                range.start
+            });
+            assert_eq!(double, (0..n).map(|i| 2 * i).collect::<Vec<_>>());
+            assert_eq!(square, (0..n).map(|i| i * i).collect::<Vec<_>>());
+            assert_eq!(starts, (0..n).step_by(10).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a task writes all of its elements")]
+    fn an_element_that_no_task_writes_is_refused() {
+        build(25, 10, |range, out| out.extend(range.skip(1).map(|i| [i])));
+    }
+
+    #[test]
+    fn reductions_of_any_length_match_plain_ones() {
+        for n in [0, 1, 15, 16, 17, 64, 100, 1000] {
+            let (a, b) = (random("a", n), random("b", n));
+            let wide = |x: f32| f64::from(x);
+            let (product, sum): (f64, f64) = a
+                .iter()
+                .zip(&b)
+                .fold((0.0, 0.0), |(product, sum), (a, b)| (product + wide(*a) * wide(*b), sum + wide(*a) + 1.0));
+            assert!((wide(dot(&a, &b)) - product).abs() < 1e-5, "{n}");
+            assert!((wide(sum_of(&a, |x| x + 1.0)) - sum).abs() <= 1e-6 * n as f64, "{n}");
+            assert_eq!(max_of(&a, -0.5), a.iter().copied().fold(-0.5, f32::max), "{n}");
+        }
     }
 }

@@ -51,7 +51,7 @@ mod tests {
 
     use super::*;
     use crate::autograd::{Init, Precision, StageBuilder};
-    use crate::ops::testing::{assert_close, random};
+    use crate::ops::testing::{assert_close, on_threads, random};
 
     /// The formula in f64, one weight at a time.
     fn reference(w: &mut f64, m: &mut f64, v: &mut f64, g: f64, s: &AdamStep) {
@@ -106,11 +106,13 @@ mod tests {
     }
 
     #[test]
-    fn a_sum_of_squares_is_exact_enough() -> Result<()> {
+    fn a_sum_of_squares_is_exact_enough_and_the_same_on_any_number_of_threads() -> Result<()> {
         let values = random("g", 100_003);
         let expected: f64 = values.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
-        let sum = sum_of_squares(&Tensor::from_vec(values, 100_003, &Device::Cpu)?)?;
+        let grads = Tensor::from_vec(values, 100_003, &Device::Cpu)?;
+        let sum = sum_of_squares(&grads)?;
         assert!((sum - expected).abs() < 1e-6 * expected);
+        assert_eq!(on_threads(1, || sum_of_squares(&grads))?, on_threads(3, || sum_of_squares(&grads))?);
         Ok(())
     }
 }

@@ -38,10 +38,10 @@ mod tests {
     #[test]
     fn add_matches_its_reference() -> Result<()> {
         for dtype in [DType::F32, DType::BF16] {
-            Case::new("add")
-                .input(random_tensor("x", &[3, 37])?)
-                .input(random_tensor("y", &[3, 37])?.to_dtype(dtype)?)
-                .check(|v| add(&v[0], &v[1]), |t| Ok((&t[0] + &t[1])?))?;
+            for x in [random_tensor("x", &[3, 37])?, random_tensor("x", &[37, 3])?.t()?] {
+                let y = random_tensor("y", &[3, 37])?.to_dtype(dtype)?;
+                Case::new("add").input(x).input(y).check(|v| add(&v[0], &v[1]), |t| Ok((&t[0] + &t[1])?))?;
+            }
         }
         Ok(())
     }

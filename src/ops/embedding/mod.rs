@@ -31,14 +31,14 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
-    use crate::ops::testing::{assert_close, parameters, random_tensor};
+    use crate::ops::testing::{assert_close, on_threads, parameters, random_tensor};
 
     #[test]
     fn embedding_matches_its_reference() -> Result<()> {
         let table = random_tensor("table", &[11, 37])?;
         let tokens = Tensor::new(&[[3u32, 0, 10], [3, 3, 7]], &Device::Cpu)?;
         let parameter = &parameters(std::slice::from_ref(&table), DType::BF16)?[0];
-        let dy = random_tensor("dy", &[2, 3, 37])?;
+        let dy = random_tensor("dy", &[2, 37, 3])?.transpose(1, 2)?;
 
         let wide = Var::from_tensor(&table.to_dtype(DType::F64)?)?;
         let expected = wide.embedding(&tokens.flatten_all()?)?.reshape((2, 3, 37))?;
@@ -46,6 +46,19 @@ mod tests {
         embedding_backward(&tokens, parameter, &dy)?;
         let grads = (expected * dy.to_dtype(DType::F64)?)?.sum_all()?.backward()?;
         assert_close("gradient of the table", &parameter.grad()?, grads.get(&wide).unwrap(), 1e-6)
+    }
+
+    #[test]
+    fn gradients_are_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
+        let tokens: Vec<u32> = (0..3000).map(|i| i * i % 97).collect();
+        let (tokens, dy) = (Tensor::from_vec(tokens, (1, 3000), &Device::Cpu)?, random_tensor("dy", &[1, 3000, 37])?);
+        let run = || -> Result<_> {
+            let table = &parameters(&[random_tensor("table", &[100, 37])?], DType::F32)?[0];
+            embedding_backward(&tokens, table, &dy)?;
+            Ok(table.grad()?.to_vec2::<f32>()?)
+        };
+        assert!(on_threads(1, run)? == on_threads(3, run)?);
+        Ok(())
     }
 
     #[test]

@@ -31,25 +31,37 @@ mod tests {
     use candle_core::{D, DType};
 
     use super::*;
-    use crate::ops::testing::{Case, random_tensor};
+    use crate::ops::testing::{Case, on_threads, parameters, random_tensor};
 
     #[test]
     fn rms_norm_matches_its_reference() -> Result<()> {
         for dtype in [DType::F32, DType::BF16] {
-            for dims in [[1, 1, 8], [3, 67, 40], [2, 130, 33]] {
-                Case::new("rms_norm")
-                    .compute(dtype)
-                    .input(random_tensor("x", &dims)?)
-                    .parameter("w", &[dims[2]])
-                    .check_with_parameters(
-                        |v, p| rms_norm(&v[0], &p[0], 1e-5),
-                        |t, p| {
-                            let mean = (t[0].sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?;
-                            Ok(t[0].broadcast_div(&mean.sqrt()?)?.broadcast_mul(&p[0])?)
-                        },
-                    )?;
+            let strided = random_tensor("x", &[2, 33, 130])?.transpose(1, 2)?;
+            for x in [random_tensor("x", &[1, 1, 8])?, random_tensor("x", &[3, 67, 40])?, strided] {
+                let dim = x.dim(D::Minus1)?;
+                Case::new("rms_norm").compute(dtype).input(x).parameter("w", &[dim]).check_with_parameters(
+                    |v, p| rms_norm(&v[0], &p[0], 1e-5),
+                    |t, p| {
+                        let mean = (t[0].sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?;
+                        Ok(t[0].broadcast_div(&mean.sqrt()?)?.broadcast_mul(&p[0])?)
+                    },
+                )?;
             }
         }
+        Ok(())
+    }
+
+    #[test]
+    fn rms_norm_is_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
+        let (x, dy) = (random_tensor("x", &[1500, 40])?, random_tensor("dy", &[1500, 40])?.to_dtype(DType::BF16)?);
+        let run = || -> Result<_> {
+            let weight = &parameters(&[random_tensor("w", &[40])?], DType::BF16)?[0];
+            let y = rms_norm(&Value::input(x.clone()), weight, 1e-5)?;
+            let result = y.tensor().to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            let dx = y.backward(dy.clone())?.to_vec2::<f32>()?;
+            Ok((result, dx, weight.grad()?.to_vec1::<f32>()?))
+        };
+        assert!(on_threads(1, run)? == on_threads(3, run)?);
         Ok(())
     }
 }

@@ -96,21 +96,24 @@ mod tests {
     #[test]
     fn rope_matches_its_reference() -> Result<()> {
         for dtype in [DType::F32, DType::BF16] {
-            let (s, hd) = (9, 6);
+            let (s, h, hd) = (9, 5, 6);
             let table = RopeTable::new(hd, 100.0, None, s + 3, &Device::Cpu)?.narrow(3, s)?;
             let angles = |t: &Tensor| t.to_dtype(DType::F64).unwrap().reshape((1, s, 1, hd / 2)).unwrap();
             let (cos, sin) = (angles(&table.cos), angles(&table.sin));
-            Case::new("rope").input(random_tensor("x", &[2, s, 5, hd])?.to_dtype(dtype)?).check(
-                |v| rope(&v[0], &table),
-                |t| {
-                    let pairs = t[0].reshape((2, s, 5, hd / 2, 2))?;
-                    let (a, b) =
-                        (pairs.narrow(D::Minus1, 0, 1)?.squeeze(4)?, pairs.narrow(D::Minus1, 1, 1)?.squeeze(4)?);
-                    let real = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-                    let imag = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
-                    Ok(Tensor::stack(&[real, imag], D::Minus1)?.reshape((2, s, 5, hd))?)
-                },
-            )?;
+            let x = |dims: &[usize]| -> Result<_> { Ok(random_tensor("x", dims)?.to_dtype(dtype)?) };
+            for x in [x(&[2, s, h, hd])?, x(&[2, h, s, hd])?.transpose(1, 2)?] {
+                Case::new("rope").input(x).check(
+                    |v| rope(&v[0], &table),
+                    |t| {
+                        let pairs = t[0].reshape((2, s, h, hd / 2, 2))?;
+                        let (a, b) =
+                            (pairs.narrow(D::Minus1, 0, 1)?.squeeze(4)?, pairs.narrow(D::Minus1, 1, 1)?.squeeze(4)?);
+                        let real = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+                        let imag = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
+                        Ok(Tensor::stack(&[real, imag], D::Minus1)?.reshape((2, s, h, hd))?)
+                    },
+                )?;
+            }
         }
         Ok(())
     }

@@ -30,10 +30,13 @@ mod tests {
     #[test]
     fn swiglu_matches_its_reference() -> Result<()> {
         for dtype in [DType::F32, DType::BF16] {
-            Case::new("swiglu")
-                .input((random_tensor("gate", &[3, 1001])? * 4.0)?.to_dtype(dtype)?)
-                .input(random_tensor("up", &[3, 1001])?.to_dtype(dtype)?)
-                .check(|v| swiglu(&v[0], &v[1]), |t| Ok((candle_nn::ops::silu(&t[0])? * &t[1])?))?;
+            let gate = |dims: &[usize]| -> Result<_> { Ok((random_tensor("gate", dims)? * 4.0)?.to_dtype(dtype)?) };
+            for gate in [gate(&[3, 1001])?, gate(&[1001, 3])?.t()?] {
+                Case::new("swiglu")
+                    .input(gate)
+                    .input(random_tensor("up", &[3, 1001])?.to_dtype(dtype)?)
+                    .check(|v| swiglu(&v[0], &v[1]), |t| Ok((candle_nn::ops::silu(&t[0])? * &t[1])?))?;
+            }
         }
         Ok(())
     }
