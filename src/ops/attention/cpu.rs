@@ -1,4 +1,4 @@
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
@@ -6,10 +6,10 @@ use super::AttentionMask;
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
 use crate::Result;
-use crate::ops::host::{Disjoint, dot, exp, floats, max_of, sum_of, tensor, vectorized};
+use crate::ops::host::{Disjoint, dot, exp, floats, max_of, sum_of, tensor, typed, vectorized};
 use crate::ops::matmul::{Mat, Store, matmul};
 #[cfg(target_arch = "x86_64")]
-use crate::ops::tiles::ISAS;
+use crate::ops::tiles::Number;
 
 /// Queries and keys per block of scores: the block stays in the second-level cache.
 const QUERIES: usize = 64;
@@ -70,9 +70,9 @@ impl Sizes {
 /// The result, and the logsumexp of each query, `(b, h, sq)`.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: f32) -> Result<(Tensor, Vec<f32>)> {
     #[cfg(target_arch = "x86_64")]
-    if let (Some(isa), DType::BF16) = (ISAS.first(), q.dtype()) {
-        return tiles::forward(*isa, q, k, v, mask, scale);
-    }
+    typed!(T = q.dtype(); if let Some(isa) = T::isas().first() {
+        return tiles::forward::<T>(*isa, q, k, v, mask, scale);
+    });
     let sizes = Sizes::of(q, k)?;
     let Sizes { b, sq, h, kv, hd, .. } = sizes;
     let (qs, ks, vs) = (floats(q)?, floats(k)?, floats(v)?);
@@ -152,9 +152,9 @@ pub struct Saved<'a> {
 /// `dv = Pᵀ dy`, `dS = P · (dy vᵀ - D)`, `dq = scale · dS k`, `dk = scale · dSᵀ q`.
 pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> Result<(Tensor, Tensor, Tensor)> {
     #[cfg(target_arch = "x86_64")]
-    if let (Some(isa), DType::BF16) = (ISAS.first(), saved.q.dtype()) {
-        return tiles::backward(*isa, saved, dy, mask, scale);
-    }
+    typed!(T = saved.q.dtype(); if let Some(isa) = T::isas().first() {
+        return tiles::backward::<T>(*isa, saved, dy, mask, scale);
+    });
     let sizes = Sizes::of(saved.q, saved.k)?;
     let Sizes { b, sq, sk, h, kv, hd } = sizes;
     let (qs, ks, vs) = (floats(saved.q)?, floats(saved.k)?, floats(saved.v)?);

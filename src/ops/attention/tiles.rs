@@ -1,4 +1,4 @@
-//! Attention in bf16 on matrix instructions. Scores are kept transposed, `(keys, queries)`, so that every statistic of a
+//! Attention from blocks of tiles. Scores are kept transposed, `(keys, queries)`, so that every statistic of a
 //! query has a lane of its own and nothing is ever summed across a vector; the exponentials, not the products, take most
 //! of the time.
 
@@ -6,16 +6,15 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
-use half::bf16;
 use rayon::prelude::*;
 
 use super::AttentionMask;
 use super::cpu::{Saved, Sizes};
 use crate::Result;
-use crate::ops::host::{Element, dot, elements};
+use crate::ops::host::{dot, elements};
 use crate::ops::matmul::Mat;
-use crate::ops::tiles::vector::{exp2, lanes, paired, rounded, transpose};
-use crate::ops::tiles::{Isa, Packing, STEP, Shared, TILE, Tiles, multiply, pairs_of_tiles};
+use crate::ops::tiles::vector::{exp2, lanes, transpose};
+use crate::ops::tiles::{Isa, Number, Packing, STEP, Shared, TILE, Tiles, multiply, pairs_of_tiles};
 
 /// Queries of a block.
 const QUERIES: usize = 64;
@@ -98,17 +97,17 @@ impl QueryBlock {
 
 /// What a forward task works in.
 #[derive(Default)]
-struct Forward {
-    k: Tiles,
-    v: Tiles,
-    q: Tiles,
-    p: Tiles,
+struct Forward<T> {
+    k: Tiles<T>,
+    v: Tiles<T>,
+    q: Tiles<T>,
+    p: Tiles<T>,
     scores: Vec<f32>,
     sums: Vec<f32>,
 }
 
-/// As [`super::cpu::forward`].
-pub fn forward(
+/// As [`super::cpu::forward`]; the logsumexps are of base 2.
+pub fn forward<T: Number>(
     isa: Isa,
     q: &Tensor,
     k: &Tensor,
@@ -118,16 +117,16 @@ pub fn forward(
 ) -> Result<(Tensor, Vec<f32>)> {
     let sizes = Sizes::of(q, k)?;
     let Sizes { b, sq, h, kv, .. } = sizes;
-    let inputs = (elements::<bf16>(q)?, elements::<bf16>(k)?, elements::<bf16>(v)?);
-    let (q_values, k_values, v_values): (&[bf16], &[bf16], &[bf16]) = (&inputs.0, &inputs.1, &inputs.2);
-    let mut y = Box::<[bf16]>::new_uninit_slice(q_values.len());
+    let inputs = (elements::<T>(q)?, elements::<T>(k)?, elements::<T>(v)?);
+    let (q_values, k_values, v_values): (&[T], &[T], &[T]) = (&inputs.0, &inputs.1, &inputs.2);
+    let mut y = Box::<[T]>::new_uninit_slice(q_values.len());
     let mut logsumexp = vec![0f32; b * h * sq];
-    let (y_out, logsumexp_out) = (Shared(y.as_mut_ptr().cast::<bf16>()), Shared(logsumexp.as_mut_ptr()));
+    let (y_out, logsumexp_out) = (Shared(y.as_mut_ptr().cast::<T>()), Shared(logsumexp.as_mut_ptr()));
 
     // A task has one key/value head, and so many blocks of queries that packing its keys does not show.
     let chunk = QUERIES * sq.div_ceil(QUERIES).div_ceil(4 * rayon::current_num_threads().div_ceil(b * kv)).max(4);
     let chunks = sq.div_ceil(chunk);
-    (0..b * kv * chunks).into_par_iter().for_each_init(Forward::default, |scratch, task| {
+    (0..b * kv * chunks).into_par_iter().for_each_init(Forward::<T>::default, |scratch, task| {
         let (row, kv_head) = (task / chunks / kv, task / chunks % kv);
         let queries = task % chunks * chunk..sq.min((task % chunks + 1) * chunk);
         let sk = sizes.sk - sq + queries.end;
@@ -135,8 +134,8 @@ pub fn forward(
         let values = sizes.keys(v_values, row, 0, sk, kv_head);
         // SAFETY: an `isa` means AVX-512.
         isa.with(|| unsafe {
-            scratch.k.pack(&keys, pairs_of_tiles(sk), Packing::Left);
-            scratch.v.pack(&values.t(), sizes.hd.div_ceil(TILE), Packing::Left);
+            scratch.k.pack(&keys, pairs_of_tiles(sk), sizes.hd, Packing::Left);
+            scratch.v.pack(&values.t(), sizes.hd.div_ceil(TILE), sk.next_multiple_of(STEP), Packing::Left);
             for head in kv_head * (h / kv)..(kv_head + 1) * (h / kv) {
                 for first in queries.clone().step_by(QUERIES) {
                     let block = first..queries.end.min(first + QUERIES);
@@ -155,20 +154,20 @@ pub fn forward(
     Ok((Tensor::from_vec(y, q.shape(), &Device::Cpu)?, logsumexp))
 }
 
-impl Forward {
+impl<T: Number> Forward<T> {
     /// One block of queries against all the keys they see.
     ///
     /// # Safety
     /// As for [`Isa::block`]; rows of `y`, `y_stride` apart, and `lse` have room for the queries.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     #[expect(clippy::too_many_arguments, reason = "inputs, and where two outputs go")]
     unsafe fn block(
         &mut self,
         isa: Isa,
-        q: &Mat<bf16>,
+        q: &Mat<T>,
         masked: &QueryBlock,
         scale: f32,
-        y: *mut bf16,
+        y: *mut T,
         y_stride: usize,
         lse: *mut f32,
     ) {
@@ -181,19 +180,19 @@ impl Forward {
         self.scores.resize(KEYS * QUERIES, 0.0);
         // SAFETY: promised by the caller; every vector lies inside its slice, by the sizes above.
         unsafe {
-            self.q.pack(q, groups, Packing::Right);
+            self.q.pack(q, groups, hd, Packing::Right);
             for keys in masked.key_blocks(KEYS) {
-                let steps = keys.len().div_ceil(STEP);
-                let key_tiles = keys.start / TILE..keys.start / TILE + 2 * steps;
+                let n_keys = keys.len().next_multiple_of(STEP);
+                let key_tiles = keys.start / TILE..(keys.start + n_keys) / TILE;
                 let k = self.k.part(key_tiles, 0..self.k.steps());
                 multiply(isa, k, self.q.all(), &mut self.scores, QUERIES, false);
-                let scores = &mut self.scores[..steps * STEP * QUERIES];
+                let scores = &mut self.scores[..n_keys * QUERIES];
                 masked.hide(scores, keys.clone(), groups);
-                self.p.resize(groups, steps);
+                self.p.resize(groups, n_keys / T::STEP);
                 for g in 0..groups {
                     let at = |i: usize| scores[i * QUERIES + g * TILE..].as_ptr();
                     let mut maxima = [_mm512_set1_ps(HIDDEN); 4];
-                    for i in (0..steps * STEP).step_by(4) {
+                    for i in (0..n_keys).step_by(4) {
                         for (j, max) in maxima.iter_mut().enumerate() {
                             *max = _mm512_max_ps(*max, _mm512_loadu_ps(at(i + j)));
                         }
@@ -205,12 +204,12 @@ impl Forward {
                     max[g] = new_max;
                     let mut sums = [_mm512_setzero_ps(); 2];
                     let tiles = self.p.at_mut(g, 0).as_mut_ptr();
-                    for pair in 0..steps * STEP / 2 {
-                        let even = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(2 * pair)), factor, new_max));
-                        let odd = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(2 * pair + 1)), factor, new_max));
+                    for key in (0..n_keys).step_by(2) {
+                        let even = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(key)), factor, new_max));
+                        let odd = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(key + 1)), factor, new_max));
                         sums[0] = _mm512_add_ps(sums[0], even);
                         sums[1] = _mm512_add_ps(sums[1], odd);
-                        _mm512_storeu_si512(tiles.add(pair * STEP).cast(), paired(even, odd));
+                        T::store_right(tiles, key, [even, odd]);
                     }
                     total[g] = _mm512_fmadd_ps(total[g], correction, _mm512_add_ps(sums[0], sums[1]));
                     for sums in self.sums.chunks_exact_mut(QUERIES) {
@@ -218,17 +217,16 @@ impl Forward {
                         _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), correction));
                     }
                 }
-                let first = keys.start / STEP;
-                let v = self.v.part(0..self.v.rows(), first..first + steps);
+                let steps = keys.start / T::STEP..(keys.start + n_keys) / T::STEP;
+                let v = self.v.part(0..self.v.rows(), steps);
                 multiply(isa, v, self.p.all(), &mut self.sums, QUERIES, true);
             }
             for g in 0..n.div_ceil(TILE) {
                 let lanes = lanes(n - g * TILE);
-                let natural = _mm512_mul_ps(max[g], _mm512_set1_ps(std::f32::consts::LN_2));
                 let mut totals = [0f32; TILE];
                 _mm512_storeu_ps(totals.as_mut_ptr(), total[g]);
-                let logs = totals.map(f32::ln);
-                let logs = _mm512_add_ps(natural, _mm512_loadu_ps(logs.as_ptr()));
+                let logs = totals.map(f32::log2);
+                let logs = _mm512_add_ps(max[g], _mm512_loadu_ps(logs.as_ptr()));
                 _mm512_mask_storeu_ps(lse.add(g * TILE), lanes, logs);
                 let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), total[g]);
                 store_transposed(&self.sums, g, n, hd, inverse, y, y_stride);
@@ -241,8 +239,16 @@ impl Forward {
 ///
 /// # Safety
 /// Rows of `to`, `stride` apart, have room for `hd` numbers.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn store_transposed(sums: &[f32], g: usize, n: usize, hd: usize, scale: __m512, to: *mut bf16, stride: usize) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn store_transposed<T: Number>(
+    sums: &[f32],
+    g: usize,
+    n: usize,
+    hd: usize,
+    scale: __m512,
+    to: *mut T,
+    stride: usize,
+) {
     for first in (0..hd).step_by(TILE) {
         let mut rows = [_mm512_setzero_si512(); TILE];
         for (i, row) in rows.iter_mut().enumerate() {
@@ -251,26 +257,26 @@ unsafe fn store_transposed(sums: &[f32], g: usize, n: usize, hd: usize, scale: _
             *row = _mm512_castps_si512(_mm512_mul_ps(sums, scale));
         }
         for (i, row) in transpose(rows).into_iter().enumerate().take(n - g * TILE) {
-            let row = rounded(_mm512_castsi512_ps(row));
+            let to = to.wrapping_add((g * TILE + i) * stride + first);
             // SAFETY: promised by the caller.
-            unsafe { _mm256_mask_storeu_epi16(to.add((g * TILE + i) * stride + first).cast(), lanes(hd - first), row) };
+            unsafe { T::store_lanes(to, lanes(hd - first), _mm512_castsi512_ps(row)) };
         }
     }
 }
 
 /// What a backward task works in.
 #[derive(Default)]
-struct Backward {
-    k: Tiles,
-    k_columns: Tiles,
-    v: Tiles,
-    q: Tiles,
-    q_columns: Tiles,
-    dy: Tiles,
-    dy_columns: Tiles,
-    p: Tiles,
-    ds: Tiles,
-    ds_pairs: Tiles,
+struct Backward<T> {
+    k: Tiles<T>,
+    k_columns: Tiles<T>,
+    v: Tiles<T>,
+    q: Tiles<T>,
+    q_columns: Tiles<T>,
+    dy: Tiles<T>,
+    dy_columns: Tiles<T>,
+    p: Tiles<T>,
+    ds: Tiles<T>,
+    ds_columns: Tiles<T>,
     scores: Vec<f32>,
     dp: Vec<f32>,
     dq: Vec<f32>,
@@ -279,7 +285,7 @@ struct Backward {
 }
 
 /// As [`super::cpu::backward`].
-pub fn backward(
+pub fn backward<T: Number>(
     isa: Isa,
     saved: Saved,
     dy: &Tensor,
@@ -288,15 +294,15 @@ pub fn backward(
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let sizes = Sizes::of(saved.q, saved.k)?;
     let Sizes { b, sq, sk, h, kv, hd } = sizes;
-    let inputs = (elements::<bf16>(saved.q)?, elements::<bf16>(saved.k)?, elements::<bf16>(saved.v)?);
-    let (qs, ks, vs): (&[bf16], &[bf16], &[bf16]) = (&inputs.0, &inputs.1, &inputs.2);
-    let outputs = (elements::<bf16>(saved.y)?, elements::<bf16>(dy)?);
-    let (ys, dys): (&[bf16], &[bf16]) = (&outputs.0, &outputs.1);
-    let mut grads = [qs.len(), ks.len(), vs.len()].map(Box::<[bf16]>::new_uninit_slice);
-    let [dq, dk, dv] = grads.each_mut().map(|grad| Shared(grad.as_mut_ptr().cast::<bf16>()));
+    let inputs = (elements::<T>(saved.q)?, elements::<T>(saved.k)?, elements::<T>(saved.v)?);
+    let (qs, ks, vs): (&[T], &[T], &[T]) = (&inputs.0, &inputs.1, &inputs.2);
+    let outputs = (elements::<T>(saved.y)?, elements::<T>(dy)?);
+    let (ys, dys): (&[T], &[T]) = (&outputs.0, &outputs.1);
+    let mut grads = [qs.len(), ks.len(), vs.len()].map(Box::<[T]>::new_uninit_slice);
+    let [dq, dk, dv] = grads.each_mut().map(|grad| Shared(grad.as_mut_ptr().cast::<T>()));
 
     // A task owns one key/value head with all the query heads that read it, so that no two tasks add to one gradient.
-    (0..b * kv).into_par_iter().for_each_init(Backward::default, |scratch, task| {
+    (0..b * kv).into_par_iter().for_each_init(Backward::<T>::default, |scratch, task| {
         let (row, kv_head) = (task / kv, task % kv);
         let (k, v) = (sizes.keys(ks, row, 0, sk, kv_head), sizes.keys(vs, row, 0, sk, kv_head));
         // SAFETY: an `isa` means AVX-512; gradients of a task's heads are written by no other task.
@@ -308,7 +314,7 @@ pub fn backward(
                     let (mut lse, mut d) = ([0f32; QUERIES], [0f32; QUERIES]);
                     for (i, query) in block.clone().enumerate() {
                         let at = sizes.query(row, query, head);
-                        lse[i] = saved.logsumexp[(row * h + head) * sq + query] * std::f32::consts::LOG2_E;
+                        lse[i] = saved.logsumexp[(row * h + head) * sq + query];
                         d[i] = short_dot(&ys[at..at + hd], &dys[at..at + hd]);
                     }
                     let q = sizes.queries(qs, row, first, block.len(), head);
@@ -332,7 +338,7 @@ pub fn backward(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn short_dot(a: &[bf16], b: &[bf16]) -> f32 {
+fn short_dot<T: Number>(a: &[T], b: &[T]) -> f32 {
     dot(a, b)
 }
 
@@ -341,27 +347,27 @@ fn short_dot(a: &[bf16], b: &[bf16]) -> f32 {
 /// # Safety
 /// Rows of `to`, `stride` apart, have room for `hd` numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn store_rows(sums: &[f32], n: usize, hd: usize, scale: f32, to: *mut bf16, stride: usize) {
+unsafe fn store_rows<T: Number>(sums: &[f32], n: usize, hd: usize, scale: f32, to: *mut T, stride: usize) {
     for (i, sums) in sums.chunks_exact(hd.next_multiple_of(TILE)).enumerate().take(n) {
         for (j, sum) in sums[..hd].iter().enumerate() {
             // SAFETY: promised by the caller.
-            unsafe { to.add(i * stride + j).write(bf16::store(sum * scale)) };
+            unsafe { to.add(i * stride + j).write(T::store(sum * scale)) };
         }
     }
 }
 
-impl Backward {
+impl<T: Number> Backward<T> {
     /// Packs the keys and values of a head, and forgets gradients.
     ///
     /// # Safety
     /// The processor has AVX-512.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn start(&mut self, k: &Mat<bf16>, v: &Mat<bf16>) {
+    unsafe fn start(&mut self, k: &Mat<T>, v: &Mat<T>) {
         // SAFETY: promised by the caller.
         unsafe {
-            self.k.pack(k, pairs_of_tiles(k.rows()), Packing::Left);
-            self.k_columns.pack(&k.t(), k.cols().div_ceil(TILE), Packing::Left);
-            self.v.pack(v, pairs_of_tiles(k.rows()), Packing::Left);
+            self.k.pack(k, pairs_of_tiles(k.rows()), k.cols(), Packing::Left);
+            self.k_columns.pack(&k.t(), k.cols().div_ceil(TILE), k.rows().next_multiple_of(STEP), Packing::Left);
+            self.v.pack(v, pairs_of_tiles(k.rows()), k.cols(), Packing::Left);
         }
         let (keys, width) = (k.rows().next_multiple_of(STEP), k.cols().next_multiple_of(TILE));
         for grad in [&mut self.dk, &mut self.dv] {
@@ -376,70 +382,69 @@ impl Backward {
     ///
     /// # Safety
     /// As for [`Isa::block`]; rows of `dq_out`, `stride` apart, have room for the queries.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     #[expect(clippy::too_many_arguments, reason = "what forward left, and where the gradient goes")]
     unsafe fn block(
         &mut self,
         isa: Isa,
-        q: &Mat<bf16>,
-        dy: &Mat<bf16>,
+        q: &Mat<T>,
+        dy: &Mat<T>,
         lse: &[f32; QUERIES],
         d: &[f32; QUERIES],
         masked: &QueryBlock,
         scale: f32,
-        dq_out: *mut bf16,
+        dq_out: *mut T,
         stride: usize,
     ) {
         let (n, hd) = (q.rows(), q.cols());
-        let (groups, q_steps, width) = (pairs_of_tiles(n), n.div_ceil(STEP), hd.next_multiple_of(TILE));
+        let (groups, width) = (pairs_of_tiles(n), hd.next_multiple_of(TILE));
+        let q_steps = groups * TILE / T::STEP;
         let factor = _mm512_set1_ps(scale * std::f32::consts::LOG2_E);
         self.dq.clear();
         self.dq.resize(width * QUERIES, 0.0);
         // SAFETY: promised by the caller; every vector lies inside its slice, by the sizes above.
         unsafe {
-            self.q.pack(q, groups, Packing::Right);
-            self.q_columns.pack(&q.t(), hd.div_ceil(TILE), Packing::Right);
-            self.dy.pack(dy, groups, Packing::Right);
-            self.dy_columns.pack(&dy.t(), hd.div_ceil(TILE), Packing::Right);
+            self.q.pack(q, groups, hd, Packing::Right);
+            self.q_columns.pack(&q.t(), hd.div_ceil(TILE), groups * TILE, Packing::Right);
+            self.dy.pack(dy, groups, hd, Packing::Right);
+            self.dy_columns.pack(&dy.t(), hd.div_ceil(TILE), groups * TILE, Packing::Right);
             for keys in masked.key_blocks(KEYS_BACKWARD) {
-                let steps = keys.len().div_ceil(STEP);
-                let first_tile = keys.start / TILE;
-                let key_tiles = first_tile..first_tile + 2 * steps;
+                let n_keys = keys.len().next_multiple_of(STEP);
+                let key_tiles = keys.start / TILE..(keys.start + n_keys) / TILE;
                 let hd_steps = 0..self.k.steps();
                 let k = self.k.part(key_tiles.clone(), hd_steps.clone());
                 multiply(isa, k, self.q.all(), &mut self.scores, QUERIES, false);
                 multiply(isa, self.v.part(key_tiles, hd_steps), self.dy.all(), &mut self.dp, QUERIES, false);
                 masked.hide(&mut self.scores, keys.clone(), groups);
-                self.p.resize(2 * steps, q_steps);
-                self.ds.resize(2 * steps, q_steps);
-                self.ds_pairs.resize(groups, steps);
+                self.p.resize(n_keys / TILE, q_steps);
+                self.ds.resize(n_keys / TILE, q_steps);
+                self.ds_columns.resize(groups, n_keys / T::STEP);
                 for g in 0..groups {
                     let (lse, d) = (_mm512_loadu_ps(lse[g * TILE..].as_ptr()), _mm512_loadu_ps(d[g * TILE..].as_ptr()));
-                    let pairs = self.ds_pairs.at_mut(g, 0).as_mut_ptr();
-                    for pair in 0..steps * STEP / 2 {
+                    let columns = self.ds_columns.at_mut(g, 0).as_mut_ptr();
+                    for first in (0..n_keys).step_by(2) {
                         let mut gradients = [_mm512_setzero_ps(); 2];
                         for (j, gradient) in gradients.iter_mut().enumerate() {
-                            let key = 2 * pair + j;
+                            let key = first + j;
                             let at = key * QUERIES + g * TILE;
                             let scores = _mm512_loadu_ps(self.scores[at..].as_ptr());
                             let p = exp2(_mm512_fmsub_ps(scores, factor, lse));
                             *gradient = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(self.dp[at..].as_ptr()), d));
-                            // Tile of 16 keys by 32 queries, of which this is one half of a row.
-                            let in_tile = key % TILE * STEP + g % 2 * TILE;
+                            let (step, in_step) = (g * TILE / T::STEP, g * TILE % T::STEP);
                             for (tiles, values) in [(&mut self.p, p), (&mut self.ds, *gradient)] {
-                                let to = tiles.at_mut(key / TILE, g / 2)[in_tile..].as_mut_ptr();
-                                _mm256_storeu_si256(to.cast(), rounded(values));
+                                let tile = tiles.at_mut(key / TILE, step);
+                                T::store_lanes(tile[key % TILE * T::STEP + in_step..].as_mut_ptr(), !0, values);
                             }
                         }
-                        _mm512_storeu_si512(pairs.add(pair * STEP).cast(), paired(gradients[0], gradients[1]));
+                        T::store_right(columns, first, gradients);
                     }
                 }
                 let (dk, dv) = (&mut self.dk[keys.start * width..], &mut self.dv[keys.start * width..]);
                 multiply(isa, self.p.all(), self.dy_columns.all(), dv, width, true);
                 multiply(isa, self.ds.all(), self.q_columns.all(), dk, width, true);
-                let first = keys.start / STEP;
-                let k_columns = self.k_columns.part(0..self.k_columns.rows(), first..first + steps);
-                multiply(isa, k_columns, self.ds_pairs.all(), &mut self.dq, QUERIES, true);
+                let steps = keys.start / T::STEP..(keys.start + n_keys) / T::STEP;
+                let k_columns = self.k_columns.part(0..self.k_columns.rows(), steps);
+                multiply(isa, k_columns, self.ds_columns.all(), &mut self.dq, QUERIES, true);
             }
             for g in 0..n.div_ceil(TILE) {
                 store_transposed(&self.dq, g, n, hd, _mm512_set1_ps(scale), dq_out, stride);

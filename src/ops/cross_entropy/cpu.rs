@@ -10,7 +10,7 @@ use crate::ops::host::{
 };
 use crate::ops::matmul::{Dst, Mat, Operand, Product};
 #[cfg(target_arch = "x86_64")]
-use crate::ops::tiles::ISAS;
+use crate::ops::tiles::Number;
 
 /// Logits that exist at a time: 128 MiB of f32.
 const LOGITS: usize = 1 << 25;
@@ -34,7 +34,7 @@ pub fn forward_backward(
 fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
     let (vocab_size, dim) = weight.dims2()?;
     #[cfg(target_arch = "x86_64")]
-    if let (Some(isa), DType::BF16) = (ISAS.first(), T::DTYPE) {
+    if let (Some(isa), DType::BF16) = (bf16::isas().first(), T::DTYPE) {
         let (x, w) = (elements::<bf16>(x)?, elements::<bf16>(weight)?);
         return with_indices(targets, |targets| {
             check_tokens(targets, vocab_size)?;
@@ -60,7 +60,7 @@ fn forward_backward_in<T: Operand>(
 ) -> Result<(f64, Tensor)> {
     let (vocab_size, dim) = weight.dims2()?;
     #[cfg(target_arch = "x86_64")]
-    if let (Some(isa), DType::BF16) = (ISAS.first(), T::DTYPE) {
+    if let (Some(isa), DType::BF16) = (bf16::isas().first(), T::DTYPE) {
         let (values, w) = (elements::<bf16>(x)?, elements::<bf16>(weight)?);
         let mut dx = vec![0f32; values.len()];
         let sum = with_indices(targets, |targets| {

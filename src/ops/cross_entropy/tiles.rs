@@ -193,7 +193,7 @@ impl Scratch {
         self.logits.resize(ROWS * COLUMNS, 0.0);
         // SAFETY: promised by the caller.
         unsafe {
-            self.x.pack(&x, ROWS / TILE, Packing::Left);
+            self.x.pack(&x, ROWS / TILE, x.cols(), Packing::Left);
             for tile in (0..weight.rows()).step_by(COLUMNS / TILE) {
                 let tiles = tile..weight.rows().min(tile + COLUMNS / TILE);
                 let weight = weight.part(tiles, 0..weight.steps());
@@ -247,7 +247,7 @@ impl Gradient<'_> {
     ///
     /// # Safety
     /// The processor has AVX-512, and no one else uses these tiles of `pairs`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     unsafe fn write(
         self,
         logits: &[f32],
@@ -331,7 +331,7 @@ mod tests {
     use super::*;
     use crate::ops::host::convert;
     use crate::ops::testing::{on_threads, random};
-    use crate::ops::tiles::ISAS;
+    use crate::ops::tiles::Number;
 
     #[test]
     fn losses_and_gradients_do_not_depend_on_the_parts_of_the_vocabulary_or_the_threads() {
@@ -339,7 +339,7 @@ mod tests {
         let x = convert::<_, bf16>(&random("x", rows * dim));
         let weight = convert::<_, bf16>(&random("weight", vocab_size * dim));
         let targets: Vec<u32> = (0..rows).map(|i| (i * 131 % vocab_size) as u32).collect();
-        for isa in ISAS.iter() {
+        for isa in bf16::isas().iter() {
             let run = |part: Option<usize>| {
                 let mut head = Head::new(*isa, &x, &weight, dim, &targets);
                 head.part = part.unwrap_or(head.part);

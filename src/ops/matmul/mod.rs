@@ -10,7 +10,7 @@ use half::bf16;
 
 use super::host::{Element, convert};
 #[cfg(target_arch = "x86_64")]
-use super::tiles::ISAS;
+use super::tiles::Number;
 
 /// A matrix seen through strides: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -158,7 +158,7 @@ unsafe fn assume_written(values: &mut [MaybeUninit<f32>]) -> &mut [f32] {
 impl Operand for bf16 {
     fn multiply(products: Vec<Product<Self>>) {
         #[cfg(target_arch = "x86_64")]
-        if let Some(isa) = ISAS.first() {
+        if let Some(isa) = bf16::isas().first() {
             return tiles::run(*isa, products);
         }
         widened(products);
@@ -258,7 +258,7 @@ mod tests {
     fn products_of_bf16_match_sums_in_f64() {
         let ways = std::iter::once(("widened", widened as fn(Vec<Product<bf16>>)));
         #[cfg(target_arch = "x86_64")]
-        let ways = ways.chain(ISAS.iter().map(|isa| match isa {
+        let ways = ways.chain(bf16::isas().iter().map(|isa| match isa {
             Isa::Amx => ("AMX", (|p| tiles::run(Isa::Amx, p)) as fn(Vec<Product<bf16>>)),
             Isa::Avx512 => ("AVX512-BF16", (|p| tiles::run(Isa::Avx512, p)) as fn(Vec<Product<bf16>>)),
         }));

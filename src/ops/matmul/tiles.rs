@@ -83,7 +83,7 @@ pub fn run(isa: Isa, products: Vec<Product<bf16>>) {
         }
     }
     tasks.into_par_iter().for_each_init(Scratch::default, |scratch, task| {
-        // SAFETY: `isa` is one of `ISAS`.
+        // SAFETY: `isa` is one of `bf16::isas`.
         isa.with(|| unsafe { task.run(isa, scratch) });
     });
 }
@@ -115,7 +115,7 @@ impl Task<'_> {
                 for i in direct..m {
                     let tile = &mut a[(i * a_steps + step) * TILE_LEN..][..TILE_LEN];
                     let (row, k) = (self.rows.start + i * TILE, (first + step) * STEP);
-                    // SAFETY: all of `ISAS` have AVX-512.
+                    // SAFETY: all of `bf16::isas` have AVX-512.
                     unsafe { pack_tile(tile, &rows, row, k, Packing::Left) };
                 }
             }

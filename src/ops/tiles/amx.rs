@@ -105,7 +105,7 @@ unsafe fn multiply<const C: u8, const A: u8, const B: u8>() {
 /// # Safety
 /// As for [`super::Isa::block`].
 #[inline]
-pub unsafe fn block(block: Block) {
+pub unsafe fn block(block: Block<bf16>) {
     // SAFETY: promised by the caller.
     unsafe {
         match (block.n, block.steps) {
@@ -122,7 +122,7 @@ pub unsafe fn block(block: Block) {
 /// # Safety
 /// As for [`super::Isa::block`].
 #[inline]
-unsafe fn rows<const N: usize, const ONE: bool>(block: Block) {
+unsafe fn rows<const N: usize, const ONE: bool>(block: Block<bf16>) {
     // SAFETY: promised by the caller: these are rows of the block.
     unsafe {
         if ONE {
@@ -152,7 +152,7 @@ unsafe fn load_right<const N: usize>(b: *const bf16, stride: usize) {
 /// # Safety
 /// As for [`block`].
 #[inline(always)]
-unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block) {
+unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block<bf16>) {
     let Block { a, b, b_stride, steps, c, c_stride, add, .. } = block;
     let a_row = a.row * size_of::<bf16>();
     let row = c_stride * size_of::<f32>();

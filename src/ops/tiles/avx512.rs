@@ -1,6 +1,8 @@
 use std::arch::x86_64::*;
 
-use super::{Block, Left, STEP, TILE, TILE_LEN};
+use half::bf16;
+
+use super::{Block, Left, Number, STEP, TILE, TILE_LEN};
 
 /// Rows whose sums are held in registers at a time.
 const ROWS: usize = 8;
@@ -8,22 +10,77 @@ const ROWS: usize = 8;
 /// # Safety
 /// As for [`super::Isa::block`].
 #[inline]
-pub unsafe fn block(block: Block) {
+pub unsafe fn block(block: Block<bf16>) {
+    for_rows(block, |rows| {
+        // SAFETY: promised by the caller: these are rows of the block.
+        unsafe {
+            match block.n {
+                2 => sums::<2>(rows),
+                _ => sums::<1>(rows),
+            }
+        }
+    });
+}
+
+/// # Safety
+/// As for [`super::Isa::block`].
+#[inline]
+pub unsafe fn block_f32(block: Block<f32>) {
+    for_rows(block, |rows| {
+        // SAFETY: promised by the caller: these are rows of the block.
+        unsafe {
+            match block.n {
+                2 => sums_f32::<2>(rows),
+                _ => sums_f32::<1>(rows),
+            }
+        }
+    });
+}
+
+/// Calls `body` with [`ROWS`] rows of the block at a time.
+#[inline(always)]
+fn for_rows<T: Number>(block: Block<T>, body: impl Fn(Block<T>)) {
     for i in 0..block.m {
-        for half in 0..TILE / ROWS {
-            let row = half * ROWS;
-            // SAFETY: promised by the caller: these are rows of the block.
-            unsafe {
-                let a = block.a;
-                let rows = Block {
-                    a: Left { data: a.data.add(i * a.tile + row * a.row), ..a },
-                    c: block.c.add((i * TILE + row) * block.c_stride),
-                    ..block
-                };
-                match block.n {
-                    2 => sums::<2>(rows),
-                    _ => sums::<1>(rows),
+        for row in (0..TILE).step_by(ROWS) {
+            let data = block.a.data.wrapping_add(i * block.a.tile + row * block.a.row);
+            let c = block.c.wrapping_add((i * TILE + row) * block.c_stride);
+            body(Block { a: Left { data, ..block.a }, c, ..block });
+        }
+    }
+}
+
+/// [`ROWS`] rows by `N` tiles of columns.
+///
+/// # Safety
+/// As for [`super::Isa::block`].
+#[target_feature(enable = "avx512f")]
+unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
+    let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
+    // SAFETY: promised by the caller.
+    unsafe {
+        if block.add {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_loadu_ps(block.c.add(i * block.c_stride + j * TILE));
                 }
+            }
+        }
+        for step in 0..block.steps {
+            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * TILE * TILE));
+            for k in 0..TILE {
+                let columns: [__m512; N] =
+                    std::array::from_fn(|j| _mm512_loadu_ps(b.add(j * block.b_stride + k * TILE)));
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let row = _mm512_set1_ps(*a.add(i * block.a.row + k));
+                    for (sum, columns) in sums.iter_mut().zip(columns) {
+                        *sum = _mm512_fmadd_ps(row, columns, *sum);
+                    }
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, sum) in sums.iter().enumerate() {
+                _mm512_storeu_ps(block.c.add(i * block.c_stride + j * TILE), *sum);
             }
         }
     }
@@ -34,7 +91,7 @@ pub unsafe fn block(block: Block) {
 /// # Safety
 /// As for [`super::Isa::block`].
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn sums<const N: usize>(block: Block) {
+unsafe fn sums<const N: usize>(block: Block<bf16>) {
     let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
     // SAFETY: promised by the caller.
     unsafe {

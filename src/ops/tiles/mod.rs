@@ -1,13 +1,15 @@
-//! Blocks of bf16 matrices multiplied with f32 sums, on processors that have instructions for them.
+//! Blocks of matrices multiplied with f32 sums, on processors with AVX-512.
 //!
-//! Kernels read tiles of 16 x 32 numbers: of the left operand 16 rows by 32 `k`; of the right one, 16 columns by 32 `k`,
-//! in pairs of `k` as the instructions want them (`[pair of k][column][2]`). Edges are padded with zeros.
+//! Kernels read tiles of a kibibyte. Of the left operand a tile is 16 rows by 64 bytes of `k`: 32 numbers of bf16 or 16 of
+//! f32. Of the right one it is as much `k` by 16 columns: `[k][column]` in f32, and `[pair of k][column][2]` in bf16, as
+//! the instructions want it. Edges are padded with zeros.
 
 mod amx;
 mod avx512;
 mod pack;
 pub mod vector;
 
+use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::LazyLock;
 
@@ -15,42 +17,76 @@ use half::bf16;
 use rayon::prelude::*;
 
 pub use self::pack::{Packing, pack_tile};
+use self::vector::{lanes, paired, rounded};
+use crate::ops::host::Element;
 use crate::ops::matmul::Mat;
 
 /// Rows of a tile of the left operand, columns of one of the right.
 pub const TILE: usize = 16;
-/// The `k` of a tile.
+/// The `k` of a tile of bf16, which is also two tiles of rows.
 pub const STEP: usize = 32;
-/// Numbers in a tile.
+/// Numbers in a tile of bf16.
 pub const TILE_LEN: usize = TILE * STEP;
 
-/// Instructions that multiply bf16 matrices.
+/// Instructions that multiply matrices.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Isa {
     /// Intel's tile registers.
     Amx,
-    /// AVX512-BF16: vectors.
+    /// Vectors: AVX-512, for bf16 with its extension AVX512-BF16.
     Avx512,
 }
 
-/// What this processor has, the best first.
-pub static ISAS: LazyLock<Vec<Isa>> = LazyLock::new(|| {
-    let avx512 = is_x86_feature_detected!("avx512f")
+static AVX512: LazyLock<bool> = LazyLock::new(|| {
+    is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512bf16");
-    match avx512 {
-        true if amx::is_usable() => vec![Isa::Amx, Isa::Avx512],
-        true => vec![Isa::Avx512],
-        false => vec![],
-    }
 });
+
+/// What this processor has for bf16, the best first.
+static BF16: LazyLock<Vec<Isa>> = LazyLock::new(|| match *AVX512 && is_x86_feature_detected!("avx512bf16") {
+    true if amx::is_usable() => vec![Isa::Amx, Isa::Avx512],
+    true => vec![Isa::Avx512],
+    false => vec![],
+});
+
+/// What tiles are made of.
+pub trait Number: Element + Default {
+    /// The `k` of a tile.
+    const STEP: usize;
+
+    /// What this processor has for these numbers, the best first.
+    fn isas() -> &'static [Isa];
+
+    /// # Safety
+    /// As for [`Isa::block`].
+    unsafe fn block(isa: Isa, block: Block<Self>);
+
+    /// Sixteen vectors that are a tile of `matrix`: its rows of `k` if those are dense, or else its `k` (in bf16, pairs of
+    /// `k`) of rows.
+    ///
+    /// # Safety
+    /// The processor has AVX-512; the matrix has row `row` and column `k`.
+    unsafe fn vectors(matrix: &Mat<Self>, row: usize, k: usize) -> [__m512i; TILE];
+
+    /// Writes two `k`, of which the first is even, of a right operand's tile.
+    ///
+    /// # Safety
+    /// The processor has AVX-512; `tile` has room for it.
+    unsafe fn store_right(tile: *mut Self, k: usize, values: [__m512; 2]);
+
+    /// Writes up to sixteen numbers.
+    ///
+    /// # Safety
+    /// The processor has AVX-512; `to` has room for the lanes.
+    unsafe fn store_lanes(to: *mut Self, lanes: u16, values: __m512);
+}
 
 /// Where the tiles of a left operand lie. Distances are in numbers.
 #[derive(Clone, Copy)]
-pub struct Left {
-    pub data: *const bf16,
+pub struct Left<T> {
+    pub data: *const T,
     /// From one row of a tile to the next.
     pub row: usize,
     /// From one tile to the next along `k`.
@@ -59,20 +95,21 @@ pub struct Left {
     pub tile: usize,
 }
 
-impl Left {
+impl<T: Number> Left<T> {
     /// Packed rows of `steps` tiles each.
-    pub fn packed(data: *const bf16, steps: usize) -> Self {
-        Self { data, row: STEP, step: TILE_LEN, tile: steps * TILE_LEN }
+    pub fn packed(data: *const T, steps: usize) -> Self {
+        let tile = TILE * T::STEP;
+        Self { data, row: T::STEP, step: tile, tile: steps * tile }
     }
 }
 
 /// A block of one or two columns of tiles of a product: `c = a b`, or `c += a b`.
 #[derive(Clone, Copy)]
-pub struct Block {
+pub struct Block<T> {
     /// Tiles of the left operand.
-    pub a: Left,
+    pub a: Left<T>,
     /// Packed tiles of the right operand; those of one column of tiles follow one another.
-    pub b: *const bf16,
+    pub b: *const T,
     /// Numbers from one column of tiles to the next.
     pub b_stride: usize,
     /// Tiles that are summed over.
@@ -95,40 +132,152 @@ impl Isa {
     }
 
     /// # Safety
-    /// `self` is one of [`ISAS`], and inside its [`Isa::with`]. The pointers of `block` are good for what it says.
+    /// `self` is one of [`Number::isas`], and inside its [`Isa::with`]. The pointers of `block` are good for what it says.
     #[inline]
-    pub unsafe fn block(self, block: Block) {
+    pub unsafe fn block<T: Number>(self, block: Block<T>) {
+        // SAFETY: promised by the caller.
+        unsafe { T::block(self, block) };
+    }
+}
+
+impl Number for bf16 {
+    const STEP: usize = STEP;
+
+    fn isas() -> &'static [Isa] {
+        &BF16
+    }
+
+    #[inline]
+    unsafe fn block(isa: Isa, block: Block<Self>) {
         // SAFETY: promised by the caller.
         unsafe {
-            match self {
-                Self::Amx => amx::block(block),
-                Self::Avx512 => avx512::block(block),
+            match isa {
+                Isa::Amx => amx::block(block),
+                Isa::Avx512 => avx512::block(block),
             }
         }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn vectors(matrix: &Mat<Self>, row: usize, k: usize) -> [__m512i; TILE] {
+        let (rows, columns) = ((matrix.rows - row).min(TILE), (matrix.cols - k).min(STEP));
+        let from = matrix.data[row * matrix.row_stride + k * matrix.col_stride..].as_ptr();
+        let mut vectors = [_mm512_setzero_si512(); TILE];
+        // SAFETY: loads are masked to the part of the tile that is inside the matrix, and so inside its slice.
+        unsafe {
+            if matrix.col_stride == 1 {
+                let mask = u32::MAX >> (STEP - columns);
+                for (i, vector) in vectors.iter_mut().enumerate().take(rows) {
+                    *vector = _mm512_maskz_loadu_epi16(mask, from.add(i * matrix.row_stride).cast());
+                }
+            } else {
+                let column = |k: usize| {
+                    let column = _mm256_maskz_loadu_epi16(lanes(rows), from.add(k * matrix.col_stride).cast());
+                    _mm512_cvtepu16_epi32(column)
+                };
+                for (pair, vector) in vectors.iter_mut().enumerate().take(columns.div_ceil(2)) {
+                    *vector = column(2 * pair);
+                    if 2 * pair + 1 < columns {
+                        *vector = _mm512_or_si512(*vector, _mm512_slli_epi32::<16>(column(2 * pair + 1)));
+                    }
+                }
+            }
+        }
+        vectors
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store_right(tile: *mut Self, k: usize, values: [__m512; 2]) {
+        // SAFETY: promised by the caller.
+        unsafe { _mm512_storeu_si512(tile.add(k * TILE).cast(), paired(values[0], values[1])) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn store_lanes(to: *mut Self, lanes: u16, values: __m512) {
+        // SAFETY: promised by the caller.
+        unsafe { _mm256_mask_storeu_epi16(to.cast(), lanes, rounded(values)) };
+    }
+}
+
+impl Number for f32 {
+    const STEP: usize = 16;
+
+    fn isas() -> &'static [Isa] {
+        if *AVX512 { &[Isa::Avx512] } else { &[] }
+    }
+
+    #[inline]
+    unsafe fn block(_: Isa, block: Block<Self>) {
+        // SAFETY: promised by the caller.
+        unsafe { avx512::block_f32(block) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn vectors(matrix: &Mat<Self>, row: usize, k: usize) -> [__m512i; TILE] {
+        let (rows, columns) = ((matrix.rows - row).min(TILE), (matrix.cols - k).min(TILE));
+        let from = matrix.data[row * matrix.row_stride + k * matrix.col_stride..].as_ptr();
+        let (n, stride, mask) = match matrix.col_stride {
+            1 => (rows, matrix.row_stride, lanes(columns)),
+            stride => (columns, stride, lanes(rows)),
+        };
+        let mut vectors = [_mm512_setzero_si512(); TILE];
+        for (i, vector) in vectors.iter_mut().enumerate().take(n) {
+            // SAFETY: masked to the part of the tile that is inside the matrix, and so inside its slice.
+            *vector = unsafe { _mm512_maskz_loadu_epi32(mask, from.add(i * stride).cast()) };
+        }
+        vectors
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store_right(tile: *mut Self, k: usize, values: [__m512; 2]) {
+        for (i, values) in values.into_iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { _mm512_storeu_ps(tile.add((k + i) * TILE), values) };
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store_lanes(to: *mut Self, lanes: u16, values: __m512) {
+        // SAFETY: promised by the caller.
+        unsafe { _mm512_mask_storeu_ps(to, lanes, values) };
     }
 }
 
 /// Packed tiles: `rows` of `steps` tiles each.
-#[derive(Default)]
-pub struct Tiles {
-    data: Vec<bf16>,
+pub struct Tiles<T = bf16> {
+    data: Vec<T>,
     steps: usize,
 }
 
-impl Tiles {
-    /// Packs all of `matrix`, and zeros up to `rows` rows of tiles.
+impl<T> Default for Tiles<T> {
+    fn default() -> Self {
+        Self { data: Vec::new(), steps: 0 }
+    }
+}
+
+impl<T: Number> Tiles<T> {
+    /// Numbers in a tile.
+    const LEN: usize = TILE * T::STEP;
+
+    /// Packs all of `matrix`, and zeros up to `rows` rows of tiles and a `k` of `columns`.
     ///
     /// # Safety
     /// The processor has AVX-512.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub unsafe fn pack(&mut self, matrix: &Mat<bf16>, rows: usize, packing: Packing) {
-        self.steps = matrix.cols().div_ceil(STEP);
-        let len = rows * self.steps * TILE_LEN;
+    pub unsafe fn pack(&mut self, matrix: &Mat<T>, rows: usize, columns: usize, packing: Packing) {
+        self.steps = columns.div_ceil(T::STEP);
+        let len = rows * self.steps * Tiles::<T>::LEN;
         self.data.clear();
         self.data.reserve(len);
-        for (i, tile) in self.data.spare_capacity_mut()[..len].chunks_exact_mut(TILE_LEN).enumerate() {
+        for (i, tile) in self.data.spare_capacity_mut()[..len].chunks_exact_mut(Tiles::<T>::LEN).enumerate() {
             // SAFETY: promised by the caller.
-            unsafe { pack_tile(tile, matrix, i / self.steps * TILE, i % self.steps * STEP, packing) };
+            unsafe { pack_tile(tile, matrix, i / self.steps * TILE, i % self.steps * T::STEP, packing) };
         }
         // SAFETY: every tile has been written.
         unsafe { self.data.set_len(len) };
@@ -137,11 +286,11 @@ impl Tiles {
     /// `rows` of tiles, to be written before they are read.
     pub fn resize(&mut self, rows: usize, steps: usize) {
         self.steps = steps;
-        self.data.resize(rows * steps * TILE_LEN, bf16::ZERO);
+        self.data.resize(rows * steps * Tiles::<T>::LEN, T::default());
     }
 
     pub fn rows(&self) -> usize {
-        self.data.len() / (self.steps * TILE_LEN).max(1)
+        self.data.len() / (self.steps * Tiles::<T>::LEN).max(1)
     }
 
     pub fn steps(&self) -> usize {
@@ -149,35 +298,35 @@ impl Tiles {
     }
 
     /// The tiles of row `row` from step `step` on.
-    pub fn at(&self, row: usize, step: usize) -> &[bf16] {
-        &self.data[((row * self.steps + step) * TILE_LEN).min(self.data.len())..]
+    pub fn at(&self, row: usize, step: usize) -> &[T] {
+        &self.data[((row * self.steps + step) * Tiles::<T>::LEN).min(self.data.len())..]
     }
 
-    pub fn at_mut(&mut self, row: usize, step: usize) -> &mut [bf16] {
-        &mut self.data[(row * self.steps + step) * TILE_LEN..]
+    pub fn at_mut(&mut self, row: usize, step: usize) -> &mut [T] {
+        &mut self.data[(row * self.steps + step) * Tiles::<T>::LEN..]
     }
 
-    pub fn all(&self) -> Part<'_> {
+    pub fn all(&self) -> Part<'_, T> {
         self.part(0..self.rows(), 0..self.steps)
     }
 
     /// Part of the tiles.
-    pub fn part(&self, rows: Range<usize>, steps: Range<usize>) -> Part<'_> {
+    pub fn part(&self, rows: Range<usize>, steps: Range<usize>) -> Part<'_, T> {
         assert!(rows.end <= self.rows() && steps.end <= self.steps, "a part inside its tiles");
         Part { tiles: self, rows, steps }
     }
 }
 
 /// Packs matrices in parallel.
-pub fn pack_all(matrices: Vec<(Mat<bf16>, Packing)>) -> Vec<Tiles> {
+pub fn pack_all<T: Number>(matrices: Vec<(Mat<T>, Packing)>) -> Vec<Tiles<T>> {
     /// Rows and steps of a task: whole cache lines of matrices of either layout.
     const ROWS: usize = 16;
     const STEPS: usize = 8;
-    let mut packed = Vec::with_capacity(matrices.len());
+    let mut packed: Vec<Tiles<T>> = Vec::with_capacity(matrices.len());
     let mut tasks = Vec::new();
     for (matrix, packing) in &matrices {
-        let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(STEP));
-        let mut tiles = Tiles { data: Vec::with_capacity(rows * steps * TILE_LEN), steps };
+        let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(T::STEP));
+        let mut tiles = Tiles { data: Vec::with_capacity(rows * steps * Tiles::<T>::LEN), steps };
         let to = Shared(tiles.data.as_mut_ptr());
         packed.push(tiles);
         for row in (0..rows).step_by(ROWS) {
@@ -190,18 +339,18 @@ pub fn pack_all(matrices: Vec<(Mat<bf16>, Packing)>) -> Vec<Tiles> {
         for step in steps {
             for row in rows.clone() {
                 // SAFETY: inside the memory reserved above; no other task has this tile. Tiles are for processors that
-                // have an entry in `ISAS`, and each of those has AVX-512.
+                // have an entry in `isas`, and each of those has AVX-512.
                 unsafe {
-                    let tile = to.get().add((row * n_steps + step) * TILE_LEN).cast();
-                    let tile = std::slice::from_raw_parts_mut(tile, TILE_LEN);
-                    pack_tile(tile, matrix, row * TILE, step * STEP, packing);
+                    let tile = to.get().add((row * n_steps + step) * Tiles::<T>::LEN).cast();
+                    let tile = std::slice::from_raw_parts_mut(tile, Tiles::<T>::LEN);
+                    pack_tile(tile, matrix, row * TILE, step * T::STEP, packing);
                 }
             }
         }
     });
     for (tiles, (matrix, _)) in packed.iter_mut().zip(&matrices) {
         // SAFETY: every tile was written above.
-        unsafe { tiles.data.set_len(matrix.rows.div_ceil(TILE) * tiles.steps * TILE_LEN) };
+        unsafe { tiles.data.set_len(matrix.rows.div_ceil(TILE) * tiles.steps * Tiles::<T>::LEN) };
     }
     packed
 }
@@ -223,14 +372,14 @@ impl<T> Shared<T> {
 
 /// Rows of tiles, and tiles of each.
 #[derive(Clone)]
-pub struct Part<'a> {
-    tiles: &'a Tiles,
+pub struct Part<'a, T> {
+    tiles: &'a Tiles<T>,
     rows: Range<usize>,
     steps: Range<usize>,
 }
 
-impl Part<'_> {
-    fn at(&self, row: usize) -> *const bf16 {
+impl<T: Number> Part<'_, T> {
+    fn at(&self, row: usize) -> *const T {
         self.tiles.at(self.rows.start + row, self.steps.start).as_ptr()
     }
 }
@@ -240,7 +389,7 @@ impl Part<'_> {
 /// # Safety
 /// As for [`Isa::block`].
 #[inline]
-pub unsafe fn multiply(isa: Isa, a: Part, b: Part, c: &mut [f32], c_stride: usize, add: bool) {
+pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32], c_stride: usize, add: bool) {
     let (m, n, steps) = (a.rows.len(), b.rows.len(), a.steps.len());
     assert!(steps == b.steps.len() && n * TILE <= c_stride && m * TILE * c_stride <= c.len(), "room for a product");
     if steps == 0 || m == 0 {
@@ -252,7 +401,7 @@ pub unsafe fn multiply(isa: Isa, a: Part, b: Part, c: &mut [f32], c_stride: usiz
             isa.block(Block {
                 a: Left::packed(a.at(0), a.tiles.steps),
                 b: b.at(j),
-                b_stride: b.tiles.steps * TILE_LEN,
+                b_stride: b.tiles.steps * Tiles::<T>::LEN,
                 steps,
                 c: c.as_mut_ptr().add(j * TILE),
                 c_stride,

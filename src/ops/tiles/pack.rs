@@ -1,10 +1,8 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use half::bf16;
-
 use super::vector::transpose;
-use super::{STEP, TILE};
+use super::{Number, TILE};
 use crate::ops::matmul::Mat;
 
 /// How a tile lies in memory.
@@ -12,7 +10,8 @@ use crate::ops::matmul::Mat;
 pub enum Packing {
     /// `[row][k]`.
     Left,
-    /// `[pair of k][row][2]`; the "rows" are the columns of a right operand, which is handed over transposed.
+    /// `[k][row]`, in bf16 `[pair of k][row][2]`; the "rows" are the columns of a right operand, which is handed over
+    /// transposed.
     Right,
 }
 
@@ -25,43 +24,26 @@ pub enum Packing {
 /// # Panics
 /// If neither rows nor columns of the matrix are dense.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub unsafe fn pack_tile(tile: &mut [MaybeUninit<bf16>], matrix: &Mat<bf16>, row: usize, k: usize, packing: Packing) {
-    assert!(tile.len() == TILE * STEP, "room for a tile");
-    let mut vectors = [_mm512_setzero_si512(); TILE];
+pub unsafe fn pack_tile<T: Number>(
+    tile: &mut [MaybeUninit<T>],
+    matrix: &Mat<T>,
+    row: usize,
+    k: usize,
+    packing: Packing,
+) {
+    assert!(tile.len() == TILE * T::STEP, "room for a tile");
+    assert!(matrix.col_stride == 1 || matrix.row_stride == 1, "rows or columns are dense");
     if row >= matrix.rows || k >= matrix.cols {
-        tile.fill(MaybeUninit::new(bf16::ZERO));
+        tile.fill(MaybeUninit::new(T::default()));
         return;
     }
-    let (rows, columns) = ((matrix.rows - row).min(TILE), (matrix.cols - k).min(STEP));
-    let from = matrix.data[row * matrix.row_stride + k * matrix.col_stride..].as_ptr();
-    // SAFETY: loads are masked to the part of the tile that is inside the matrix, and so inside its slice.
-    unsafe {
-        let transposed = if matrix.col_stride == 1 {
-            let mask = u32::MAX >> (STEP - columns);
-            for (i, vector) in vectors.iter_mut().enumerate().take(rows) {
-                *vector = _mm512_maskz_loadu_epi16(mask, from.add(i * matrix.row_stride).cast());
-            }
-            packing == Packing::Right
-        } else {
-            assert_eq!(matrix.row_stride, 1, "rows or columns are dense");
-            let mask = u16::MAX >> (TILE - rows);
-            let column = |k: usize| {
-                let column = _mm256_maskz_loadu_epi16(mask, from.add(k * matrix.col_stride).cast());
-                _mm512_cvtepu16_epi32(column)
-            };
-            for (pair, vector) in vectors.iter_mut().enumerate().take(columns.div_ceil(2)) {
-                *vector = column(2 * pair);
-                if 2 * pair + 1 < columns {
-                    *vector = _mm512_or_si512(*vector, _mm512_slli_epi32::<16>(column(2 * pair + 1)));
-                }
-            }
-            packing == Packing::Left
-        };
-        if transposed {
-            vectors = transpose(vectors);
-        }
-        for (i, vector) in vectors.into_iter().enumerate() {
-            _mm512_storeu_si512(tile[i * STEP..].as_mut_ptr().cast(), vector);
-        }
+    // SAFETY: the matrix has this row and column.
+    let mut vectors = unsafe { T::vectors(matrix, row, k) };
+    if (matrix.col_stride == 1) == (packing == Packing::Right) {
+        vectors = transpose(vectors);
+    }
+    for (i, vector) in vectors.into_iter().enumerate() {
+        // SAFETY: a row of the tile.
+        unsafe { _mm512_storeu_si512(tile[i * T::STEP..].as_mut_ptr().cast(), vector) };
     }
 }

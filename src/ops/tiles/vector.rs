@@ -4,14 +4,15 @@ use std::arch::x86_64::*;
 
 use super::TILE;
 
-/// `2^x` to 3e-6 relative, for `x <= 0` and far below.
+/// `2^x` to 2e-7 relative, for `x <= 0` and far below.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub fn exp2(x: __m512) -> __m512 {
     let n = _mm512_roundscale_ps::<0>(x);
     let f = _mm512_sub_ps(x, n);
-    let mut p = _mm512_set1_ps(1.339_887_4e-3);
-    for c in [9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
+    // Taylor's series of e^(f ln 2), |f| <= 1/2.
+    let mut p = _mm512_set1_ps(1.540_353e-4);
+    for c in [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, std::f32::consts::LN_2, 1.0] {
         p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
     }
     _mm512_scalef_ps(p, n)
@@ -22,19 +23,26 @@ pub fn lanes(n: usize) -> u16 {
     u16::MAX >> (TILE - n.min(TILE))
 }
 
-/// Two rows of non-negative numbers, or of any finite ones, as rows of pairs, each rounded to bf16.
+/// Two rows of numbers as one row of pairs, each rounded to bf16.
 #[inline]
-#[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f")]
 pub fn paired(even: __m512, odd: __m512) -> __m512i {
-    let (even, odd) = (rounded(even), rounded(odd));
-    _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(odd)))
+    let (even, odd) = (_mm512_cvtepu16_epi32(rounded(even)), _mm512_cvtepu16_epi32(rounded(odd)));
+    _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd))
 }
 
+/// Rounded to bf16. Only for processors that have AVX512-BF16, as all of `bf16::isas` do; written as assembly so that code
+/// for f32 and bf16 alike need not be compiled for that extension.
 #[inline]
-#[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx512f")]
 pub fn rounded(values: __m512) -> __m256i {
-    // SAFETY: both are 32 bytes, and every pattern is a value.
-    unsafe { std::mem::transmute(_mm512_cvtneps_pbh(values)) }
+    let result: __m256i;
+    // SAFETY: arithmetic on registers, on processors that have the instruction.
+    unsafe {
+        std::arch::asm!("vcvtneps2bf16 {result:y}, {values:z}", values = in(zmm_reg) values,
+            result = lateout(ymm_reg) result, options(pure, nomem, nostack, preserves_flags));
+    }
+    result
 }
 
 /// The transpose of a 16 x 16 matrix of 32-bit numbers.
