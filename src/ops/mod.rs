@@ -18,6 +18,8 @@ mod rope;
 mod swiglu;
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use adamw::{AdamStep, adam_step, sum_of_squares};
 pub use add::add;

@@ -7,9 +7,9 @@ use super::AttentionMask;
 use super::tiles;
 use crate::Result;
 use crate::ops::host::{Disjoint, dot, exp, floats, max_of, sum_of, tensor, vectorized};
-#[cfg(target_arch = "x86_64")]
-use crate::ops::matmul::tiles::ISAS;
 use crate::ops::matmul::{Mat, Store, matmul};
+#[cfg(target_arch = "x86_64")]
+use crate::ops::tiles::ISAS;
 
 /// Queries and keys per block of scores: the block stays in the second-level cache.
 const QUERIES: usize = 64;

@@ -14,7 +14,8 @@ use super::cpu::{Saved, Sizes};
 use crate::Result;
 use crate::ops::host::{Element, dot, elements};
 use crate::ops::matmul::Mat;
-use crate::ops::matmul::tiles::{Block, Isa, Left, Packing, STEP, TILE, TILE_LEN, pack_tile, transpose};
+use crate::ops::tiles::vector::{exp2, lanes, paired, rounded, transpose};
+use crate::ops::tiles::{Isa, Packing, STEP, Shared, TILE, Tiles, multiply, pairs_of_tiles};
 
 /// Queries of a block.
 const QUERIES: usize = 64;
@@ -25,99 +26,6 @@ const KEYS_BACKWARD: usize = 128;
 /// What a hidden score is, and what a maximum is before there is one: `2^(HIDDEN - NONE)` is 0.
 const HIDDEN: f32 = -1e30;
 const NONE: f32 = -1e20;
-
-/// Packed tiles: `rows` of `steps` tiles each.
-#[derive(Default)]
-struct Tiles {
-    data: Vec<bf16>,
-    steps: usize,
-}
-
-impl Tiles {
-    /// Packs all of `matrix`, and zeros up to `rows` rows of tiles.
-    ///
-    /// # Safety
-    /// The processor has AVX-512.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn pack(&mut self, matrix: &Mat<bf16>, rows: usize, packing: Packing) {
-        self.steps = matrix.cols().div_ceil(STEP);
-        let len = rows * self.steps * TILE_LEN;
-        self.data.clear();
-        self.data.reserve(len);
-        for (i, tile) in self.data.spare_capacity_mut()[..len].chunks_exact_mut(TILE_LEN).enumerate() {
-            // SAFETY: promised by the caller.
-            unsafe { pack_tile(tile, matrix, i / self.steps * TILE, i % self.steps * STEP, packing) };
-        }
-        // SAFETY: every tile has been written.
-        unsafe { self.data.set_len(len) };
-    }
-
-    /// `rows` of tiles, to be written before they are read.
-    fn resize(&mut self, rows: usize, steps: usize) {
-        self.steps = steps;
-        self.data.resize(rows * steps * TILE_LEN, bf16::ZERO);
-    }
-
-    fn rows(&self) -> usize {
-        self.data.len() / (self.steps * TILE_LEN).max(1)
-    }
-}
-
-/// `c = a b`, or `c += a b`, over rows `rows` of tiles of `a`, all columns of tiles of `b`, and the first `steps` tiles of
-/// `k` of `a` from `a_step`. Row 0 of `c` is the first of `rows`.
-///
-/// # Safety
-/// As for [`Isa::block`]; `c` has its rows.
-#[expect(clippy::too_many_arguments, reason = "a product has this many")]
-#[inline]
-unsafe fn multiply(
-    isa: Isa,
-    a: &Tiles,
-    rows: Range<usize>,
-    a_step: usize,
-    b: &Tiles,
-    steps: usize,
-    c: &mut [f32],
-    c_stride: usize,
-    add: bool,
-) {
-    assert!(rows.end <= a.rows() && a_step + steps <= a.steps && steps <= b.steps);
-    assert!(b.rows() * TILE <= c_stride && rows.len() * TILE * c_stride <= c.len());
-    for j in (0..b.rows()).step_by(2) {
-        // SAFETY: inside the three buffers by the assertions above.
-        unsafe {
-            isa.block(Block {
-                a: Left::packed(a.data.as_ptr().add((rows.start * a.steps + a_step) * TILE_LEN), a.steps),
-                b: b.data.as_ptr().add(j * b.steps * TILE_LEN),
-                b_stride: b.steps * TILE_LEN,
-                steps,
-                c: c.as_mut_ptr().add(j * TILE),
-                c_stride,
-                m: rows.len(),
-                n: (b.rows() - j).min(2),
-                add,
-            });
-        }
-    }
-}
-
-/// Tiles that hold `n` rows, in whole pairs: a tile's [`STEP`] of `k` is two tiles of rows.
-fn pairs_of_tiles(n: usize) -> usize {
-    n.div_ceil(STEP) * 2
-}
-
-/// `2^x` to 3e-6 relative, for `x <= 0` and far below.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn exp2(x: __m512) -> __m512 {
-    let n = _mm512_roundscale_ps::<0>(x);
-    let f = _mm512_sub_ps(x, n);
-    let mut p = _mm512_set1_ps(1.339_887_4e-3);
-    for c in [9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-    }
-    _mm512_scalef_ps(p, n)
-}
 
 /// Which keys each of 16 queries sees: from `start` up to `end`, inclusive.
 #[derive(Clone, Copy)]
@@ -247,21 +155,6 @@ pub fn forward(
     Ok((Tensor::from_vec(y, q.shape(), &Device::Cpu)?, logsumexp))
 }
 
-/// A pointer to a buffer of which each task writes its own part.
-#[derive(Clone, Copy)]
-struct Shared<T>(*mut T);
-
-// SAFETY: tasks write disjoint parts.
-unsafe impl<T: Send> Send for Shared<T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    fn get(self) -> *mut T {
-        self.0
-    }
-}
-
 impl Forward {
     /// One block of queries against all the keys they see.
     ///
@@ -292,7 +185,8 @@ impl Forward {
             for keys in masked.key_blocks(KEYS) {
                 let steps = keys.len().div_ceil(STEP);
                 let key_tiles = keys.start / TILE..keys.start / TILE + 2 * steps;
-                multiply(isa, &self.k, key_tiles, 0, &self.q, self.k.steps, &mut self.scores, QUERIES, false);
+                let k = self.k.part(key_tiles, 0..self.k.steps());
+                multiply(isa, k, self.q.all(), &mut self.scores, QUERIES, false);
                 let scores = &mut self.scores[..steps * STEP * QUERIES];
                 masked.hide(scores, keys.clone(), groups);
                 self.p.resize(groups, steps);
@@ -310,7 +204,7 @@ impl Forward {
                     let correction = exp2(_mm512_sub_ps(max[g], new_max));
                     max[g] = new_max;
                     let mut sums = [_mm512_setzero_ps(); 2];
-                    let tiles = self.p.data[g * steps * TILE_LEN..].as_mut_ptr();
+                    let tiles = self.p.at_mut(g, 0).as_mut_ptr();
                     for pair in 0..steps * STEP / 2 {
                         let even = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(2 * pair)), factor, new_max));
                         let odd = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(2 * pair + 1)), factor, new_max));
@@ -324,8 +218,9 @@ impl Forward {
                         _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), correction));
                     }
                 }
-                let rows = 0..self.v.rows();
-                multiply(isa, &self.v, rows, keys.start / STEP, &self.p, steps, &mut self.sums, QUERIES, true);
+                let first = keys.start / STEP;
+                let v = self.v.part(0..self.v.rows(), first..first + steps);
+                multiply(isa, v, self.p.all(), &mut self.sums, QUERIES, true);
             }
             for g in 0..n.div_ceil(TILE) {
                 let lanes = lanes(n - g * TILE);
@@ -340,26 +235,6 @@ impl Forward {
             }
         }
     }
-}
-
-/// The lanes of `n` elements, at most all.
-fn lanes(n: usize) -> u16 {
-    u16::MAX >> (TILE - n.min(TILE))
-}
-
-/// Two rows of non-negative numbers, or of any finite ones, as rows of pairs, each rounded to bf16.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
-fn paired(even: __m512, odd: __m512) -> __m512i {
-    let (even, odd) = (rounded(even), rounded(odd));
-    _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(odd)))
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
-fn rounded(values: __m512) -> __m256i {
-    // SAFETY: both are 32 bytes, and every pattern is a value.
-    unsafe { std::mem::transmute(_mm512_cvtneps_pbh(values)) }
 }
 
 /// Writes queries `16 g..` of `sums`, `(hd, QUERIES)`, times `scale`, as the rows of `to`, `(n, hd)`.
@@ -530,16 +405,17 @@ impl Backward {
                 let steps = keys.len().div_ceil(STEP);
                 let first_tile = keys.start / TILE;
                 let key_tiles = first_tile..first_tile + 2 * steps;
-                let hd_steps = self.k.steps;
-                multiply(isa, &self.k, key_tiles.clone(), 0, &self.q, hd_steps, &mut self.scores, QUERIES, false);
-                multiply(isa, &self.v, key_tiles, 0, &self.dy, hd_steps, &mut self.dp, QUERIES, false);
+                let hd_steps = 0..self.k.steps();
+                let k = self.k.part(key_tiles.clone(), hd_steps.clone());
+                multiply(isa, k, self.q.all(), &mut self.scores, QUERIES, false);
+                multiply(isa, self.v.part(key_tiles, hd_steps), self.dy.all(), &mut self.dp, QUERIES, false);
                 masked.hide(&mut self.scores, keys.clone(), groups);
                 self.p.resize(2 * steps, q_steps);
                 self.ds.resize(2 * steps, q_steps);
                 self.ds_pairs.resize(groups, steps);
                 for g in 0..groups {
                     let (lse, d) = (_mm512_loadu_ps(lse[g * TILE..].as_ptr()), _mm512_loadu_ps(d[g * TILE..].as_ptr()));
-                    let pairs = self.ds_pairs.data[g * steps * TILE_LEN..].as_mut_ptr();
+                    let pairs = self.ds_pairs.at_mut(g, 0).as_mut_ptr();
                     for pair in 0..steps * STEP / 2 {
                         let mut gradients = [_mm512_setzero_ps(); 2];
                         for (j, gradient) in gradients.iter_mut().enumerate() {
@@ -549,20 +425,21 @@ impl Backward {
                             let p = exp2(_mm512_fmsub_ps(scores, factor, lse));
                             *gradient = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(self.dp[at..].as_ptr()), d));
                             // Tile of 16 keys by 32 queries, of which this is one half of a row.
-                            let tile = (key / TILE * q_steps + g / 2) * TILE_LEN + key % TILE * STEP + g % 2 * TILE;
-                            _mm256_storeu_si256(self.p.data[tile..].as_mut_ptr().cast(), rounded(p));
-                            _mm256_storeu_si256(self.ds.data[tile..].as_mut_ptr().cast(), rounded(*gradient));
+                            let in_tile = key % TILE * STEP + g % 2 * TILE;
+                            for (tiles, values) in [(&mut self.p, p), (&mut self.ds, *gradient)] {
+                                let to = tiles.at_mut(key / TILE, g / 2)[in_tile..].as_mut_ptr();
+                                _mm256_storeu_si256(to.cast(), rounded(values));
+                            }
                         }
                         _mm512_storeu_si512(pairs.add(pair * STEP).cast(), paired(gradients[0], gradients[1]));
                     }
                 }
-                let rows = 0..2 * steps;
                 let (dk, dv) = (&mut self.dk[keys.start * width..], &mut self.dv[keys.start * width..]);
-                multiply(isa, &self.p, rows.clone(), 0, &self.dy_columns, q_steps, dv, width, true);
-                multiply(isa, &self.ds, rows, 0, &self.q_columns, q_steps, dk, width, true);
-                let rows = 0..self.k_columns.rows();
+                multiply(isa, self.p.all(), self.dy_columns.all(), dv, width, true);
+                multiply(isa, self.ds.all(), self.q_columns.all(), dk, width, true);
                 let first = keys.start / STEP;
-                multiply(isa, &self.k_columns, rows, first, &self.ds_pairs, steps, &mut self.dq, QUERIES, true);
+                let k_columns = self.k_columns.part(0..self.k_columns.rows(), first..first + steps);
+                multiply(isa, k_columns, self.ds_pairs.all(), &mut self.dq, QUERIES, true);
             }
             for g in 0..n.div_ceil(TILE) {
                 store_transposed(&self.dq, g, n, hd, _mm512_set1_ps(scale), dq_out, stride);

@@ -1,9 +1,16 @@
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::tiles::Head;
 use crate::Result;
-use crate::ops::host::{Element, check_tokens, elements, exp, max_of, sum_of, typed, update, vectorized, with_indices};
+use crate::ops::host::{
+    Element, check_tokens, elements, exp, max_of, sum_of, tensor, typed, update, vectorized, with_indices,
+};
 use crate::ops::matmul::{Dst, Mat, Operand, Product};
+#[cfg(target_arch = "x86_64")]
+use crate::ops::tiles::ISAS;
 
 /// Logits that exist at a time: 128 MiB of f32.
 const LOGITS: usize = 1 << 25;
@@ -26,6 +33,14 @@ pub fn forward_backward(
 
 fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
     let (vocab_size, dim) = weight.dims2()?;
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(isa), DType::BF16) = (ISAS.first(), T::DTYPE) {
+        let (x, w) = (elements::<bf16>(x)?, elements::<bf16>(weight)?);
+        return with_indices(targets, |targets| {
+            check_tokens(targets, vocab_size)?;
+            Ok(Head::new(*isa, &x, &w, dim, targets).loss())
+        })?;
+    }
     let (x, w) = (elements::<T>(x)?, elements::<T>(weight)?);
     with_indices(targets, |targets| {
         let mut sum = 0.0;
@@ -44,6 +59,16 @@ fn forward_backward_in<T: Operand>(
     mean: f32,
 ) -> Result<(f64, Tensor)> {
     let (vocab_size, dim) = weight.dims2()?;
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(isa), DType::BF16) = (ISAS.first(), T::DTYPE) {
+        let (values, w) = (elements::<bf16>(x)?, elements::<bf16>(weight)?);
+        let mut dx = vec![0f32; values.len()];
+        let sum = with_indices(targets, |targets| {
+            check_tokens(targets, vocab_size)?;
+            update(grad, |grad: &mut [f32]| Head::new(*isa, &values, &w, dim, targets).loss_grad(mean, &mut dx, grad))
+        })??;
+        return Ok((sum, tensor(dx, x.shape(), x.dtype())?));
+    }
     let (values, w) = (elements::<T>(x)?, elements::<T>(weight)?);
     let w = Mat::new(&w, vocab_size, dim);
     let mut dx = Vec::with_capacity(values.len());

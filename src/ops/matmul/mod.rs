@@ -1,7 +1,7 @@
 //! Matrix products on the host.
 
 #[cfg(target_arch = "x86_64")]
-pub mod tiles;
+mod tiles;
 
 use std::mem::MaybeUninit;
 
@@ -9,15 +9,17 @@ use gemm::Parallelism;
 use half::bf16;
 
 use super::host::{Element, convert};
+#[cfg(target_arch = "x86_64")]
+use super::tiles::ISAS;
 
 /// A matrix seen through strides: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
 pub struct Mat<'a, T = f32> {
-    data: &'a [T],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub data: &'a [T],
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: usize,
+    pub col_stride: usize,
 }
 
 impl<'a, T> Mat<'a, T> {
@@ -156,7 +158,7 @@ unsafe fn assume_written(values: &mut [MaybeUninit<f32>]) -> &mut [f32] {
 impl Operand for bf16 {
     fn multiply(products: Vec<Product<Self>>) {
         #[cfg(target_arch = "x86_64")]
-        if let Some(isa) = tiles::ISAS.first() {
+        if let Some(isa) = ISAS.first() {
             return tiles::run(*isa, products);
         }
         widened(products);
@@ -248,15 +250,17 @@ pub fn add_product<T: Operand>(dst: &mut [f32], a: Mat<T>, b: Mat<T>) {
 mod tests {
     use super::*;
     use crate::ops::testing::{on_threads, random};
+    #[cfg(target_arch = "x86_64")]
+    use crate::ops::tiles::Isa;
 
     /// Every way to multiply bf16, on odd sizes, each operand dense in rows or in columns, against sums in f64.
     #[test]
     fn products_of_bf16_match_sums_in_f64() {
         let ways = std::iter::once(("widened", widened as fn(Vec<Product<bf16>>)));
         #[cfg(target_arch = "x86_64")]
-        let ways = ways.chain(tiles::ISAS.iter().map(|isa| match isa {
-            tiles::Isa::Amx => ("AMX", (|p| tiles::run(tiles::Isa::Amx, p)) as fn(Vec<Product<bf16>>)),
-            tiles::Isa::Avx512 => ("AVX512-BF16", (|p| tiles::run(tiles::Isa::Avx512, p)) as fn(Vec<Product<bf16>>)),
+        let ways = ways.chain(ISAS.iter().map(|isa| match isa {
+            Isa::Amx => ("AMX", (|p| tiles::run(Isa::Amx, p)) as fn(Vec<Product<bf16>>)),
+            Isa::Avx512 => ("AVX512-BF16", (|p| tiles::run(Isa::Avx512, p)) as fn(Vec<Product<bf16>>)),
         }));
         for (way, multiply) in ways {
             for (m, n, k) in [(1, 1, 1), (7, 5, 3), (33, 17, 31), (16, 32, 64), (130, 70, 1100), (40, 530, 65)] {

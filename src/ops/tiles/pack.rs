@@ -3,6 +3,7 @@ use std::mem::MaybeUninit;
 
 use half::bf16;
 
+use super::vector::transpose;
 use super::{STEP, TILE};
 use crate::ops::matmul::Mat;
 
@@ -63,35 +64,4 @@ pub unsafe fn pack_tile(tile: &mut [MaybeUninit<bf16>], matrix: &Mat<bf16>, row:
             _mm512_storeu_si512(tile[i * STEP..].as_mut_ptr().cast(), vector);
         }
     }
-}
-
-/// The transpose of a 16 x 16 matrix of 32-bit numbers.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
-    let mut a = r;
-    for i in 0..8 {
-        a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    let mut b = a;
-    for i in 0..4 {
-        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    // Now vector 4i + j holds, in each 128-bit lane l, column 4l + j of rows 4i..4i + 4.
-    let mut out = b;
-    for j in 0..4 {
-        let low = _mm512_shuffle_i32x4::<0x88>(b[j], b[4 + j]);
-        let high = _mm512_shuffle_i32x4::<0xdd>(b[j], b[4 + j]);
-        let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + j], b[12 + j]);
-        let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + j], b[12 + j]);
-        out[j] = _mm512_shuffle_i32x4::<0x88>(low, low2);
-        out[4 + j] = _mm512_shuffle_i32x4::<0x88>(high, high2);
-        out[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
-        out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
-    }
-    out
 }
