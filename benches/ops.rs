@@ -31,6 +31,7 @@ const HIDDEN: usize = 768;
 const DTYPES: [DType; 2] = [DType::F32, DType::BF16];
 
 fn main() {
+    titan::tools::memory::keep_freed_pages();
     // Cargo passes `--bench`.
     let names: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
     let bench = Bench { names, peaks: Peaks::measure() };

@@ -18,18 +18,18 @@ fn rotate_as<X: Element>(x: &Tensor, cos: &Tensor, sin: &Tensor, direction: f32)
         let (cos, sin) = (&*cos, &*sin);
         let (pairs, _) = values[2 * range.start..2 * range.end].as_chunks::<2>();
         vectorized!({
-            let (mut coss, mut sins) = (Vec::new(), Vec::new());
+            let (mut cosines, mut sines) = (Vec::new(), Vec::new());
             for (i, row_of_pairs) in pairs.chunks_exact(row).enumerate() {
                 let position = (range.start / row + i) % s;
                 let angles = position * half..(position + 1) * half;
-                coss.clear();
-                sins.clear();
+                cosines.clear();
+                sines.clear();
                 for _ in 0..STEP.div_ceil(half) {
-                    coss.extend_from_slice(&cos[angles.clone()]);
-                    sins.extend(sin[angles.clone()].iter().map(|sin| direction * sin));
+                    cosines.extend_from_slice(&cos[angles.clone()]);
+                    sines.extend(sin[angles.clone()].iter().map(|sin| direction * sin));
                 }
-                for heads in row_of_pairs.chunks(coss.len()) {
-                    y.extend(heads.iter().zip(coss.iter().zip(&sins)).map(|([a, b], (cos, sin))| {
+                for heads in row_of_pairs.chunks(cosines.len()) {
+                    y.extend(heads.iter().zip(cosines.iter().zip(&sines)).map(|([a, b], (cos, sin))| {
                         let (a, b) = (a.load(), b.load());
                         [[X::store(a * cos - b * sin), X::store(a * sin + b * cos)]]
                     }));
