@@ -164,9 +164,10 @@ impl Bench {
 
             let (n, gate) = (N * HIDDEN, tensor(&[B, S, HIDDEN], dtype));
             let up = Value::constant(tensor(&[B, S, HIDDEN], dtype));
-            let work = [Bytes(3 * n * size), Bytes(5 * n * size)];
-            let op = Op::new("swiglu", shape(&[N, HIDDEN]), dtype);
-            self.both(&op, work, &gate, &gate, |gate| ops::swiglu(gate, &up).unwrap());
+            let (weight, dy) = (parameter(&[DIM, HIDDEN], dtype), tensor(&[B, S, DIM], dtype));
+            let work = [Flops(2 * n * DIM), Flops(4 * n * DIM)];
+            let op = Op::new("swiglu", shape(&[N, HIDDEN, DIM]), dtype);
+            self.both(&op, work, &gate, &dy, |gate| ops::swiglu(gate, &up, &weight).unwrap());
         }
     }
 

@@ -10,13 +10,15 @@ mod pack;
 pub mod vector;
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::LazyLock;
 
 use half::bf16;
 use rayon::prelude::*;
 
-pub use self::pack::{Packing, pack_tile};
+pub use self::pack::Packing;
+use self::pack::pack_tile;
 use self::vector::{lanes, paired, rounded};
 use crate::ops::host::Element;
 use crate::ops::matmul::Mat;
@@ -114,6 +116,8 @@ pub struct Block<T> {
     pub b_stride: usize,
     /// Tiles that are summed over.
     pub steps: usize,
+    /// Consecutive tiles of which the numbers of a step are the sum, in both operands: 1, or 3 for [`Isa::Amx`].
+    pub parts: usize,
     /// `(16 m, 16 n)` f32, rows `c_stride` apart.
     pub c: *mut f32,
     pub c_stride: usize,
@@ -317,16 +321,48 @@ impl<T: Number> Tiles<T> {
     }
 }
 
-/// Packs matrices in parallel.
-pub fn pack_all<T: Number>(matrices: Vec<(Mat<T>, Packing)>) -> Vec<Tiles<T>> {
+/// Numbers that can be packed into tiles of bf16.
+pub trait Source: Element {
+    /// Tiles that hold one tile's numbers.
+    const PARTS: usize;
+
+    /// As [`pack_tile`], into [`Source::PARTS`] tiles.
+    ///
+    /// # Safety
+    /// As for [`pack_tile`]; the processor has AVX512-BF16.
+    unsafe fn pack(tiles: &mut [MaybeUninit<bf16>], matrix: &Mat<Self>, row: usize, k: usize, packing: Packing);
+}
+
+impl Source for bf16 {
+    const PARTS: usize = 1;
+
+    unsafe fn pack(tiles: &mut [MaybeUninit<bf16>], matrix: &Mat<Self>, row: usize, k: usize, packing: Packing) {
+        // SAFETY: promised by the caller.
+        unsafe { pack_tile(tiles, matrix, row, k, packing) };
+    }
+}
+
+/// As the sum of three bf16, which together have the 24 bits of an f32.
+impl Source for f32 {
+    const PARTS: usize = 3;
+
+    unsafe fn pack(tiles: &mut [MaybeUninit<bf16>], matrix: &Mat<Self>, row: usize, k: usize, packing: Packing) {
+        // SAFETY: promised by the caller.
+        unsafe { pack::pack_parts(tiles, matrix, row, k, packing) };
+    }
+}
+
+/// Packs matrices into tiles of bf16, in parallel.
+pub fn pack_all<S: Source>(matrices: Vec<(Mat<S>, Packing)>) -> Vec<Tiles> {
     /// Rows and steps of a task: whole cache lines of matrices of either layout.
     const ROWS: usize = 16;
     const STEPS: usize = 8;
-    let mut packed: Vec<Tiles<T>> = Vec::with_capacity(matrices.len());
+    let step_len = S::PARTS * TILE_LEN;
+    let mut packed: Vec<Tiles> = Vec::with_capacity(matrices.len());
     let mut tasks = Vec::new();
     for (matrix, packing) in &matrices {
-        let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(T::STEP));
-        let mut tiles = Tiles { data: Vec::with_capacity(rows * steps * Tiles::<T>::LEN), steps };
+        let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(STEP));
+        let mut tiles = Tiles { data: Vec::with_capacity(rows * steps * step_len), steps: steps * S::PARTS };
         let to = Shared(tiles.data.as_mut_ptr());
         packed.push(tiles);
         for row in (0..rows).step_by(ROWS) {
@@ -341,16 +377,16 @@ pub fn pack_all<T: Number>(matrices: Vec<(Mat<T>, Packing)>) -> Vec<Tiles<T>> {
                 // SAFETY: inside the memory reserved above; no other task has this tile. Tiles are for processors that
                 // have an entry in `isas`, and each of those has AVX-512.
                 unsafe {
-                    let tile = to.get().add((row * n_steps + step) * Tiles::<T>::LEN).cast();
-                    let tile = std::slice::from_raw_parts_mut(tile, Tiles::<T>::LEN);
-                    pack_tile(tile, matrix, row * TILE, step * T::STEP, packing);
+                    let tile = to.get().add((row * n_steps + step) * step_len).cast();
+                    let tile = std::slice::from_raw_parts_mut(tile, step_len);
+                    S::pack(tile, matrix, row * TILE, step * STEP, packing);
                 }
             }
         }
     });
     for (tiles, (matrix, _)) in packed.iter_mut().zip(&matrices) {
         // SAFETY: every tile was written above.
-        unsafe { tiles.data.set_len(matrix.rows.div_ceil(TILE) * tiles.steps * Tiles::<T>::LEN) };
+        unsafe { tiles.data.set_len(matrix.rows.div_ceil(TILE) * tiles.steps * TILE_LEN) };
     }
     packed
 }
@@ -403,6 +439,7 @@ pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32
                 b: b.at(j),
                 b_stride: b.tiles.steps * Tiles::<T>::LEN,
                 steps,
+                parts: 1,
                 c: c.as_mut_ptr().add(j * TILE),
                 c_stride,
                 m,
