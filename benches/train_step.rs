@@ -14,7 +14,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
-use titan::autograd::{Init, Precision, StageBuilder, Value};
+use titan::autograd::Precision;
 use titan::components::optimizer::{Optimizer, OptimizerKind};
 use titan::config::ModelArgs;
 use titan::engine::{self, Recompute, Stages};
@@ -147,7 +147,7 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, options: &Options) -> 
         RecomputeMode::None => Recompute::None,
         RecomputeMode::Full => Recompute::All,
     };
-    let peak_flops = matrix_peak(precision);
+    let peak_flops = ops::measured_peak_flops(precision.compute);
 
     let mut args = case.args.apply(&models::flavor(&case.model, &case.flavor).unwrap()).unwrap();
     args.max_seq_len = seq_len;
@@ -203,19 +203,4 @@ impl fmt::Display for Figures<'_> {
              {gib:5.2} GiB  loss {first_loss:.3} -> {last_loss:.3}  {threads} threads"
         )
     }
-}
-
-/// FLOP/s of the best of several products.
-fn matrix_peak(precision: Precision) -> f64 {
-    const SIZE: usize = 2048;
-    let mut stage = StageBuilder::default();
-    let w = stage.parameter("w", &[SIZE, SIZE], Init::Constant(1.0));
-    stage.allocate(precision, &Device::Cpu, false).unwrap();
-    let x = Value::constant(Tensor::ones((SIZE, SIZE), precision.compute, &Device::Cpu).unwrap());
-    let product = |_| {
-        let start = Instant::now();
-        ops::linear(&x, &w).unwrap();
-        start.elapsed().as_secs_f64()
-    };
-    2.0 * (SIZE as f64).powi(3) / (0..10).map(product).fold(f64::INFINITY, f64::min)
 }

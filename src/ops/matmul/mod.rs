@@ -4,11 +4,13 @@
 mod tiles;
 
 use std::mem::MaybeUninit;
+use std::time::{Duration, Instant};
 
+use candle_core::DType;
 use gemm::Parallelism;
 use half::bf16;
 
-use super::host::{Element, convert};
+use super::host::{Element, convert, typed};
 #[cfg(target_arch = "x86_64")]
 use super::tiles::{Isa, Number};
 
@@ -205,6 +207,29 @@ pub fn product<T: Operand>(a: Mat<T>, b: Mat<T>) -> Vec<T> {
     // SAFETY: a product writes all of its destination.
     unsafe { values.set_len(len) };
     values
+}
+
+/// The rate of the best of several square products, in floating-point operations per second: what this machine can do.
+/// Takes a fifth of a second or so.
+pub fn measured_peak_flops(dtype: DType) -> f64 {
+    typed!(T = dtype; peak_of::<T>())
+}
+
+fn peak_of<T: Operand>() -> f64 {
+    const SIZE: usize = 2048;
+    const AT_LEAST: usize = 2;
+    const BUDGET: Duration = Duration::from_millis(200);
+    let values = vec![T::store(1.0); SIZE * SIZE];
+    let start = Instant::now();
+    let mut best_s = f64::INFINITY;
+    let mut runs = 0;
+    while runs < AT_LEAST || start.elapsed() < BUDGET {
+        let run = Instant::now();
+        product(Mat::new(&values, SIZE, SIZE), Mat::new(&values, SIZE, SIZE));
+        best_s = best_s.min(run.elapsed().as_secs_f64());
+        runs += 1;
+    }
+    2.0 * (SIZE as f64).powi(3) / best_s
 }
 
 /// `a[rows of group i] b[i]` for all `i`, in the numbers of the operands. Group `i` is rows `offsets[i]..offsets[i + 1]`.
