@@ -14,8 +14,8 @@ while [ $# -gt 0 ]; do
         *) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
     esac
 done
-"$python" -c "import torch" || {
-    echo "error: $python has no PyTorch: install it (pip install torch), or name another interpreter in PYTHON" >&2
+"$python" -c "import torch" 2>/dev/null || {
+    echo "error: $python cannot import torch; install PyTorch (pip install torch) or name another interpreter in PYTHON" >&2
     exit 2
 }
 # torch.compile takes minutes; later rounds find what the first compiled.
