@@ -1,20 +1,17 @@
 //! Products of few rows with the transpose of a weight, as when text is generated: each row of the weight is read once,
 //! where it lies, so that memory decides the speed.
 
-use std::array::from_fn;
-
 use rayon::prelude::*;
 
 use super::{Dst, Mat, Product};
-use crate::ops::host::{Element, vectorized};
+use crate::ops::host::{Element, dot, vectorized};
+#[cfg(target_arch = "x86_64")]
+use crate::ops::tiles::Number;
 
 /// Rows of the left operand up to which arithmetic keeps up with memory.
 const MOST: usize = 8;
 /// Numbers of the weight that a task reads.
 const GRAIN: usize = 1 << 17;
-/// Rows of either operand whose products are summed side by side, in registers.
-const BLOCK: usize = 4;
-const LANES: usize = 16;
 
 /// Whether a product is of this kind.
 pub fn suits<T>(product: &Product<T>) -> bool {
@@ -30,12 +27,12 @@ pub fn run<T: Element>(product: Product<T>) {
         return;
     }
     let left: Vec<f32> = (0..m).flat_map(|i| a.data[i * a.row_stride..][..k].iter().map(|x| x.load())).collect();
-    let columns_per_task = (GRAIN / k.max(1)).next_multiple_of(BLOCK).max(BLOCK);
     let mut sums = vec![0f32; n * m]; // (n, m)
-    sums.par_chunks_mut(columns_per_task * m).enumerate().for_each(|(task, sums)| {
-        let weight = Mat { rows: sums.len() / m, cols: k, row_stride: b.col_stride, col_stride: 1, data: b.data };
-        let weight = Mat { data: &b.data[task * columns_per_task * b.col_stride..], ..weight };
-        vectorized!(dots(&left, weight, |i, j, sum| sums[j * m + i] = sum));
+    let columns = GRAIN.div_ceil(k.max(1));
+    sums.par_chunks_mut(columns * m).enumerate().for_each(|(task, sums)| {
+        let data = &b.data[task * columns * b.col_stride..];
+        let weight = Mat { data, rows: sums.len() / m, cols: k, row_stride: b.col_stride, col_stride: 1 };
+        dots(&left, weight, |i, j, sum| sums[j * m + i] = sum);
     });
     let sums = (0..m).flat_map(|i| sums[i..].iter().step_by(m));
     match dst {
@@ -45,70 +42,136 @@ pub fn run<T: Element>(product: Product<T>) {
     }
 }
 
-/// Hands on `(i, j, a[i] · b[j])` for all rows of `a`, which are dense and as long as those of `b`. For `vectorized!`.
-#[inline(always)]
+/// Hands on `(i, j, a[i] · b[j])` for all rows of `a` and `b`, those of `a` dense and as long as those of `b`.
 pub fn dots<T: Element>(a: &[f32], b: Mat<T>, mut put: impl FnMut(usize, usize, f32)) {
     let k = b.cols;
-    let m = a.len().checked_div(k).unwrap_or(0);
-    let left = |i: usize| &a[i * k..][..k];
-    let right = |j: usize| &b.data[j * b.row_stride..][..k];
-    for j in (0..b.rows).step_by(BLOCK) {
-        let n = BLOCK.min(b.rows - j);
-        for i in (0..m).step_by(BLOCK) {
-            match m - i {
-                1 => rows::<T, 1>(from_fn(|d| left(i + d)), n, |d| right(j + d), |x, y, sum| put(i + x, j + y, sum)),
-                2 => rows::<T, 2>(from_fn(|d| left(i + d)), n, |d| right(j + d), |x, y, sum| put(i + x, j + y, sum)),
-                3 => rows::<T, 3>(from_fn(|d| left(i + d)), n, |d| right(j + d), |x, y, sum| put(i + x, j + y, sum)),
-                _ => rows::<T, 4>(from_fn(|d| left(i + d)), n, |d| right(j + d), |x, y, sum| put(i + x, j + y, sum)),
-            }
-        }
+    if k == 0 {
+        return;
     }
+    assert!(b.rows == 0 || (b.rows - 1) * b.row_stride + k <= b.data.len(), "rows inside their slice");
+    #[cfg(target_arch = "x86_64")]
+    if !f32::isas().is_empty() {
+        // SAFETY: an entry means AVX-512.
+        return unsafe { avx512::dots(a, b, put) };
+    }
+    vectorized!({
+        for j in 0..b.rows {
+            let right = &b.data[j * b.row_stride..][..k];
+            a.chunks_exact(k).enumerate().for_each(|(i, left)| put(i, j, dot(left, right)));
+        }
+    });
 }
 
-/// `M` rows with `n` rows, at most [`BLOCK`].
-#[inline(always)]
-fn rows<'a, T: Element, const M: usize>(
-    a: [&[f32]; M],
-    n: usize,
-    b: impl Fn(usize) -> &'a [T],
-    mut put: impl FnMut(usize, usize, f32),
-) {
-    if n == BLOCK {
-        let sums = block::<T, M, BLOCK>(a, from_fn(&b));
-        (0..BLOCK).for_each(|j| (0..M).for_each(|i| put(i, j, sums[i][j])));
-    } else {
-        for j in 0..n {
-            let sums = block::<T, M, 1>(a, [b(j)]);
-            (0..M).for_each(|i| put(i, j, sums[i][0]));
-        }
-    }
-}
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
 
-#[inline(always)]
-fn block<T: Element, const M: usize, const N: usize>(a: [&[f32]; M], b: [&[T]; N]) -> [[f32; N]; M] {
-    let n_vectors = b[0].len() / LANES;
-    let (a_vectors, a_rest) = (a.map(|a| &a.as_chunks::<LANES>().0[..n_vectors]), a.map(|a| &a[n_vectors * LANES..]));
-    let (b_vectors, b_rest) = (b.map(|b| &b.as_chunks::<LANES>().0[..n_vectors]), b.map(|b| &b[n_vectors * LANES..]));
-    let mut lanes = [[[0f32; LANES]; N]; M];
-    for k in 0..n_vectors {
-        let b = b_vectors.map(|b| b[k].map(T::load));
-        for (lanes, a) in lanes.iter_mut().zip(a_vectors) {
-            for (lanes, b) in lanes.iter_mut().zip(&b) {
-                for l in 0..LANES {
-                    lanes[l] = a[k][l].mul_add(b[l], lanes[l]);
+    use candle_core::DType;
+
+    use super::{Element, Mat};
+    use crate::ops::tiles::vector::lanes;
+
+    /// Rows of either operand whose products are summed side by side.
+    const BLOCK: usize = 4;
+    const LANES: usize = 16;
+
+    /// As [`super::dots`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512, and rows of `b` lie inside their slice.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub unsafe fn dots<T: Element>(a: &[f32], b: Mat<T>, mut put: impl FnMut(usize, usize, f32)) {
+        let m = a.len() / b.cols;
+        for j in (0..b.rows).step_by(BLOCK) {
+            for i in (0..m).step_by(BLOCK) {
+                // SAFETY: promised by the caller.
+                unsafe {
+                    match m - i {
+                        1 => rows::<T, 1>(a, b, i, j, &mut put),
+                        2 => rows::<T, 2>(a, b, i, j, &mut put),
+                        3 => rows::<T, 3>(a, b, i, j, &mut put),
+                        _ => rows::<T, BLOCK>(a, b, i, j, &mut put),
+                    }
                 }
             }
         }
     }
-    from_fn(|i| {
-        from_fn(|j| {
-            let total = lanes[i][j];
-            let total: [f32; 8] = from_fn(|l| total[l] + total[l + 8]);
-            let total: [f32; 4] = from_fn(|l| total[l] + total[l + 4]);
-            let rest = a_rest[i].iter().zip(b_rest[j]).fold(0.0, |sum, (a, b)| a.mul_add(b.load(), sum));
-            total[0] + total[1] + (total[2] + total[3]) + rest
-        })
-    })
+
+    /// `M` rows of `a` from `i` on, with up to [`BLOCK`] rows of `b` from `j` on.
+    ///
+    /// # Safety
+    /// As for [`dots`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn rows<T: Element, const M: usize>(
+        a: &[f32],
+        b: Mat<T>,
+        i: usize,
+        j: usize,
+        put: &mut impl FnMut(usize, usize, f32),
+    ) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            if j + BLOCK <= b.rows {
+                block::<T, M, BLOCK>(a, b, i, j, put);
+            } else {
+                (j..b.rows).for_each(|j| block::<T, M, 1>(a, b, i, j, put));
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn block<T: Element, const M: usize, const N: usize>(
+        a: &[f32],
+        b: Mat<T>,
+        i: usize,
+        j: usize,
+        put: &mut impl FnMut(usize, usize, f32),
+    ) {
+        let k = b.cols;
+        let (a, b, stride) = (a[i * k..][..M * k].as_ptr(), b.data[j * b.row_stride..].as_ptr(), b.row_stride);
+        let mut sums = [[_mm512_setzero_ps(); N]; M];
+        for first in (0..k).step_by(LANES) {
+            let lanes = lanes(k - first);
+            // SAFETY: masked to numbers of rows, which lie inside their slices.
+            unsafe {
+                let mut right = [_mm512_setzero_ps(); N];
+                for (j, right) in right.iter_mut().enumerate() {
+                    *right = load(b.add(j * stride + first), lanes);
+                }
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let left = load(a.add(i * k + first), lanes);
+                    for (sum, right) in sums.iter_mut().zip(right) {
+                        *sum = _mm512_fmadd_ps(left, right, *sum);
+                    }
+                }
+            }
+        }
+        for (x, sums) in sums.into_iter().enumerate() {
+            for (y, sum) in sums.into_iter().enumerate() {
+                put(i + x, j + y, _mm512_reduce_add_ps(sum));
+            }
+        }
+    }
+
+    /// Up to sixteen numbers; the lanes beyond are zero.
+    ///
+    /// # Safety
+    /// The numbers of the lanes can be read.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load<T: Element>(from: *const T, lanes: u16) -> __m512 {
+        // SAFETY: promised by the caller.
+        unsafe {
+            match T::DTYPE {
+                DType::BF16 => {
+                    let numbers = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from.cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(numbers))
+                }
+                DType::F32 => _mm512_maskz_loadu_ps(lanes, from.cast()),
+                other => unreachable!("matrices are f32 or bf16, not {other:?}"),
+            }
+        }
+    }
 }
 
 #[cfg(test)]
