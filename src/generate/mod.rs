@@ -4,7 +4,7 @@ mod sampling;
 
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 pub use sampling::Sampling;
@@ -62,7 +62,9 @@ impl Generator {
         }
         let mut model = Decoder::new(&args, tokenizer.eos_id())?;
         let device = Device::Cpu;
-        model.allocate(Precision { storage: DType::F32, compute: DType::F32 }, &device, false)?;
+        // As trained; to generate, nothing more precise need be kept.
+        let dtype = job.training.mixed_precision_param.into();
+        model.allocate(Precision { storage: dtype, compute: dtype }, &device, false)?;
         checkpoint.model()?.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))?;
         Ok(Self { model, tokenizer, device })
     }
@@ -93,7 +95,7 @@ impl Generator {
         let mut text = self.tokenizer.stream();
         let mut next_logits = |ids: &[u32]| -> Result<Vec<f32>> {
             let tokens = Tensor::from_slice(ids, (1, ids.len()), &self.device)?;
-            Ok(self.model.next_logits(&tokens, &mut cache)?.squeeze(0)?.to_dtype(DType::F32)?.to_vec1()?)
+            Ok(self.model.next_logits(&tokens, &mut cache)?.squeeze(0)?.to_vec1()?)
         };
 
         let start = Instant::now();

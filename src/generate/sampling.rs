@@ -1,3 +1,5 @@
+use std::cmp::Ordering;
+
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -15,25 +17,34 @@ pub struct Sampling {
 impl Sampling {
     /// The id of one token.
     pub fn sample(&self, logits: &[f32], rng: &mut ChaCha8Rng) -> u32 {
-        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
         // Of equals the first, so that a seed gives the same text everywhere.
-        ids.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+        let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let likeliest = (0..logits.len() as u32).min_by(likelier).expect("a vocabulary has tokens");
         if self.temperature == 0.0 {
-            return ids[0];
+            return likeliest;
         }
-        ids.truncate(self.top_k.unwrap_or(ids.len()).max(1));
-        let max = logits[ids[0] as usize];
-        let weight = |id: &u32| f64::from((logits[*id as usize] - max) / self.temperature).exp();
-        let mut weights: Vec<f64> = ids.iter().map(weight).collect();
+        let max = logits[likeliest as usize];
+        let weight = |id: &u32| f64::from(((logits[*id as usize] - max) / self.temperature).exp());
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        if let Some(top_k) = self.top_k {
+            let n = bring_forward(&mut ids, top_k.max(1), likelier);
+            ids.truncate(n);
+        }
         if let Some(top_p) = self.top_p {
-            let total: f64 = weights.iter().sum();
-            let mut sum = 0.0;
-            let enough = weights.iter().position(|w| {
-                sum += w;
-                sum >= f64::from(top_p) * total
-            });
-            weights.truncate(enough.map_or(weights.len(), |last| last + 1));
+            let enough = f64::from(top_p) * ids.iter().map(weight).sum::<f64>();
+            let (mut n, mut sum) = (0, 0.0);
+            // Few tokens have most of the probability, and only those need to be in order.
+            let mut ordered = 0;
+            while n < ids.len() && sum < enough {
+                if n == ordered {
+                    ordered += bring_forward(&mut ids[n..], 64 + 3 * n, likelier);
+                }
+                sum += weight(&ids[n]);
+                n += 1;
+            }
+            ids.truncate(n);
         }
+        let weights: Vec<f64> = ids.iter().map(weight).collect();
         let mut left = rng.random::<f64>() * weights.iter().sum::<f64>();
         for (id, weight) in ids.iter().zip(&weights) {
             left -= weight;
@@ -41,8 +52,18 @@ impl Sampling {
                 return *id;
             }
         }
-        ids[weights.len() - 1]
+        likeliest // the draw was 1 but for rounding
     }
+}
+
+/// Puts the first `n` in order at the front, the others behind them in any order. Returns how many are at the front.
+fn bring_forward(ids: &mut [u32], n: usize, order: impl Fn(&u32, &u32) -> Ordering) -> usize {
+    let n = n.min(ids.len());
+    if n < ids.len() {
+        ids.select_nth_unstable_by(n, &order);
+    }
+    ids[..n].sort_unstable_by(order);
+    n
 }
 
 #[cfg(test)]
@@ -87,5 +108,18 @@ mod tests {
         assert_eq!(is_drawn(None, Some(0.3)), [false, true, false, false, false]);
         assert_eq!(is_drawn(Some(4), Some(0.9)), [false, true, true, true, false]);
         assert_eq!(is_drawn(None, Some(1.0)), [true; 5]);
+    }
+
+    #[test]
+    fn a_nucleus_of_any_size_is_that_of_the_sorted_vocabulary() {
+        // Of 1,000 tokens of almost equal weight, the likeliest have the highest ids.
+        let logits: Vec<f32> = (0..1000).map(|i| i as f32 * 1e-6).collect();
+        for n in [1, 63, 64, 65, 257, 999] {
+            let counts =
+                counts(Sampling { temperature: 1.0, top_k: None, top_p: Some((n as f32 - 0.5) / 1000.0) }, &logits);
+            let drawn: Vec<usize> = (0..1000).filter(|id| counts[*id] > 0).collect();
+            assert!(drawn.iter().all(|id| *id >= 1000 - n), "{n}: {drawn:?}");
+            assert!(drawn.len() * 100 >= n * 99, "{n}: {}", drawn.len());
+        }
     }
 }

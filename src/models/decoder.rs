@@ -14,6 +14,9 @@ use crate::engine::{Pass, Stages};
 use crate::ops::{self, AttentionMask, LossAndGrad, RopeTable};
 use crate::{Error, Result};
 
+/// Tokens of a prompt that go through the model at once: enough for products at full speed, and activations stay small.
+const PROMPT_CHUNK: usize = 2048;
+
 /// Token embedding, transformer blocks, and an output layer with the loss.
 #[derive(Debug)]
 pub struct Decoder {
@@ -184,7 +187,7 @@ impl Decoder {
         6 * (active + attention) as u64
     }
 
-    /// The logits of all tokens, `(b, s, vocab_size)`, in the compute dtype.
+    /// The logits of all tokens, `(b, s, vocab_size)`, in f32.
     pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
         let sequence = self.context(tokens)?;
         let mut x = self.embed(tokens)?;
@@ -199,11 +202,25 @@ impl Decoder {
         KvCache { layers: self.blocks.iter().map(|_| LayerCache::default()).collect(), len: 0 }
     }
 
-    /// The logits that follow `tokens`, `(b, s)`, which continue what `cache` holds: `(b, vocab_size)`.
+    /// The logits that follow `tokens`, `(b, s)`, which continue what `cache` holds: `(b, vocab_size)`, in f32.
     ///
     /// # Errors
     /// [`Error::Model`] if that is more than `max_seq_len` positions.
     pub fn next_logits(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        let (_, s) = tokens.dims2()?;
+        let last = (s - 1) / PROMPT_CHUNK * PROMPT_CHUNK;
+        // On a thread of the pool parallel loops begin at once; from elsewhere each would have to wake the pool.
+        rayon::scope(|_| {
+            for first in (0..last).step_by(PROMPT_CHUNK) {
+                self.extend(&tokens.narrow(1, first, PROMPT_CHUNK)?, cache)?;
+            }
+            let x = self.extend(&tokens.narrow(1, last, s - last)?, cache)?;
+            Ok(self.output(x.narrow(1, s - last - 1, 1)?)?.squeeze(1)?)
+        })
+    }
+
+    /// The residual stream after the last block, `(b, s, dim)`, for `tokens` that continue what `cache` holds.
+    fn extend(&self, tokens: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
         let (b, s) = tokens.dims2()?;
         let positions = cache.len..cache.len + s;
         // Generation continues one document, so that nothing separates its tokens.
@@ -213,12 +230,12 @@ impl Decoder {
         for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {
             x = block.forward(&Value::constant(x), &sequence, Pass::Evaluation, Some(cache))?.tensor().clone();
         }
-        Ok(self.output(x.narrow(1, s - 1, 1)?)?.squeeze(1)?)
+        Ok(x)
     }
 
     fn output(&self, x: Tensor) -> Result<Tensor> {
         let x = ops::rms_norm(&Value::constant(x), &self.norm, self.args.norm_eps)?;
-        Ok(ops::linear(&x, &self.output)?.tensor().clone())
+        ops::logits(x.tensor(), &self.output)
     }
 
     fn positions(&self, mask: AttentionMask, rows: usize, positions: Range<usize>) -> Result<Sequence> {
@@ -349,5 +366,54 @@ impl DecoderArgs {
 
     fn uses_rope(&self, layer: usize) -> bool {
         self.every_n_layers_nope.is_none_or(|n| !layer.is_multiple_of(n))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::{self, initialize};
+    use crate::ops::testing::assert_close;
+
+    /// Prompts on both sides of the sizes at which kernels change, then single tokens.
+    #[test]
+    fn tokens_that_come_bit_by_bit_have_the_logits_of_the_whole_sequence() -> Result<()> {
+        for (family, flavor) in [("llama3", "debugmodel"), ("llama4", "debugmodel_irope")] {
+            let moe_args = models::flavor(family, flavor).expect("a known flavor").moe_args;
+            let args = DecoderArgs {
+                dim: 64,
+                n_layers: 4,
+                n_heads: 4,
+                n_kv_heads: Some(2),
+                vocab_size: 500,
+                max_seq_len: PROMPT_CHUNK + 20,
+                fixed_attn_block_size: Some(50),
+                moe_args,
+                attn_type: AttnType::Flex,
+                attn_mask_type: AttnMaskType::Causal,
+                every_n_layers_nope: Some(4),
+                ..models::flavor(family, flavor).expect("a known flavor")
+            };
+            for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 5e-2)] {
+                let mut model = Decoder::new(&args, None)?;
+                model.allocate(Precision { storage: dtype, compute: dtype }, &Device::Cpu, false)?;
+                model.parameters().try_for_each(|parameter| initialize(parameter, 0))?;
+                for prompt in [1, 5, 40, PROMPT_CHUNK + 3] {
+                    let s = prompt + 10;
+                    let ids: Vec<u32> = (0..s).map(|i| (i * 7919 % 500) as u32).collect();
+                    let tokens = Tensor::from_vec(ids, (1, s), &Device::Cpu)?;
+                    let expected = model.logits(&tokens)?;
+                    let mut cache = model.cache();
+                    let mut end = 0;
+                    for n in [prompt, 1, 1, 1, 7] {
+                        let logits = model.next_logits(&tokens.narrow(1, end, n)?, &mut cache)?;
+                        end += n;
+                        let what = format!("{family} in {dtype:?}, token {end} after a prompt of {prompt}");
+                        assert_close(&what, &logits, &expected.narrow(1, end - 1, 1)?.squeeze(1)?, tolerance)?;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -27,7 +27,7 @@ pub(crate) use add::add_tensors;
 pub use attention::{AttentionMask, attention};
 pub use cross_entropy::{LossAndGrad, cross_entropy_grad, cross_entropy_loss};
 pub use embedding::{embedding, embedding_backward};
-pub use linear::linear;
+pub use linear::{linear, logits};
 pub use matmul::measured_peak_flops;
 pub use moe::{Experts, Router, Routing, experts, route};
 pub use rms_norm::rms_norm;

@@ -60,7 +60,14 @@ impl Sizes {
     }
 
     /// The part of the key block at `key` that query `i` sees, relative to the block.
-    fn visible(&self, mask: &AttentionMask, b: usize, i: usize, key: usize, n_keys: usize) -> std::ops::Range<usize> {
+    pub fn visible(
+        &self,
+        mask: &AttentionMask,
+        b: usize,
+        i: usize,
+        key: usize,
+        n_keys: usize,
+    ) -> std::ops::Range<usize> {
         let start = mask.start(b, i, self.sq).max(key) - key;
         let end = (self.sk - self.sq + i + 1).clamp(key, key + n_keys) - key;
         start.min(end)..end
@@ -125,7 +132,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: 
 /// Turns visible scores into exponentials relative to the running maximum, hidden ones into zeros. Returns their sum,
 /// and the factor by which sums under the old maximum shrink.
 #[inline(always)]
-fn exponentials(scores: &mut [f32], visible: std::ops::Range<usize>, max: &mut f32) -> (f32, f32) {
+pub fn exponentials(scores: &mut [f32], visible: std::ops::Range<usize>, max: &mut f32) -> (f32, f32) {
     scores[..visible.start].fill(0.0);
     scores[visible.end..].fill(0.0);
     let scores = &mut scores[visible];

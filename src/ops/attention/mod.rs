@@ -1,6 +1,7 @@
 //! Attention with a streaming softmax: no matrix of scores is ever held whole.
 
 mod cpu;
+mod decode;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
@@ -76,6 +77,10 @@ impl AttentionMask {
 /// Dao, arXiv:2307.08691, algorithms 1 and 2.
 pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scale: f32) -> Result<Value> {
     let _span = profiler::span("attention").shapes(&[q.tensor().dims(), k.tensor().dims(), v.tensor().dims()]);
+    let has_gradient = [q, k, v].iter().any(|input| input.is_tracked());
+    if !has_gradient && decode::suits(q.tensor(), k.tensor())? {
+        return Ok(Value::constant(decode::forward(q.tensor(), k.tensor(), v.tensor(), mask, scale)?));
+    }
     let (y, logsumexp) = cpu::forward(q.tensor(), k.tensor(), v.tensor(), mask, scale)?;
     let (saved_q, saved_k, saved_v) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
     let (saved_y, mask) = (y.clone(), mask.clone());
@@ -91,7 +96,7 @@ mod tests {
     use candle_core::{D, DType, Device, Tensor};
 
     use super::*;
-    use crate::ops::testing::{Case, on_threads, random_tensor};
+    use crate::ops::testing::{Case, assert_close, on_threads, random_tensor};
 
     /// Scores as a matrix, masked by `-inf`, softmax, product: in the dtype of its inputs.
     fn reference(t: &[Tensor], mask: &AttentionMask, scale: f64) -> Result<Tensor> {
@@ -135,6 +140,34 @@ mod tests {
             check(dtype, [2, 150, 150, 6, 2, 10], &AttentionMask::causal())?;
             check(dtype, [1, 290, 290, 2, 1, 40], &AttentionMask::causal())?;
             check(dtype, [1, 65, 577, 1, 1, 64], &AttentionMask::causal())?;
+        }
+        Ok(())
+    }
+
+    /// Without gradients, queries few enough that keys are read where they lie.
+    #[test]
+    fn attention_of_few_queries_matches_its_reference() -> Result<()> {
+        let blocks = |b, sq, sk| AttentionMask::causal().within_blocks(700, b, sk - sq..sk);
+        for dtype in [DType::F32, DType::BF16] {
+            for [b, sq, sk, h, kv, hd] in [[1, 1, 1, 1, 1, 2], [1, 1, 3001, 8, 2, 64], [2, 3, 1500, 6, 3, 40]] {
+                for mask in [AttentionMask::causal(), blocks(b, sq, sk)] {
+                    let input = |name, shape: [usize; 4]| -> Result<Tensor> {
+                        Ok(random_tensor(name, &shape)?.to_dtype(dtype)?)
+                    };
+                    let inputs =
+                        [input("q", [b, sq, h, hd])?, input("k", [b, sk, kv, hd])?, input("v", [b, sk, kv, hd])?];
+                    assert!(decode::suits(&inputs[0], &inputs[1])?);
+                    let run = || -> Result<Tensor> {
+                        let [q, k, v] = inputs.each_ref().map(|t| Value::constant(t.clone()));
+                        Ok(attention(&q, &k, &v, &mask, 0.3)?.tensor().clone())
+                    };
+                    let wide = inputs.iter().map(|t| t.to_dtype(DType::F64)).collect::<Result<Vec<_>, _>>()?;
+                    let tolerance = if dtype == DType::BF16 { 1e-2 } else { 2e-6 };
+                    assert_close("attention", &run()?, &reference(&wide, &mask, 0.3)?, tolerance)?;
+                    let bits = || -> Result<Vec<f32>> { Ok(run()?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?) };
+                    assert_eq!(on_threads(1, bits)?, on_threads(3, bits)?);
+                }
+            }
         }
         Ok(())
     }

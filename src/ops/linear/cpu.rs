@@ -1,18 +1,22 @@
 use candle_core::{D, Device, Tensor};
 
 use crate::Result;
-use crate::ops::host::{elements, typed, update};
-use crate::ops::matmul::{Mat, Operand, add_product, product};
+use crate::ops::host::{Element, elements, typed, update};
+use crate::ops::matmul::{Mat, Operand, add_product, product, wide_product};
 
 pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    typed!(T = weight.dtype(); forward_in::<T>(x, weight))
+    typed!(T = weight.dtype(); apply::<T, T>(x, weight, product))
 }
 
 pub fn backward(x: &Tensor, weight: &Tensor, grad: &Tensor, dy: &Tensor) -> Result<Tensor> {
     typed!(T = weight.dtype(); backward_in::<T>(x, weight, grad, dy))
 }
 
-fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    typed!(T = weight.dtype(); apply::<T, f32>(x, weight, wide_product))
+}
+
+fn apply<T: Operand, Y: Element>(x: &Tensor, weight: &Tensor, product: fn(Mat<T>, Mat<T>) -> Vec<Y>) -> Result<Tensor> {
     let (outer, inner) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
     *shape.last_mut().expect("activations have at least one dimension") = outer;

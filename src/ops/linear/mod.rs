@@ -4,6 +4,8 @@ pub(in crate::ops) mod cpu;
 
 use std::sync::Arc;
 
+use candle_core::Tensor;
+
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::tools::profiler;
@@ -21,6 +23,13 @@ pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
     Ok(Value::record("linear", y, [x], move |dy| {
         Ok([Some(cpu::backward(&saved, &weight.compute()?, &weight.grad()?, &dy)?)])
     }))
+}
+
+/// As [`linear`], but the result is f32 whatever the compute dtype, and has no gradient: scores of a vocabulary, which
+/// are to be compared with one another.
+pub fn logits(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
+    let _span = profiler::span("logits").shapes(&[x.dims(), weight.shape()]);
+    cpu::logits(x, &weight.compute()?)
 }
 
 #[cfg(test)]

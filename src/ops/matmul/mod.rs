@@ -1,5 +1,6 @@
 //! Matrix products on the host.
 
+mod rows;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
@@ -10,6 +11,7 @@ use candle_core::DType;
 use gemm::Parallelism;
 use half::bf16;
 
+pub use self::rows::dots;
 use super::host::{Element, convert, typed};
 #[cfg(target_arch = "x86_64")]
 use super::tiles::{Isa, Number};
@@ -134,12 +136,21 @@ impl<'a, T> Product<'a, T> {
 pub trait Operand: Element {
     /// Computes all products, in parallel. Each element is summed over `k` in an order that depends on the shapes only,
     /// so results are the same bits on any number of threads.
-    fn multiply(products: Vec<Product<Self>>);
+    fn multiply(products: Vec<Product<Self>>) {
+        let (few, many): (Vec<_>, Vec<_>) = products.into_iter().partition(rows::suits);
+        few.into_iter().for_each(rows::run);
+        if !many.is_empty() {
+            Self::multiply_blocks(many);
+        }
+    }
+
+    /// As [`Operand::multiply`], for products of many rows.
+    fn multiply_blocks(products: Vec<Product<Self>>);
 }
 
 /// On tile registers as products of sums of three bf16, twice as fast as with vectors of f32.
 impl Operand for f32 {
-    fn multiply(products: Vec<Product<Self>>) {
+    fn multiply_blocks(products: Vec<Product<Self>>) {
         #[cfg(target_arch = "x86_64")]
         if let Some(isa @ Isa::Amx) = bf16::isas().first() {
             return tiles::run(*isa, products);
@@ -168,7 +179,7 @@ unsafe fn assume_written(values: &mut [MaybeUninit<f32>]) -> &mut [f32] {
 }
 
 impl Operand for bf16 {
-    fn multiply(products: Vec<Product<Self>>) {
+    fn multiply_blocks(products: Vec<Product<Self>>) {
         #[cfg(target_arch = "x86_64")]
         if let Some(isa) = bf16::isas().first() {
             return tiles::run(*isa, products);
@@ -201,9 +212,18 @@ fn widened(products: Vec<Product<bf16>>) {
 
 /// `a b`, in the numbers of the operands.
 pub fn product<T: Operand>(a: Mat<T>, b: Mat<T>) -> Vec<T> {
+    product_to(a, b, |dst| Dst::Rounded(dst))
+}
+
+/// `a b`, in f32.
+pub fn wide_product<T: Operand>(a: Mat<T>, b: Mat<T>) -> Vec<f32> {
+    product_to(a, b, |dst| Dst::F32(dst))
+}
+
+fn product_to<T: Operand, U>(a: Mat<T>, b: Mat<T>, to: impl FnOnce(&mut [MaybeUninit<U>]) -> Dst<T>) -> Vec<U> {
     let len = a.rows * b.cols;
     let mut values = Vec::with_capacity(len);
-    T::multiply(vec![Product::new(a, b, Dst::Rounded(&mut values.spare_capacity_mut()[..len]))]);
+    T::multiply(vec![Product::new(a, b, to(&mut values.spare_capacity_mut()[..len]))]);
     // SAFETY: a product writes all of its destination.
     unsafe { values.set_len(len) };
     values
