@@ -148,6 +148,7 @@ impl<S: Source> Task<'_, S> {
                             a: left(i),
                             b: self.b.at(self.columns.start + j, first * S::PARTS).as_ptr(),
                             b_stride: steps * step_len,
+                            b_step: step_len,
                             steps: block_steps,
                             parts: S::PARTS,
                             c: c.as_mut_ptr(),

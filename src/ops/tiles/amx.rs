@@ -188,7 +188,7 @@ unsafe fn multiply_all<const M: usize, const N: usize>() {
 /// As for [`block`].
 #[inline(always)]
 unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block<bf16>) {
-    let Block { a, b, b_stride, steps, parts, c, c_stride, add, .. } = block;
+    let Block { a, b, b_stride, b_step, steps, parts, c, c_stride, add, .. } = block;
     let row = c_stride * size_of::<f32>();
     // SAFETY: promised by the caller.
     unsafe {
@@ -217,7 +217,7 @@ unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block<bf
             }
         }
         for step in 0..if ONE { 1 } else { steps } {
-            let (rows, b) = (a.data.add(step * a.step), b.add(step * parts * TILE_LEN));
+            let (rows, b) = (a.data.add(step * a.step), b.add(step * b_step));
             if parts == 1 {
                 load_left::<M>(rows, a);
                 if !ONE {

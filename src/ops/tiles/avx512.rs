@@ -2,7 +2,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Block, Left, Number, STEP, TILE, TILE_LEN};
+use super::{Block, Left, Number, STEP, TILE};
 
 /// Rows whose sums are held in registers at a time.
 const ROWS: usize = 8;
@@ -91,7 +91,7 @@ unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
     unsafe {
         let mut sums = load::<N, _>(&block);
         for step in 0..block.steps {
-            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * TILE * TILE));
+            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * block.b_step));
             for k in 0..TILE {
                 let columns: [__m512; N] =
                     std::array::from_fn(|j| _mm512_loadu_ps(b.add(j * block.b_stride + k * TILE)));
@@ -117,7 +117,7 @@ unsafe fn sums<const N: usize>(block: Block<bf16>) {
     unsafe {
         let mut sums = load::<N, _>(&block);
         for step in 0..block.steps {
-            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * TILE_LEN));
+            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * block.b_step));
             for pair in 0..STEP / 2 {
                 let mut columns = [_mm512_setzero_si512(); N];
                 for (j, columns) in columns.iter_mut().enumerate() {

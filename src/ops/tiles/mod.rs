@@ -97,23 +97,16 @@ pub struct Left<T> {
     pub tile: usize,
 }
 
-impl<T: Number> Left<T> {
-    /// Packed rows of `steps` tiles each.
-    pub fn packed(data: *const T, steps: usize) -> Self {
-        let tile = TILE * T::STEP;
-        Self { data, row: T::STEP, step: tile, tile: steps * tile }
-    }
-}
-
 /// A block of one or two columns of tiles of a product: `c = a b`, or `c += a b`.
 #[derive(Clone, Copy)]
 pub struct Block<T> {
     /// Tiles of the left operand.
     pub a: Left<T>,
-    /// Packed tiles of the right operand; those of one column of tiles follow one another.
+    /// Packed tiles of the right operand.
     pub b: *const T,
-    /// Numbers from one column of tiles to the next.
+    /// Numbers from one column of tiles to the next, and from one tile to the next along `k`.
     pub b_stride: usize,
+    pub b_step: usize,
     /// Tiles that are summed over.
     pub steps: usize,
     /// Consecutive tiles of which the numbers of a step are the sum, in both operands: 1, or 3 for [`Isa::Amx`].
@@ -257,11 +250,13 @@ impl Number for f32 {
 pub struct Tiles<T = bf16> {
     data: Vec<T>,
     steps: usize,
+    /// Whether the tiles of a step follow one another, instead of those of a row.
+    by_step: bool,
 }
 
 impl<T> Default for Tiles<T> {
     fn default() -> Self {
-        Self { data: Vec::new(), steps: 0 }
+        Self { data: Vec::new(), steps: 0, by_step: false }
     }
 }
 
@@ -289,8 +284,22 @@ impl<T: Number> Tiles<T> {
 
     /// `rows` of tiles, to be written before they are read.
     pub fn resize(&mut self, rows: usize, steps: usize) {
-        self.steps = steps;
+        (self.steps, self.by_step) = (steps, false);
         self.data.resize(rows * steps * Tiles::<T>::LEN, T::default());
+    }
+
+    /// As [`Tiles::resize`], with the tiles of a step one after another.
+    pub fn resize_by_step(&mut self, rows: usize, steps: usize) {
+        self.resize(rows, steps);
+        self.by_step = true;
+    }
+
+    /// Numbers from one row of tiles to the next, and from one step to the next.
+    pub fn strides(&self) -> (usize, usize) {
+        match self.by_step {
+            true => (Self::LEN, self.rows() * Self::LEN),
+            false => (self.steps * Self::LEN, Self::LEN),
+        }
     }
 
     pub fn rows(&self) -> usize {
@@ -301,13 +310,15 @@ impl<T: Number> Tiles<T> {
         self.steps
     }
 
-    /// The tiles of row `row` from step `step` on.
+    /// The tiles from row `row`, step `step` on.
     pub fn at(&self, row: usize, step: usize) -> &[T] {
-        &self.data[((row * self.steps + step) * Tiles::<T>::LEN).min(self.data.len())..]
+        let (row_stride, step_stride) = self.strides();
+        &self.data[(row * row_stride + step * step_stride).min(self.data.len())..]
     }
 
     pub fn at_mut(&mut self, row: usize, step: usize) -> &mut [T] {
-        &mut self.data[(row * self.steps + step) * Tiles::<T>::LEN..]
+        let (row_stride, step_stride) = self.strides();
+        &mut self.data[row * row_stride + step * step_stride..]
     }
 
     pub fn all(&self) -> Part<'_, T> {
@@ -362,7 +373,8 @@ pub fn pack_all<S: Source>(matrices: Vec<(Mat<S>, Packing)>) -> Vec<Tiles> {
     let mut tasks = Vec::new();
     for (matrix, packing) in &matrices {
         let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(STEP));
-        let mut tiles = Tiles { data: Vec::with_capacity(rows * steps * step_len), steps: steps * S::PARTS };
+        let mut tiles =
+            Tiles { data: Vec::with_capacity(rows * steps * step_len), steps: steps * S::PARTS, by_step: false };
         let to = Shared(tiles.data.as_mut_ptr());
         packed.push(tiles);
         for row in (0..rows).step_by(ROWS) {
@@ -431,13 +443,15 @@ pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32
     if steps == 0 || m == 0 {
         return;
     }
+    let ((a_stride, a_step), (b_stride, b_step)) = (a.tiles.strides(), b.tiles.strides());
     for j in (0..n).step_by(2) {
         // SAFETY: inside the three buffers by the assertions of `part` and above.
         unsafe {
             isa.block(Block {
-                a: Left::packed(a.at(0), a.tiles.steps),
+                a: Left { data: a.at(0), row: T::STEP, step: a_step, tile: a_stride },
                 b: b.at(j),
-                b_stride: b.tiles.steps * Tiles::<T>::LEN,
+                b_stride,
+                b_step,
                 steps,
                 parts: 1,
                 c: c.as_mut_ptr().add(j * TILE),
