@@ -106,7 +106,8 @@ impl Bench {
     /// Prints the time of `run` on what `setup` makes, unless other names were asked for.
     fn line<I, O>(&self, op: &Op, work: Work, setup: impl FnMut() -> I, run: impl FnMut(I) -> O) {
         let Op { name, shape, dtype } = op;
-        if !self.names.is_empty() && !self.names.iter().any(|part| name.contains(part.as_str())) {
+        let label = format!("{name} {}", dtype.as_str());
+        if !self.names.is_empty() && !self.names.iter().any(|part| label.contains(part.as_str())) {
             return;
         }
         let times = time(setup, run);
@@ -322,12 +323,12 @@ fn tensor(shape: &[usize], dtype: DType) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
-/// A parameter with f32 master weights.
+/// A parameter with f32 master weights, a tenth of [`tensor`]'s: outputs are of the size that models have.
 fn parameter(shape: &[usize], compute: DType) -> Arc<Parameter> {
     let mut stage = StageBuilder::default();
     let parameter = stage.parameter("w", shape, Init::Constant(0.0));
     stage.allocate(Precision { storage: DType::F32, compute }, &Device::Cpu, true).unwrap();
-    parameter.set(&tensor(shape, DType::F32)).unwrap();
+    parameter.set(&(tensor(shape, DType::F32) * 0.1).unwrap()).unwrap();
     parameter
 }
 

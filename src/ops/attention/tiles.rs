@@ -13,7 +13,7 @@ use super::cpu::{Saved, Sizes};
 use crate::Result;
 use crate::ops::host::{dot, elements};
 use crate::ops::matmul::Mat;
-use crate::ops::tiles::vector::{exp2, lanes, transpose};
+use crate::ops::tiles::vector::{lanes, transpose};
 use crate::ops::tiles::{Isa, Number, Packing, STEP, Shared, TILE, Tiles, multiply, pairs_of_tiles};
 
 /// Queries of a block.
@@ -84,7 +84,12 @@ impl QueryBlock {
             return;
         }
         let hidden = _mm512_set1_ps(HIDDEN);
-        for (i, scores) in scores.chunks_exact_mut(QUERIES).enumerate().take(n) {
+        // If all see the first key, then all see those that follow, up to the end.
+        let seen = match self.seen_by_all.start <= keys.start {
+            true => self.seen_by_all.end.saturating_sub(keys.start),
+            false => 0,
+        };
+        for (i, scores) in scores.chunks_exact_mut(QUERIES).enumerate().take(n).skip(seen) {
             let key = _mm512_set1_epi32((keys.start + i) as i32);
             for (visible, scores) in self.visible[..groups].iter().zip(scores.chunks_exact_mut(TILE)) {
                 let hide = _mm512_cmplt_epi32_mask(key, visible.start) | _mm512_cmpgt_epi32_mask(key, visible.end);
@@ -200,13 +205,13 @@ impl<T: Number> Forward<T> {
                     let largest =
                         _mm512_max_ps(_mm512_max_ps(maxima[0], maxima[1]), _mm512_max_ps(maxima[2], maxima[3]));
                     let new_max = _mm512_max_ps(max[g], _mm512_mul_ps(largest, factor));
-                    let correction = exp2(_mm512_sub_ps(max[g], new_max));
+                    let correction = T::exp2(_mm512_sub_ps(max[g], new_max));
                     max[g] = new_max;
                     let mut sums = [_mm512_setzero_ps(); 2];
                     let tiles = self.p.at_mut(g, 0).as_mut_ptr();
                     for key in (0..n_keys).step_by(2) {
-                        let even = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(key)), factor, new_max));
-                        let odd = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(key + 1)), factor, new_max));
+                        let even = T::exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(key)), factor, new_max));
+                        let odd = T::exp2(_mm512_fmsub_ps(_mm512_loadu_ps(at(key + 1)), factor, new_max));
                         sums[0] = _mm512_add_ps(sums[0], even);
                         sums[1] = _mm512_add_ps(sums[1], odd);
                         T::store_right(tiles, key, [even, odd]);
@@ -419,24 +424,26 @@ impl<T: Number> Backward<T> {
                 self.p.resize(n_keys / TILE, q_steps);
                 self.ds.resize(n_keys / TILE, q_steps);
                 self.ds_columns.resize(groups, n_keys / T::STEP);
+                let row_stride = self.p.strides().0;
                 for g in 0..groups {
                     let (lse, d) = (_mm512_loadu_ps(lse[g * TILE..].as_ptr()), _mm512_loadu_ps(d[g * TILE..].as_ptr()));
+                    let (step, in_step) = (g * TILE / T::STEP, g * TILE % T::STEP);
                     let columns = self.ds_columns.at_mut(g, 0).as_mut_ptr();
-                    for first in (0..n_keys).step_by(2) {
-                        let mut gradients = [_mm512_setzero_ps(); 2];
-                        for (j, gradient) in gradients.iter_mut().enumerate() {
-                            let key = first + j;
-                            let at = key * QUERIES + g * TILE;
-                            let scores = _mm512_loadu_ps(self.scores[at..].as_ptr());
-                            let p = exp2(_mm512_fmsub_ps(scores, factor, lse));
-                            *gradient = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(self.dp[at..].as_ptr()), d));
-                            let (step, in_step) = (g * TILE / T::STEP, g * TILE % T::STEP);
-                            for (tiles, values) in [(&mut self.p, p), (&mut self.ds, *gradient)] {
-                                let tile = tiles.at_mut(key / TILE, step);
-                                T::store_lanes(tile[key % TILE * T::STEP + in_step..].as_mut_ptr(), !0, values);
-                            }
+                    for tile in 0..n_keys / TILE {
+                        let at = tile * TILE * QUERIES + g * TILE;
+                        let (scores, dp) = (self.scores[at..].as_ptr(), self.dp[at..].as_ptr());
+                        let at = tile * row_stride + step * TILE * T::STEP + in_step;
+                        let (p, ds) = (self.p.at_mut(0, 0)[at..].as_mut_ptr(), self.ds.at_mut(0, 0)[at..].as_mut_ptr());
+                        for key in (0..TILE).step_by(2) {
+                            let row = |from: *const f32, key: usize| _mm512_loadu_ps(from.add(key * QUERIES));
+                            let p_of = |key| T::exp2(_mm512_fmsub_ps(row(scores, key), factor, lse));
+                            let probabilities = [p_of(key), p_of(key + 1)];
+                            let ds_of = |j: usize| _mm512_mul_ps(probabilities[j], _mm512_sub_ps(row(dp, key + j), d));
+                            let gradients = [ds_of(0), ds_of(1)];
+                            T::store_rows(p.add(key * T::STEP), probabilities);
+                            T::store_rows(ds.add(key * T::STEP), gradients);
+                            T::store_right(columns, tile * TILE + key, gradients);
                         }
-                        T::store_right(columns, first, gradients);
                     }
                 }
                 let (dk, dv) = (&mut self.dk[keys.start * width..], &mut self.dv[keys.start * width..]);

@@ -7,18 +7,19 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::ops::matmul::Mat;
-use crate::ops::tiles::vector::{exp2, lanes, paired, rounded, transpose};
+use crate::ops::tiles::vector::{EXP2_BF16, exp2, lanes, paired, rounded_rows, transpose};
 use crate::ops::tiles::{Isa, Packing, STEP, Shared, TILE, TILE_LEN, Tiles, multiply, pack_all, pairs_of_tiles};
 
 /// Rows of `x`, and columns of logits, of a block that is in the cache.
 const ROWS: usize = 128;
-const COLUMNS: usize = 512;
+const COLUMNS: usize = 256;
 
-/// Numbers in the gradient of a part of the logits: 32 MiB.
-const GRADIENT: usize = 1 << 24;
+/// Rows of the vocabulary that are gone through at a time: packed both ways they stay in the second-level cache.
+const PART: usize = 4 * COLUMNS;
 
-/// The logit's exponentials relative to a row that does not exist: all zero.
+/// What the logits of a row that does not exist are compared to, and logits that do not exist: exponentials are zero.
 const NO_ROW: f32 = 1e30;
+const NO_LOGIT: f32 = -1e30;
 
 /// The output layer, and rows with targets.
 pub struct Head<'a> {
@@ -59,8 +60,7 @@ impl<'a> Head<'a> {
     /// Of rows of `dim` numbers.
     pub fn new(isa: Isa, x: &'a [bf16], weight: &'a [bf16], dim: usize, targets: &'a [u32]) -> Self {
         let (x, weight) = (Mat::new(x, targets.len(), dim), Mat::new(weight, weight.len() / dim, dim));
-        let part = (GRADIENT / x.rows / COLUMNS * COLUMNS).max(COLUMNS);
-        Self { isa, x, weight, targets, part }
+        Self { isa, x, weight, targets, part: PART }
     }
 
     /// The sum of all losses.
@@ -87,12 +87,12 @@ impl<'a> Head<'a> {
             blocks.for_each_init(Scratch::default, |scratch, (block, statistics)| {
                 // SAFETY: an `isa` means AVX-512.
                 self.isa.with(|| unsafe {
-                    scratch.logits(self, block, tiles, |columns, logits| {
-                        let width = COLUMNS.min(weight.rows - columns);
+                    scratch.logits(self, block, tiles, weight.rows, |columns, logits| {
                         let targets = &self.targets[block * ROWS..];
-                        for ((row, target), logits) in statistics.iter_mut().zip(targets).zip(logits.chunks(COLUMNS)) {
-                            row.update(&logits[..width]);
-                            if let Some(target) = in_block(*target, first + columns, width) {
+                        let rows = logits.as_chunks::<COLUMNS>().0;
+                        for ((row, target), logits) in statistics.iter_mut().zip(targets).zip(rows) {
+                            row.update(logits);
+                            if let Some(target) = in_block(*target, first + columns) {
                                 row.target = logits[target];
                             }
                         }
@@ -111,7 +111,7 @@ impl<'a> Head<'a> {
         let width = dim.next_multiple_of(TILE);
         let steps = rows.div_ceil(STEP);
         let mut sums = vec![0f32; rows.next_multiple_of(ROWS) * width];
-        let mut gradient = Tiles::default();
+        let mut gradient = Tiles::<bf16>::default();
         let mut packed = pack_all(vec![(self.x.t(), Packing::Left)]);
         let x_columns = packed.remove(0);
         for first in (0..self.weight.rows).step_by(self.part) {
@@ -128,15 +128,13 @@ impl<'a> Head<'a> {
                 gradient.resize(ROWS / TILE, COLUMNS / STEP);
                 // SAFETY: an `isa` means AVX-512. The tiles of these rows in `pairs` are this task's alone.
                 self.isa.with(|| unsafe {
-                    scratch.logits(self, block, weight_rows, |columns, logits| {
-                        let valid = COLUMNS.min(weight.rows - columns);
-                        let first_step = block * ROWS / STEP;
-                        let out = Gradient { left: &mut gradient, pairs, step_stride, first_step };
+                    scratch.logits(self, block, weight_rows, weight.rows, |columns, logits| {
+                        let tiles = pairs_of_tiles(COLUMNS.min(weight.rows - columns));
+                        let pairs = pairs.get().add(block * ROWS / STEP * step_stride + columns / TILE * TILE_LEN);
+                        let out = Gradient { left: &mut gradient, pairs: Shared(pairs), step_stride };
                         let targets = &self.targets[block * ROWS..];
-                        out.write(logits, valid, columns, statistics, mean, |row| {
-                            in_block(targets[row], first + columns, valid)
-                        });
-                        let k = columns / STEP..(columns + valid).div_ceil(STEP);
+                        out.write(logits, tiles, statistics, mean, |row| in_block(targets[row], first + columns));
+                        let k = columns / STEP..columns / STEP + tiles / 2;
                         let weight = weight_columns.part(0..weight_columns.rows(), k.clone());
                         let gradient = gradient.part(0..ROWS / TILE, 0..k.len());
                         multiply(self.isa, gradient, weight, dx, width, true);
@@ -179,18 +177,25 @@ impl<'a> Head<'a> {
     }
 }
 
-/// Where the token `target` is in a block of `width` tokens from `first` on.
-fn in_block(target: u32, first: usize, width: usize) -> Option<usize> {
-    (target as usize).checked_sub(first).filter(|at| *at < width)
+/// Where the token `target` is in a block of tokens from `first` on.
+fn in_block(target: u32, first: usize) -> Option<usize> {
+    (target as usize).checked_sub(first).filter(|at| *at < COLUMNS)
 }
 
 impl Scratch {
-    /// Computes the logits of a block of rows with all the columns in `weight`, and hands [`COLUMNS`] at a time on, with
-    /// the first of them: `(ROWS, COLUMNS)`.
+    /// Computes the logits of a block of rows with all the `n` columns in `weight`, and hands [`COLUMNS`] at a time on, with
+    /// the first of them: `(ROWS, COLUMNS)`. Columns that do not exist are [`NO_LOGIT`].
     ///
     /// # Safety
     /// As for [`Isa::block`].
-    unsafe fn logits(&mut self, head: &Head, block: usize, weight: &Tiles, mut body: impl FnMut(usize, &mut [f32])) {
+    unsafe fn logits(
+        &mut self,
+        head: &Head,
+        block: usize,
+        weight: &Tiles,
+        n: usize,
+        mut body: impl FnMut(usize, &mut [f32]),
+    ) {
         let rows = ROWS.min(head.x.rows - block * ROWS);
         let x = Mat::new(&head.x.data[block * ROWS * head.x.cols..], rows, head.x.cols);
         self.logits.resize(ROWS * COLUMNS, 0.0);
@@ -201,6 +206,9 @@ impl Scratch {
                 let tiles = tile..weight.rows().min(tile + COLUMNS / TILE);
                 let weight = weight.part(tiles, 0..weight.steps());
                 multiply(head.isa, self.x.all(), weight, &mut self.logits, COLUMNS, false);
+                if n - tile * TILE < COLUMNS {
+                    self.logits.chunks_exact_mut(COLUMNS).for_each(|row| row[n - tile * TILE..].fill(NO_LOGIT));
+                }
                 body(tile * TILE, &mut self.logits);
             }
         }
@@ -212,25 +220,29 @@ impl Statistics {
     ///
     /// # Safety
     /// The processor has AVX-512.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    unsafe fn update(&mut self, logits: &[f32]) {
-        let chunks = || logits.chunks(TILE).map(|chunk| (lanes(chunk.len()), chunk.as_ptr()));
-        let mut maxima = _mm512_set1_ps(self.max);
-        for (lanes, from) in chunks() {
-            // SAFETY: masked to the chunk.
-            let values = unsafe { _mm512_maskz_loadu_ps(lanes, from) };
-            maxima = _mm512_mask_max_ps(maxima, lanes, maxima, values);
+    #[target_feature(enable = "avx512f,avx512dq")]
+    unsafe fn update(&mut self, logits: &[f32; COLUMNS]) {
+        const LANES: usize = 4;
+        // SAFETY: inside the array.
+        let at = |i: usize| unsafe { _mm512_loadu_ps(logits.as_ptr().add(i * TILE)) };
+        let mut maxima = [_mm512_set1_ps(self.max); LANES];
+        for first in (0..COLUMNS / TILE).step_by(LANES) {
+            for (i, max) in maxima.iter_mut().enumerate() {
+                *max = _mm512_max_ps(*max, at(first + i));
+            }
         }
-        let max = _mm512_reduce_max_ps(maxima);
+        let max = _mm512_max_ps(_mm512_max_ps(maxima[0], maxima[1]), _mm512_max_ps(maxima[2], maxima[3]));
+        let max = _mm512_reduce_max_ps(max);
         let factor = _mm512_set1_ps(std::f32::consts::LOG2_E);
         let shift = _mm512_set1_ps(max * std::f32::consts::LOG2_E);
-        let mut sums = _mm512_setzero_ps();
-        for (lanes, from) in chunks() {
-            // SAFETY: as above.
-            let values = unsafe { _mm512_maskz_loadu_ps(lanes, from) };
-            sums = _mm512_mask_add_ps(sums, lanes, sums, exp2(_mm512_fmsub_ps(values, factor, shift)));
+        let mut sums = [_mm512_setzero_ps(); LANES];
+        for first in (0..COLUMNS / TILE).step_by(LANES) {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = _mm512_add_ps(*sum, exp2(_mm512_fmsub_ps(at(first + i), factor, shift), EXP2_BF16));
+            }
         }
-        self.sum = self.sum * (self.max - max).exp() + _mm512_reduce_add_ps(sums);
+        let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+        self.sum = self.sum * (self.max - max).exp() + _mm512_reduce_add_ps(sum);
         self.max = max;
     }
 }
@@ -239,14 +251,14 @@ impl Statistics {
 /// are the rows.
 struct Gradient<'a> {
     left: &'a mut Tiles,
+    /// The first tile of these columns.
     pairs: Shared<bf16>,
-    /// Numbers from one step of `pairs` to the next, and the first step of this block.
+    /// Numbers from one step of `pairs` to the next.
     step_stride: usize,
-    first_step: usize,
 }
 
 impl Gradient<'_> {
-    /// `mean · (softmax - one-hot)`, from `logits`, `(ROWS, COLUMNS)`, of which `valid` columns from `column` on exist.
+    /// `mean · (softmax - one-hot)`, from `logits`, `(ROWS, COLUMNS)`, the first `tiles` tiles of their columns.
     ///
     /// # Safety
     /// The processor has AVX-512, and no one else uses these tiles of `pairs`.
@@ -254,49 +266,58 @@ impl Gradient<'_> {
     unsafe fn write(
         self,
         logits: &[f32],
-        valid: usize,
-        column: usize,
+        tiles: usize,
         statistics: &[Statistics],
         mean: f32,
         target: impl Fn(usize) -> Option<usize>,
     ) {
+        assert!(logits.len() == ROWS * COLUMNS && tiles <= COLUMNS / TILE && statistics.len() <= ROWS);
         let factor = _mm512_set1_ps(std::f32::consts::LOG2_E);
-        let scale = _mm512_set1_ps(mean);
-        let shift = |row: usize| {
-            _mm512_set1_ps(statistics.get(row).map_or(NO_ROW, |s| s.logsumexp() * std::f32::consts::LOG2_E))
+        let log2_mean = mean.log2();
+        // Of softmax's logarithm, with `mean` in it.
+        let shift = |row: usize| match statistics.get(row) {
+            Some(statistics) => statistics.logsumexp() * std::f32::consts::LOG2_E - log2_mean,
+            None => NO_ROW,
         };
-        let pairs_of_rows = statistics.len().div_ceil(STEP) * STEP / 2;
-        let tiles = pairs_of_tiles(valid);
-        for pair in 0..pairs_of_rows {
-            let rows = [2 * pair, 2 * pair + 1];
-            let shifts = rows.map(shift);
-            let targets = rows.map(|row| if row < statistics.len() { target(row) } else { None });
-            for tile in 0..tiles {
-                let exists = match valid.checked_sub(tile * TILE) {
-                    Some(n) if n > 0 => lanes(n),
-                    _ => 0,
-                };
-                let mut values = [_mm512_setzero_ps(); 2];
-                for i in 0..2 {
-                    let at = rows[i] * COLUMNS + tile * TILE;
-                    // SAFETY: `logits` has all columns of the block.
-                    let logits = unsafe { _mm512_loadu_ps(logits[at..at + TILE].as_ptr()) };
-                    let p = exp2(_mm512_fmsub_ps(logits, factor, shifts[i]));
-                    let one = match targets[i].and_then(|target| target.checked_sub(tile * TILE)) {
-                        Some(lane) if lane < TILE => 1 << lane,
-                        _ => 0,
+        let (left_row, left_step) = self.left.strides();
+        let left = self.left.at_mut(0, 0).as_mut_ptr();
+        for pair in 0..statistics.len().next_multiple_of(STEP) / 2 {
+            let row = 2 * pair;
+            let shifts = [_mm512_set1_ps(shift(row)), _mm512_set1_ps(shift(row + 1))];
+            // SAFETY: rows of `logits`, of a row of tiles, and of a step, by the caller's promise this task's.
+            unsafe {
+                let from = logits.as_ptr().add(row * COLUMNS);
+                let left = left.add(row / TILE * left_row + row % TILE * STEP);
+                let pairs = self.pairs.get().add(row / STEP * self.step_stride + row % STEP * TILE);
+                let gradients = |tile: usize| {
+                    let p = |i: usize| {
+                        let logits = _mm512_loadu_ps(from.add(i * COLUMNS + tile * TILE));
+                        exp2(_mm512_fmsub_ps(logits, factor, shifts[i]), EXP2_BF16)
                     };
-                    let p = _mm512_mask_sub_ps(p, one, p, _mm512_set1_ps(1.0));
-                    values[i] = _mm512_maskz_mul_ps(exists, p, scale);
-                    let to = self.left.at_mut(rows[i] / TILE, tile / 2);
-                    let to = to[rows[i] % TILE * STEP + tile % 2 * TILE..][..TILE].as_mut_ptr();
-                    // SAFETY: half a row of a tile.
-                    unsafe { _mm256_storeu_si256(to.cast(), rounded(values[i])) };
+                    [p(0), p(1)]
+                };
+                let store = |tile: usize, gradients: [__m512; 2]| {
+                    let rows = rounded_rows(gradients[0], gradients[1]);
+                    let left = left.add(tile / 2 * left_step + tile % 2 * TILE);
+                    _mm256_storeu_si256(left.cast(), _mm512_castsi512_si256(rows));
+                    _mm256_storeu_si256(left.add(STEP).cast(), _mm512_extracti64x4_epi64::<1>(rows));
+                    _mm512_storeu_si512(pairs.add(tile * TILE_LEN).cast(), paired(rows));
+                };
+                for tile in 0..tiles {
+                    store(tile, gradients(tile));
                 }
-                let step = self.first_step + pair / (STEP / 2);
-                let at = step * self.step_stride + (column / TILE + tile) * TILE_LEN + pair % (STEP / 2) * STEP;
-                // SAFETY: a row of a tile, by the caller's promise this task's.
-                unsafe { _mm512_storeu_si512(self.pairs.get().add(at).cast(), paired(values[0], values[1])) };
+                // The few tiles that have a target, again: most have none.
+                let targets = [0, 1].map(|i| if row + i < statistics.len() { target(row + i) } else { None });
+                for tile in targets.into_iter().flatten().map(|target| target / TILE) {
+                    let mut gradients = gradients(tile);
+                    for (gradient, target) in gradients.iter_mut().zip(targets) {
+                        if let Some(target) = target.filter(|target| target / TILE == tile) {
+                            *gradient =
+                                _mm512_mask_sub_ps(*gradient, 1 << (target % TILE), *gradient, _mm512_set1_ps(mean));
+                        }
+                    }
+                    store(tile, gradients);
+                }
             }
         }
     }

@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 pub use self::pack::Packing;
 use self::pack::pack_tile;
-use self::vector::{lanes, paired, rounded};
+use self::vector::{EXP2_BF16, EXP2_F32, exp2, lanes, paired, rounded, rounded_rows};
 use crate::ops::host::Element;
 use crate::ops::matmul::Mat;
 
@@ -78,11 +78,23 @@ pub trait Number: Element + Default {
     /// The processor has AVX-512; `tile` has room for it.
     unsafe fn store_right(tile: *mut Self, k: usize, values: [__m512; 2]);
 
+    /// Writes half of each of two rows (in f32 all of them) of a left operand's tile.
+    ///
+    /// # Safety
+    /// The processor has AVX-512; `to` has room for it.
+    unsafe fn store_rows(to: *mut Self, values: [__m512; 2]);
+
     /// Writes up to sixteen numbers.
     ///
     /// # Safety
     /// The processor has AVX-512; `to` has room for the lanes.
     unsafe fn store_lanes(to: *mut Self, lanes: u16, values: __m512);
+
+    /// `2^x` for `x <= 0`, good enough for these numbers.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    unsafe fn exp2(x: __m512) -> __m512;
 }
 
 /// Where the tiles of a left operand lie. Distances are in numbers.
@@ -185,10 +197,22 @@ impl Number for bf16 {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn store_right(tile: *mut Self, k: usize, values: [__m512; 2]) {
+        let pairs = paired(rounded_rows(values[0], values[1]));
         // SAFETY: promised by the caller.
-        unsafe { _mm512_storeu_si512(tile.add(k * TILE).cast(), paired(values[0], values[1])) };
+        unsafe { _mm512_storeu_si512(tile.add(k * TILE).cast(), pairs) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store_rows(to: *mut Self, values: [__m512; 2]) {
+        let rows = rounded_rows(values[0], values[1]);
+        // SAFETY: promised by the caller.
+        unsafe {
+            _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(rows));
+            _mm256_storeu_si256(to.add(STEP).cast(), _mm512_extracti64x4_epi64::<1>(rows));
+        }
     }
 
     #[inline]
@@ -196,6 +220,12 @@ impl Number for bf16 {
     unsafe fn store_lanes(to: *mut Self, lanes: u16, values: __m512) {
         // SAFETY: promised by the caller.
         unsafe { _mm256_mask_storeu_epi16(to.cast(), lanes, rounded(values)) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq")]
+    unsafe fn exp2(x: __m512) -> __m512 {
+        exp2(x, EXP2_BF16)
     }
 }
 
@@ -240,9 +270,24 @@ impl Number for f32 {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
+    unsafe fn store_rows(to: *mut Self, values: [__m512; 2]) {
+        for (i, values) in values.into_iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { _mm512_storeu_ps(to.add(i * TILE), values) };
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn store_lanes(to: *mut Self, lanes: u16, values: __m512) {
         // SAFETY: promised by the caller.
         unsafe { _mm512_mask_storeu_ps(to, lanes, values) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq")]
+    unsafe fn exp2(x: __m512) -> __m512 {
+        exp2(x, EXP2_F32)
     }
 }
 

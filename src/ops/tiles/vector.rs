@@ -4,18 +4,24 @@ use std::arch::x86_64::*;
 
 use super::TILE;
 
-/// `2^x` to 2e-7 relative, for `x <= 0` and far below.
+/// Minimax polynomials of `2^f`, `0 <= f < 1`, highest power first: to 1.5e-7 and 3e-6 relative, and exact at 0.
+pub const EXP2_F32: [f32; 6] = [1.867_130_1e-3, 9.017_031e-3, 5.579_991e-2, 2.401_644_4e-1, 6.931_513e-1, 1.0];
+pub const EXP2_BF16: [f32; 5] = [1.342_668_5e-2, 5.224_247_3e-2, 2.412_802e-1, 6.930_448e-1, 1.0];
+
+/// `2^x` for `x <= 0`, by a polynomial for its fraction. Zero below `2^-100`, lest numbers get so small that the processor
+/// takes a hundred times as long for them.
 #[inline]
-#[target_feature(enable = "avx512f")]
-pub fn exp2(x: __m512) -> __m512 {
-    let n = _mm512_roundscale_ps::<0>(x);
-    let f = _mm512_sub_ps(x, n);
-    // Taylor's series of e^(f ln 2), |f| <= 1/2.
-    let mut p = _mm512_set1_ps(1.540_353e-4);
-    for c in [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 2.402_265e-1, std::f32::consts::LN_2, 1.0] {
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+#[target_feature(enable = "avx512f,avx512dq")]
+pub fn exp2<const N: usize>(x: __m512, polynomial: [f32; N]) -> __m512 {
+    const FLOOR: i32 = 1;
+    let f = _mm512_reduce_ps::<FLOOR>(x);
+    let mut p = _mm512_set1_ps(polynomial[0]);
+    let mut i = 1;
+    while i < N {
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(polynomial[i]));
+        i += 1;
     }
-    _mm512_scalef_ps(p, n)
+    _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(-100.0)), p, x)
 }
 
 /// The lanes of `n` elements, at most all.
@@ -23,16 +29,39 @@ pub fn lanes(n: usize) -> u16 {
     u16::MAX >> (TILE - n.min(TILE))
 }
 
-/// Two rows of numbers as one row of pairs, each rounded to bf16.
+/// Rows of numbers, rounded to bf16, one after the other. Only for processors that have AVX512-BF16, as all of
+/// `bf16::isas` do; written as assembly so that code for f32 and bf16 alike need not be compiled for that extension.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub fn paired(even: __m512, odd: __m512) -> __m512i {
-    let (even, odd) = (_mm512_cvtepu16_epi32(rounded(even)), _mm512_cvtepu16_epi32(rounded(odd)));
-    _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd))
+pub fn rounded_rows(first: __m512, second: __m512) -> __m512i {
+    let result: __m512i;
+    // SAFETY: arithmetic on registers, on processors that have the instruction.
+    unsafe {
+        std::arch::asm!("vcvtne2ps2bf16 {result:z}, {second:z}, {first:z}", first = in(zmm_reg) first,
+            second = in(zmm_reg) second, result = lateout(zmm_reg) result, options(pure, nomem, nostack, preserves_flags));
+    }
+    result
 }
 
-/// Rounded to bf16. Only for processors that have AVX512-BF16, as all of `bf16::isas` do; written as assembly so that code
-/// for f32 and bf16 alike need not be compiled for that extension.
+/// What [`rounded_rows`] gives, as one row of pairs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub fn paired(rows: __m512i) -> __m512i {
+    const fn order() -> [u16; 32] {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            order[i] = (i / 2 + i % 2 * TILE) as u16;
+            i += 1;
+        }
+        order
+    }
+    const ORDER: [u16; 32] = order();
+    // SAFETY: 64 bytes, any of which is a number.
+    _mm512_permutexvar_epi16(unsafe { std::mem::transmute::<[u16; 32], __m512i>(ORDER) }, rows)
+}
+
+/// Rounded to bf16. As for [`rounded_rows`].
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub fn rounded(values: __m512) -> __m256i {
