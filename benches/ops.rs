@@ -71,12 +71,8 @@ impl Peaks {
             });
         };
         let memory = 12.0 * n as f64 / time(|| (), triad).fastest_s;
-        let size = 2048;
-        let square = |dtype| {
-            let (w, x) = (parameter(&[size, size], dtype), Value::constant(tensor(&[size, size], dtype)));
-            2.0 * (size as f64).powi(3) / time(|| (), |()| ops::linear(&x, &w).unwrap()).fastest_s
-        };
-        Self { memory, f32: square(DType::F32), bf16: square(DType::BF16) }
+        let [f32, bf16] = [DType::F32, DType::BF16].map(ops::measured_peak_flops);
+        Self { memory, f32, bf16 }
     }
 }
 
@@ -164,9 +160,10 @@ impl Bench {
 
             let (n, gate) = (N * HIDDEN, tensor(&[B, S, HIDDEN], dtype));
             let up = Value::constant(tensor(&[B, S, HIDDEN], dtype));
-            let work = [Bytes(3 * n * size), Bytes(5 * n * size)];
-            let op = Op::new("swiglu", shape(&[N, HIDDEN]), dtype);
-            self.both(&op, work, &gate, &gate, |gate| ops::swiglu(gate, &up).unwrap());
+            let (weight, dy) = (parameter(&[DIM, HIDDEN], dtype), tensor(&[B, S, DIM], dtype));
+            let work = [Flops(2 * n * DIM), Flops(4 * n * DIM)];
+            let op = Op::new("swiglu", shape(&[N, HIDDEN, DIM]), dtype);
+            self.both(&op, work, &gate, &dy, |gate| ops::swiglu(gate, &up, &weight).unwrap());
         }
     }
 

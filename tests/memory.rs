@@ -63,7 +63,7 @@ fn block_bytes(args: &DecoderArgs, compute: DType) -> usize {
     let residual = 2 * args.dim; // input, and input with attention added
     let activations = 2 * args.dim // both norms
         + 2 * q + 2 * kv // queries, keys, values, attention's result
-        + 3 * hidden; // gate, up, and their product
+        + 2 * hidden; // gate and up
     let statistics = 2 + args.n_heads; // of norms, and of each softmax
     TOKENS * (4 * (residual + statistics) + compute.size_in_bytes() * activations)
 }

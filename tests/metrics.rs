@@ -302,7 +302,7 @@ fn a_dump_folder_that_cannot_be_written_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("outputs");
     fs::write(&file, "in the way").unwrap();
-    let facts = RunFacts { flops_per_token: 1.0, device: DeviceFacts::cpu().unwrap(), total_steps: 1, start_step: 0 };
+    let facts = RunFacts { flops_per_token: 1.0, device: DeviceFacts::cpu(), total_steps: 1, start_step: 0 };
     let error = MetricsLogger::new(settings(), &file, facts).err().unwrap();
     assert!(error.to_string().starts_with(&file.display().to_string()), "{error}");
 }

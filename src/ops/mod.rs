@@ -28,6 +28,7 @@ pub use attention::{AttentionMask, attention};
 pub use cross_entropy::{LossAndGrad, cross_entropy_grad, cross_entropy_loss};
 pub use embedding::{embedding, embedding_backward};
 pub use linear::{linear, logits};
+pub use matmul::measured_peak_flops;
 pub use moe::{Experts, Router, Routing, experts, route};
 pub use rms_norm::rms_norm;
 pub use rope::{RopeTable, rope};

@@ -73,7 +73,7 @@ impl Trainer {
         }
 
         let device = Device::Cpu;
-        let facts = DeviceFacts::cpu()?;
+        let facts = DeviceFacts::cpu();
         info!("Device: {facts}");
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;

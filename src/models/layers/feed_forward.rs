@@ -25,7 +25,6 @@ impl FeedForward {
 
     /// `(…, dim) -> (…, dim)`.
     pub fn forward(&self, x: &Value) -> Result<Value> {
-        let hidden = ops::swiglu(&ops::linear(x, &self.w1)?, &ops::linear(x, &self.w3)?)?;
-        ops::linear(&hidden, &self.w2)
+        ops::swiglu(&ops::linear(x, &self.w1)?, &ops::linear(x, &self.w3)?, &self.w2)
     }
 }

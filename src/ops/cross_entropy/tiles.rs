@@ -118,7 +118,9 @@ impl<'a> Head<'a> {
             let weight = self.weight_part(first);
             let packed = pack_all(vec![(weight, Packing::Right), (weight.t(), Packing::Right)]);
             let [weight_rows, weight_columns] = &packed[..] else { unreachable!("two in, two out") };
-            gradient.resize(pairs_of_tiles(weight.rows), steps);
+            // A block of rows writes its own steps: they lie together, lest each vector fall into a page of its own.
+            gradient.resize_by_step(pairs_of_tiles(weight.rows), steps);
+            let step_stride = gradient.strides().1;
             let pairs = Shared(gradient.at_mut(0, 0).as_mut_ptr());
             let blocks = sums.par_chunks_mut(ROWS * width).zip(statistics.par_chunks(ROWS)).enumerate();
             blocks.for_each_init(Scratch::default, |scratch, (block, (dx, statistics))| {
@@ -128,7 +130,8 @@ impl<'a> Head<'a> {
                 self.isa.with(|| unsafe {
                     scratch.logits(self, block, weight_rows, |columns, logits| {
                         let valid = COLUMNS.min(weight.rows - columns);
-                        let out = Gradient { left: &mut gradient, pairs, steps, first_step: block * ROWS / STEP };
+                        let first_step = block * ROWS / STEP;
+                        let out = Gradient { left: &mut gradient, pairs, step_stride, first_step };
                         let targets = &self.targets[block * ROWS..];
                         out.write(logits, valid, columns, statistics, mean, |row| {
                             in_block(targets[row], first + columns, valid)
@@ -237,8 +240,8 @@ impl Statistics {
 struct Gradient<'a> {
     left: &'a mut Tiles,
     pairs: Shared<bf16>,
-    /// Of a row of tiles in `pairs`, and the first of this block.
-    steps: usize,
+    /// Numbers from one step of `pairs` to the next, and the first step of this block.
+    step_stride: usize,
     first_step: usize,
 }
 
@@ -291,7 +294,7 @@ impl Gradient<'_> {
                     unsafe { _mm256_storeu_si256(to.cast(), rounded(values[i])) };
                 }
                 let step = self.first_step + pair / (STEP / 2);
-                let at = ((column / TILE + tile) * self.steps + step) * TILE_LEN + pair % (STEP / 2) * STEP;
+                let at = step * self.step_stride + (column / TILE + tile) * TILE_LEN + pair % (STEP / 2) * STEP;
                 // SAFETY: a row of a tile, by the caller's promise this task's.
                 unsafe { _mm512_storeu_si512(self.pairs.get().add(at).cast(), paired(values[0], values[1])) };
             }

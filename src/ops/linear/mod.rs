@@ -1,6 +1,6 @@
 //! Products with a weight matrix.
 
-mod cpu;
+pub(in crate::ops) mod cpu;
 
 use std::sync::Arc;
 

@@ -1,15 +1,16 @@
-//! Products of bf16 matrices from blocks of tiles. The right operand is packed into tiles once for the whole product. The
-//! left one is read where it lies if its rows are dense, and packed by the task that needs it if its columns are.
+//! Products from blocks of tiles of bf16. The right operand is packed into tiles once for the whole product. The left one
+//! is read where it lies if it is bf16 with dense rows, and else packed by the task that needs it.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use candle_core::DType;
 use half::bf16;
 use rayon::prelude::*;
 
 use super::{Dst, Mat, Product};
 use crate::ops::host::Element;
-use crate::ops::tiles::{Block, Isa, Left, Packing, STEP, TILE, TILE_LEN, Tiles, pack_all, pack_tile};
+use crate::ops::tiles::{Block, Isa, Left, Packing, STEP, Source, TILE, TILE_LEN, Tiles, pack_all};
 
 /// Tiles of `k` that are summed before sums go back to memory: the operands of a block stay in the first-level cache.
 const K_STEPS: usize = 16;
@@ -28,8 +29,8 @@ unsafe impl Send for Target {}
 unsafe impl Sync for Target {}
 
 /// A block of rows and columns of one product.
-struct Task<'a> {
-    a: Mat<'a, bf16>,
+struct Task<'a, S> {
+    a: Mat<'a, S>,
     b: &'a Tiles,
     n: usize,
     target: Target,
@@ -49,7 +50,7 @@ struct Scratch {
 ///
 /// Each element is summed over `k` in an order that depends on `k` only, so results are the same bits on any number of
 /// threads.
-pub fn run(isa: Isa, products: Vec<Product<bf16>>) {
+pub fn run<S: Source>(isa: Isa, products: Vec<Product<S>>) {
     let packed = pack_all(products.iter().map(|product| (product.b.t(), Packing::Right)).collect());
     let n_threads = rayon::current_num_threads();
     // Blocks of 128 rows by 512 columns; smaller ones where that would leave threads without work.
@@ -73,7 +74,8 @@ pub fn run(isa: Isa, products: Vec<Product<bf16>>) {
         let target = match product.dst {
             Dst::Add(dst) => Target::Add(dst.as_mut_ptr()),
             Dst::F32(dst) => Target::F32(dst.as_mut_ptr().cast()),
-            Dst::Rounded(dst) => Target::BF16(dst.as_mut_ptr().cast()),
+            Dst::Rounded(dst) if S::DTYPE == DType::BF16 => Target::BF16(dst.as_mut_ptr().cast()),
+            Dst::Rounded(dst) => Target::F32(dst.as_mut_ptr().cast()),
         };
         for column in (0..b.rows()).step_by(columns) {
             for row in (0..m).step_by(rows) {
@@ -88,44 +90,48 @@ pub fn run(isa: Isa, products: Vec<Product<bf16>>) {
     });
 }
 
-impl Task<'_> {
+impl<S: Source> Task<'_, S> {
     /// # Safety
     /// As for [`Isa::block`].
     unsafe fn run(&self, isa: Isa, scratch: &mut Scratch) {
-        let steps = self.b.steps();
+        // A step is one tile of `k`, or as many as its numbers have parts.
+        let steps = self.b.steps() / S::PARTS;
+        let step_len = S::PARTS * TILE_LEN;
+        let most_steps = K_STEPS / S::PARTS;
         let (m, n) = (self.rows.len().div_ceil(TILE), self.columns.len());
-        let a_steps = steps.min(K_STEPS);
+        let a_steps = steps.min(most_steps);
         scratch.a.clear();
-        scratch.a.reserve(m * a_steps * TILE_LEN);
-        let a = &mut scratch.a.spare_capacity_mut()[..m * a_steps * TILE_LEN];
+        scratch.a.reserve(m * a_steps * step_len);
+        let a = &mut scratch.a.spare_capacity_mut()[..m * a_steps * step_len];
         // Sums that wait for the next block of `k`, or, if there is but one, a single block of them.
-        let (c_stride, waiting) = if steps <= K_STEPS { (2 * TILE, false) } else { (n * TILE, true) };
+        let (c_stride, waiting) = if steps <= most_steps { (2 * TILE, false) } else { (n * TILE, true) };
         scratch.c.resize(if waiting { m * TILE * c_stride } else { 2 * TILE * c_stride }, 0.0);
 
         // Whole tiles of dense rows are read where they lie.
-        let direct = match self.a.col_stride == 1 && self.a.cols.is_multiple_of(STEP) {
+        let direct = match S::DTYPE == DType::BF16 && self.a.col_stride == 1 && self.a.cols.is_multiple_of(STEP) {
             true => self.rows.len() / TILE,
             false => 0,
         };
-        for first in (0..steps.max(1)).step_by(K_STEPS) {
-            let block_steps = K_STEPS.min(steps - first);
+        for first in (0..steps.max(1)).step_by(most_steps) {
+            let block_steps = most_steps.min(steps - first);
             let mut rows = self.a;
             rows.rows = self.rows.end;
             for step in 0..block_steps {
                 for i in direct..m {
-                    let tile = &mut a[(i * a_steps + step) * TILE_LEN..][..TILE_LEN];
+                    let tile = &mut a[(i * a_steps + step) * step_len..][..step_len];
                     let (row, k) = (self.rows.start + i * TILE, (first + step) * STEP);
                     // SAFETY: all of `bf16::isas` have AVX-512.
-                    unsafe { pack_tile(tile, &rows, row, k, Packing::Left) };
+                    unsafe { S::pack(tile, &rows, row, k, Packing::Left) };
                 }
             }
             let left = |i: usize| {
                 if i < direct {
                     let stride = self.a.row_stride;
-                    let data = self.a.data[(self.rows.start + i * TILE) * stride + first * STEP..].as_ptr();
+                    let data = self.a.data[(self.rows.start + i * TILE) * stride + first * STEP..].as_ptr().cast();
                     Left { data, row: stride, step: STEP, tile: TILE * stride }
                 } else {
-                    Left::packed(a[i * a_steps * TILE_LEN..].as_ptr().cast(), a_steps)
+                    let data = a[i * a_steps * step_len..].as_ptr().cast();
+                    Left { data, row: STEP, step: step_len, tile: a_steps * step_len }
                 }
             };
             for j in (0..n).step_by(2) {
@@ -140,9 +146,11 @@ impl Task<'_> {
                     unsafe {
                         isa.block(Block {
                             a: left(i),
-                            b: self.b.at(self.columns.start + j, first).as_ptr(),
-                            b_stride: steps * TILE_LEN,
+                            b: self.b.at(self.columns.start + j, first * S::PARTS).as_ptr(),
+                            b_stride: steps * step_len,
+                            b_step: step_len,
                             steps: block_steps,
+                            parts: S::PARTS,
                             c: c.as_mut_ptr(),
                             c_stride,
                             m: block_m,

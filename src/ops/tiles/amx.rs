@@ -109,6 +109,8 @@ pub unsafe fn block(block: Block<bf16>) {
     // SAFETY: promised by the caller.
     unsafe {
         match (block.n, block.steps) {
+            (2, _) if block.parts == 3 => rows::<2, false>(block),
+            (_, _) if block.parts == 3 => rows::<1, false>(block),
             (2, 1) => rows::<2, true>(block),
             (2, _) => rows::<2, false>(block),
             (_, 1) => rows::<1, true>(block),
@@ -150,11 +152,43 @@ unsafe fn load_right<const N: usize>(b: *const bf16, stride: usize) {
 }
 
 /// # Safety
+/// `Tiles` are configured; `rows` points to a tile of `a`, with another below it if `M` is 2.
+#[inline(always)]
+unsafe fn load_left<const M: usize>(rows: *const bf16, a: Left<bf16>) {
+    let stride = a.row * size_of::<bf16>();
+    // SAFETY: promised by the caller.
+    unsafe {
+        load::<4>(rows.cast(), stride);
+        if M == 2 {
+            load::<5>(rows.add(a.tile).cast(), stride);
+        }
+    }
+}
+
+/// # Safety
+/// `Tiles` are configured.
+#[inline(always)]
+unsafe fn multiply_all<const M: usize, const N: usize>() {
+    // SAFETY: promised by the caller.
+    unsafe {
+        multiply::<0, 4, 6>();
+        if N == 2 {
+            multiply::<1, 4, 7>();
+        }
+        if M == 2 {
+            multiply::<2, 5, 6>();
+        }
+        if M == 2 && N == 2 {
+            multiply::<3, 5, 7>();
+        }
+    }
+}
+
+/// # Safety
 /// As for [`block`].
 #[inline(always)]
 unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block<bf16>) {
-    let Block { a, b, b_stride, steps, c, c_stride, add, .. } = block;
-    let a_row = a.row * size_of::<bf16>();
+    let Block { a, b, b_stride, b_step, steps, parts, c, c_stride, add, .. } = block;
     let row = c_stride * size_of::<f32>();
     // SAFETY: promised by the caller.
     unsafe {
@@ -183,21 +217,27 @@ unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block<bf
             }
         }
         for step in 0..if ONE { 1 } else { steps } {
-            let rows = a.data.add(step * a.step);
-            load::<4>(rows.cast(), a_row);
-            if !ONE {
-                load_right::<N>(b.add(step * TILE_LEN), b_stride);
-            }
-            multiply::<0, 4, 6>();
-            if N == 2 {
-                multiply::<1, 4, 7>();
-            }
-            if M == 2 {
-                load::<5>(rows.add(a.tile).cast(), a_row);
-                multiply::<2, 5, 6>();
-            }
-            if M == 2 && N == 2 {
-                multiply::<3, 5, 7>();
+            let (rows, b) = (a.data.add(step * a.step), b.add(step * b_step));
+            if parts == 1 {
+                load_left::<M>(rows, a);
+                if !ONE {
+                    load_right::<N>(b, b_stride);
+                }
+                multiply_all::<M, N>();
+            } else {
+                // Of nine products of parts, the six that an f32 sum can feel.
+                load_left::<M>(rows, a);
+                for part in 0..3 {
+                    load_right::<N>(b.add(part * TILE_LEN), b_stride);
+                    multiply_all::<M, N>();
+                }
+                load_left::<M>(rows.add(TILE_LEN), a);
+                for part in [1, 0] {
+                    load_right::<N>(b.add(part * TILE_LEN), b_stride);
+                    multiply_all::<M, N>();
+                }
+                load_left::<M>(rows.add(2 * TILE_LEN), a);
+                multiply_all::<M, N>();
             }
         }
         store::<0>(c, row);

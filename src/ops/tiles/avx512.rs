@@ -2,7 +2,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{Block, Left, Number, STEP, TILE, TILE_LEN};
+use super::{Block, Left, Number, STEP, TILE};
 
 /// Rows whose sums are held in registers at a time.
 const ROWS: usize = 8;
@@ -49,24 +49,49 @@ fn for_rows<T: Number>(block: Block<T>, body: impl Fn(Block<T>)) {
     }
 }
 
+/// The sums that a block adds to: zeros, if it does not.
+///
+/// # Safety
+/// As for [`super::Isa::block`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load<const N: usize, T>(block: &Block<T>) -> [[__m512; N]; ROWS] {
+    let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
+    if block.add {
+        for (i, sums) in sums.iter_mut().enumerate() {
+            for (j, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: promised by the caller.
+                *sum = unsafe { _mm512_loadu_ps(block.c.add(i * block.c_stride + j * TILE)) };
+            }
+        }
+    }
+    sums
+}
+
+/// # Safety
+/// As for [`super::Isa::block`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store<const N: usize, T>(block: &Block<T>, sums: [[__m512; N]; ROWS]) {
+    for (i, sums) in sums.iter().enumerate() {
+        for (j, sum) in sums.iter().enumerate() {
+            // SAFETY: promised by the caller.
+            unsafe { _mm512_storeu_ps(block.c.add(i * block.c_stride + j * TILE), *sum) };
+        }
+    }
+}
+
 /// [`ROWS`] rows by `N` tiles of columns.
 ///
 /// # Safety
 /// As for [`super::Isa::block`].
 #[target_feature(enable = "avx512f")]
 unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
-    let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
     // SAFETY: promised by the caller.
     unsafe {
-        if block.add {
-            for (i, sums) in sums.iter_mut().enumerate() {
-                for (j, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm512_loadu_ps(block.c.add(i * block.c_stride + j * TILE));
-                }
-            }
-        }
+        let mut sums = load::<N, _>(&block);
         for step in 0..block.steps {
-            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * TILE * TILE));
+            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * block.b_step));
             for k in 0..TILE {
                 let columns: [__m512; N] =
                     std::array::from_fn(|j| _mm512_loadu_ps(b.add(j * block.b_stride + k * TILE)));
@@ -78,11 +103,7 @@ unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
                 }
             }
         }
-        for (i, sums) in sums.iter().enumerate() {
-            for (j, sum) in sums.iter().enumerate() {
-                _mm512_storeu_ps(block.c.add(i * block.c_stride + j * TILE), *sum);
-            }
-        }
+        store(&block, sums);
     }
 }
 
@@ -92,18 +113,11 @@ unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
 /// As for [`super::Isa::block`].
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn sums<const N: usize>(block: Block<bf16>) {
-    let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
     // SAFETY: promised by the caller.
     unsafe {
-        if block.add {
-            for (i, sums) in sums.iter_mut().enumerate() {
-                for (j, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm512_loadu_ps(block.c.add(i * block.c_stride + j * TILE));
-                }
-            }
-        }
+        let mut sums = load::<N, _>(&block);
         for step in 0..block.steps {
-            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * TILE_LEN));
+            let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * block.b_step));
             for pair in 0..STEP / 2 {
                 let mut columns = [_mm512_setzero_si512(); N];
                 for (j, columns) in columns.iter_mut().enumerate() {
@@ -117,11 +131,7 @@ unsafe fn sums<const N: usize>(block: Block<bf16>) {
                 }
             }
         }
-        for (i, sums) in sums.iter().enumerate() {
-            for (j, sum) in sums.iter().enumerate() {
-                _mm512_storeu_ps(block.c.add(i * block.c_stride + j * TILE), *sum);
-            }
-        }
+        store(&block, sums);
     }
 }
 

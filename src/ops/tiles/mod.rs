@@ -10,13 +10,15 @@ mod pack;
 pub mod vector;
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::LazyLock;
 
 use half::bf16;
 use rayon::prelude::*;
 
-pub use self::pack::{Packing, pack_tile};
+pub use self::pack::Packing;
+use self::pack::pack_tile;
 use self::vector::{lanes, paired, rounded};
 use crate::ops::host::Element;
 use crate::ops::matmul::Mat;
@@ -95,25 +97,20 @@ pub struct Left<T> {
     pub tile: usize,
 }
 
-impl<T: Number> Left<T> {
-    /// Packed rows of `steps` tiles each.
-    pub fn packed(data: *const T, steps: usize) -> Self {
-        let tile = TILE * T::STEP;
-        Self { data, row: T::STEP, step: tile, tile: steps * tile }
-    }
-}
-
 /// A block of one or two columns of tiles of a product: `c = a b`, or `c += a b`.
 #[derive(Clone, Copy)]
 pub struct Block<T> {
     /// Tiles of the left operand.
     pub a: Left<T>,
-    /// Packed tiles of the right operand; those of one column of tiles follow one another.
+    /// Packed tiles of the right operand.
     pub b: *const T,
-    /// Numbers from one column of tiles to the next.
+    /// Numbers from one column of tiles to the next, and from one tile to the next along `k`.
     pub b_stride: usize,
+    pub b_step: usize,
     /// Tiles that are summed over.
     pub steps: usize,
+    /// Consecutive tiles of which the numbers of a step are the sum, in both operands: 1, or 3 for [`Isa::Amx`].
+    pub parts: usize,
     /// `(16 m, 16 n)` f32, rows `c_stride` apart.
     pub c: *mut f32,
     pub c_stride: usize,
@@ -253,11 +250,13 @@ impl Number for f32 {
 pub struct Tiles<T = bf16> {
     data: Vec<T>,
     steps: usize,
+    /// Whether the tiles of a step follow one another, instead of those of a row.
+    by_step: bool,
 }
 
 impl<T> Default for Tiles<T> {
     fn default() -> Self {
-        Self { data: Vec::new(), steps: 0 }
+        Self { data: Vec::new(), steps: 0, by_step: false }
     }
 }
 
@@ -285,8 +284,22 @@ impl<T: Number> Tiles<T> {
 
     /// `rows` of tiles, to be written before they are read.
     pub fn resize(&mut self, rows: usize, steps: usize) {
-        self.steps = steps;
+        (self.steps, self.by_step) = (steps, false);
         self.data.resize(rows * steps * Tiles::<T>::LEN, T::default());
+    }
+
+    /// As [`Tiles::resize`], with the tiles of a step one after another.
+    pub fn resize_by_step(&mut self, rows: usize, steps: usize) {
+        self.resize(rows, steps);
+        self.by_step = true;
+    }
+
+    /// Numbers from one row of tiles to the next, and from one step to the next.
+    pub fn strides(&self) -> (usize, usize) {
+        match self.by_step {
+            true => (Self::LEN, self.rows() * Self::LEN),
+            false => (self.steps * Self::LEN, Self::LEN),
+        }
     }
 
     pub fn rows(&self) -> usize {
@@ -297,13 +310,15 @@ impl<T: Number> Tiles<T> {
         self.steps
     }
 
-    /// The tiles of row `row` from step `step` on.
+    /// The tiles from row `row`, step `step` on.
     pub fn at(&self, row: usize, step: usize) -> &[T] {
-        &self.data[((row * self.steps + step) * Tiles::<T>::LEN).min(self.data.len())..]
+        let (row_stride, step_stride) = self.strides();
+        &self.data[(row * row_stride + step * step_stride).min(self.data.len())..]
     }
 
     pub fn at_mut(&mut self, row: usize, step: usize) -> &mut [T] {
-        &mut self.data[(row * self.steps + step) * Tiles::<T>::LEN..]
+        let (row_stride, step_stride) = self.strides();
+        &mut self.data[row * row_stride + step * step_stride..]
     }
 
     pub fn all(&self) -> Part<'_, T> {
@@ -317,16 +332,49 @@ impl<T: Number> Tiles<T> {
     }
 }
 
-/// Packs matrices in parallel.
-pub fn pack_all<T: Number>(matrices: Vec<(Mat<T>, Packing)>) -> Vec<Tiles<T>> {
+/// Numbers that can be packed into tiles of bf16.
+pub trait Source: Element {
+    /// Tiles that hold one tile's numbers.
+    const PARTS: usize;
+
+    /// As [`pack_tile`], into [`Source::PARTS`] tiles.
+    ///
+    /// # Safety
+    /// As for [`pack_tile`]; the processor has AVX512-BF16.
+    unsafe fn pack(tiles: &mut [MaybeUninit<bf16>], matrix: &Mat<Self>, row: usize, k: usize, packing: Packing);
+}
+
+impl Source for bf16 {
+    const PARTS: usize = 1;
+
+    unsafe fn pack(tiles: &mut [MaybeUninit<bf16>], matrix: &Mat<Self>, row: usize, k: usize, packing: Packing) {
+        // SAFETY: promised by the caller.
+        unsafe { pack_tile(tiles, matrix, row, k, packing) };
+    }
+}
+
+/// As the sum of three bf16, which together have the 24 bits of an f32.
+impl Source for f32 {
+    const PARTS: usize = 3;
+
+    unsafe fn pack(tiles: &mut [MaybeUninit<bf16>], matrix: &Mat<Self>, row: usize, k: usize, packing: Packing) {
+        // SAFETY: promised by the caller.
+        unsafe { pack::pack_parts(tiles, matrix, row, k, packing) };
+    }
+}
+
+/// Packs matrices into tiles of bf16, in parallel.
+pub fn pack_all<S: Source>(matrices: Vec<(Mat<S>, Packing)>) -> Vec<Tiles> {
     /// Rows and steps of a task: whole cache lines of matrices of either layout.
     const ROWS: usize = 16;
     const STEPS: usize = 8;
-    let mut packed: Vec<Tiles<T>> = Vec::with_capacity(matrices.len());
+    let step_len = S::PARTS * TILE_LEN;
+    let mut packed: Vec<Tiles> = Vec::with_capacity(matrices.len());
     let mut tasks = Vec::new();
     for (matrix, packing) in &matrices {
-        let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(T::STEP));
-        let mut tiles = Tiles { data: Vec::with_capacity(rows * steps * Tiles::<T>::LEN), steps };
+        let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(STEP));
+        let mut tiles =
+            Tiles { data: Vec::with_capacity(rows * steps * step_len), steps: steps * S::PARTS, by_step: false };
         let to = Shared(tiles.data.as_mut_ptr());
         packed.push(tiles);
         for row in (0..rows).step_by(ROWS) {
@@ -341,16 +389,16 @@ pub fn pack_all<T: Number>(matrices: Vec<(Mat<T>, Packing)>) -> Vec<Tiles<T>> {
                 // SAFETY: inside the memory reserved above; no other task has this tile. Tiles are for processors that
                 // have an entry in `isas`, and each of those has AVX-512.
                 unsafe {
-                    let tile = to.get().add((row * n_steps + step) * Tiles::<T>::LEN).cast();
-                    let tile = std::slice::from_raw_parts_mut(tile, Tiles::<T>::LEN);
-                    pack_tile(tile, matrix, row * TILE, step * T::STEP, packing);
+                    let tile = to.get().add((row * n_steps + step) * step_len).cast();
+                    let tile = std::slice::from_raw_parts_mut(tile, step_len);
+                    S::pack(tile, matrix, row * TILE, step * STEP, packing);
                 }
             }
         }
     });
     for (tiles, (matrix, _)) in packed.iter_mut().zip(&matrices) {
         // SAFETY: every tile was written above.
-        unsafe { tiles.data.set_len(matrix.rows.div_ceil(TILE) * tiles.steps * Tiles::<T>::LEN) };
+        unsafe { tiles.data.set_len(matrix.rows.div_ceil(TILE) * tiles.steps * TILE_LEN) };
     }
     packed
 }
@@ -395,14 +443,17 @@ pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32
     if steps == 0 || m == 0 {
         return;
     }
+    let ((a_stride, a_step), (b_stride, b_step)) = (a.tiles.strides(), b.tiles.strides());
     for j in (0..n).step_by(2) {
         // SAFETY: inside the three buffers by the assertions of `part` and above.
         unsafe {
             isa.block(Block {
-                a: Left::packed(a.at(0), a.tiles.steps),
+                a: Left { data: a.at(0), row: T::STEP, step: a_step, tile: a_stride },
                 b: b.at(j),
-                b_stride: b.tiles.steps * Tiles::<T>::LEN,
+                b_stride,
+                b_step,
                 steps,
+                parts: 1,
                 c: c.as_mut_ptr().add(j * TILE),
                 c_stride,
                 m,
