@@ -346,7 +346,7 @@ impl Block {
 impl DecoderArgs {
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
-        self.dim / self.n_heads
+        self.head_dim.unwrap_or(self.dim / self.n_heads)
     }
 
     /// Number of key/value heads.

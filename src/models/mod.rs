@@ -4,11 +4,13 @@
 
 pub mod args;
 pub mod decoder;
+mod deepseek_v3;
 pub mod hf;
 mod init;
 mod layers;
 mod llama3;
 mod llama4;
+mod qwen3;
 
 pub use decoder::Decoder;
 pub use init::initialize;
@@ -16,13 +18,31 @@ pub use init::initialize;
 use args::DecoderArgs;
 
 /// Each family with its flavors.
-pub const FAMILIES: &[(&str, &[&str])] = &[("llama3", llama3::FLAVORS), ("llama4", llama4::FLAVORS)];
+pub const FAMILIES: &[(&str, &[&str])] = &[
+    ("llama3", llama3::FLAVORS),
+    ("llama4", llama4::FLAVORS),
+    ("qwen3", qwen3::FLAVORS),
+    ("deepseek_v3", deepseek_v3::FLAVORS),
+];
+
+/// What the flavors of a family have in common, before their sizes; `None` if there is no such family.
+pub fn family(name: &str) -> Option<DecoderArgs> {
+    match name {
+        "llama3" => Some(llama3::family()),
+        "llama4" => Some(llama4::family()),
+        "qwen3" => Some(qwen3::family()),
+        "deepseek_v3" => Some(deepseek_v3::family()),
+        _ => None,
+    }
+}
 
 /// The arguments of a flavor, `None` if there is no such family or flavor.
 pub fn flavor(family: &str, flavor: &str) -> Option<DecoderArgs> {
     match family {
         "llama3" => llama3::flavor(flavor),
         "llama4" => llama4::flavor(flavor),
+        "qwen3" => qwen3::flavor(flavor),
+        "deepseek_v3" => deepseek_v3::flavor(flavor),
         _ => None,
     }
 }
