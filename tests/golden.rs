@@ -241,7 +241,7 @@ fn checkpoints_of_hugging_face_give_the_logits_of_transformers() {
         model.allocate(F32, &Device::Cpu, false).unwrap();
         let folder = std::path::PathBuf::from(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR")));
         let family = Family::of(case["model"].as_str().unwrap()).unwrap();
-        let weights = Weights::open_hugging_face(&folder, family, &args).unwrap();
+        let weights = Weights::open_hugging_face(&folder, family, &args, false).unwrap();
         weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor)).unwrap();
 
         let expected = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();

@@ -71,7 +71,7 @@ fn load(weights: &Weights, expected: &[Parameter]) -> titan::Result<Vec<(String,
 }
 
 fn open(path: &Path, model_name: &str, args: &DecoderArgs) -> titan::Result<Weights> {
-    Weights::open_hugging_face(path, Family::of(model_name)?, args)
+    Weights::open_hugging_face(path, Family::of(model_name)?, args, false)
 }
 
 /// Exports `model` from a run's last step, and gives the folder.

@@ -30,37 +30,31 @@ pub struct Entry<'a> {
     pub shape: Vec<usize>,
     /// `rows` is asked for ranges that begin and end at multiples of this.
     pub rows_together: usize,
-    /// Some rows (indices of the first dimension), in `dtype`.
+    /// Some rows (indices of the first dimension), of any type.
     pub rows: Box<dyn Fn(Range<usize>) -> Result<Tensor> + 'a>,
 }
 
 impl<'a> Entry<'a> {
-    /// `tensor` as it is, or converted to `dtype`.
-    fn new(name: &str, tensor: &'a Tensor, dtype: Option<DType>) -> Self {
-        let dtype = dtype.unwrap_or(tensor.dtype());
-        let rows = Box::new(move |rows: Range<usize>| Ok(tensor.narrow(0, rows.start, rows.len())?.to_dtype(dtype)?));
-        Self { name: name.to_owned(), dtype, shape: tensor.dims().to_vec(), rows_together: 1, rows }
+    fn new(name: &str, tensor: &'a Tensor) -> Self {
+        let rows = Box::new(|rows: Range<usize>| Ok(tensor.narrow(0, rows.start, rows.len())?));
+        Self { name: name.to_owned(), dtype: tensor.dtype(), shape: tensor.dims().to_vec(), rows_together: 1, rows }
     }
 
     fn bytes(&self) -> u64 {
         (self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()) as u64
     }
 
+    /// Ranges of rows, each of about [`PIECE_BYTES`].
     fn pieces(&self) -> impl Iterator<Item = Range<usize>> {
-        pieces(&self.shape, self.dtype, self.rows_together)
+        let row_bytes = self.shape[1..].iter().product::<usize>() * self.dtype.size_in_bytes();
+        let n = (PIECE_BYTES / row_bytes.max(1) / self.rows_together).max(1) * self.rows_together;
+        let end = self.shape[0];
+        (0..end).step_by(n).map(move |start| start..(start + n).min(end))
     }
 }
 
-/// Ranges of rows, each of about [`PIECE_BYTES`], at multiples of `rows_together`.
-pub fn pieces(shape: &[usize], dtype: DType, rows_together: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-    let row_bytes = shape[1..].iter().product::<usize>() * dtype.size_in_bytes();
-    let n = (PIECE_BYTES / row_bytes.max(1) / rows_together).max(1) * rows_together;
-    let end = shape[0];
-    (0..end).step_by(n).map(move |start| start..(start + n).min(end))
-}
-
-pub fn entries(tensors: &[(String, Tensor)], dtype: Option<DType>) -> Vec<Entry<'_>> {
-    tensors.iter().map(|(name, tensor)| Entry::new(name, tensor, dtype)).collect()
+pub fn entries(tensors: &[(String, Tensor)]) -> Vec<Entry<'_>> {
+    tensors.iter().map(|(name, tensor)| Entry::new(name, tensor)).collect()
 }
 
 /// Writes `{stem}.safetensors`, or where that would be larger than `shard_bytes`, shards and
@@ -118,7 +112,7 @@ fn write_file(sink: &mut Sink, mut entries: Vec<Entry>, progress: &dyn Fn(u64)) 
     sink.write(&header)?;
     for entry in &entries {
         for rows in entry.pieces() {
-            progress(write_tensor(sink, &(entry.rows)(rows)?)?);
+            progress(write_tensor(sink, &(entry.rows)(rows)?.to_dtype(entry.dtype)?)?);
         }
     }
     Ok(())
@@ -347,7 +341,7 @@ mod tests {
     fn written(shard_bytes: u64) -> (tempfile::TempDir, PathBuf) {
         let parent = tempfile::tempdir().unwrap();
         let mut staged = Staged::new(parent.path(), "weights").unwrap();
-        write(&mut staged, "model", entries(&tensors(), None), shard_bytes, &|_| ()).unwrap();
+        write(&mut staged, "model", entries(&tensors()), shard_bytes, &|_| ()).unwrap();
         let path = staged.commit().unwrap();
         (parent, path)
     }

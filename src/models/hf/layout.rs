@@ -9,8 +9,11 @@ use candle_core::{D, Tensor};
 
 use crate::Result;
 
-/// Reads rows of a tensor by its name, all of them for `None`.
-pub type ReadRows<'a> = dyn Fn(&str, Option<Range<usize>>) -> Result<Tensor> + 'a;
+/// Reads rows of a parameter by its name.
+pub type ReadRows<'a> = dyn Fn(&str, Range<usize>) -> Result<Tensor> + 'a;
+
+/// Reads rows of a file's tensor by its name, all of them for `None`.
+pub type ReadFile<'a> = dyn Fn(&str, Option<Range<usize>>) -> Result<Tensor> + 'a;
 
 /// Some tensors of a file, and the parameters of titan that they hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,10 +70,10 @@ impl Mapping {
     /// Rows of the file's tensor `which`.
     pub fn file_rows(&self, which: usize, rows: Range<usize>, parameters: &ReadRows) -> Result<Tensor> {
         if self.layout == Layout::Experts {
-            let expert = parameters(&self.parameters[0], Some(which..which + 1))?;
+            let expert = parameters(&self.parameters[0], which..which + 1)?;
             return Ok(expert.squeeze(0)?.narrow(0, rows.start, rows.len())?);
         }
-        let read = |name: &String| parameters(name, Some(rows.clone()));
+        let read = |name: &String| parameters(name, rows.clone());
         let first = read(&self.parameters[0])?;
         Ok(match self.layout {
             Layout::Same | Layout::Experts => first,
@@ -84,7 +87,7 @@ impl Mapping {
     }
 
     /// Rows of parameter `which`.
-    pub fn parameter_rows(&self, which: usize, rows: Range<usize>, files: &ReadRows) -> Result<Tensor> {
+    pub fn parameter_rows(&self, which: usize, rows: Range<usize>, files: &ReadFile) -> Result<Tensor> {
         if self.layout == Layout::Experts {
             let experts = self.files[rows].iter().map(|name| files(name, None)).collect::<Result<Vec<_>>>()?;
             return Ok(Tensor::stack(&experts, 0)?);
@@ -145,7 +148,7 @@ mod tests {
         let named: HashMap<_, _> = mapping.parameters.iter().cloned().zip(parameters.iter().cloned()).collect();
         let shape = mapping.file_shape(parameters[0].dims());
         let file = |which| {
-            let rows = pieces(shape[0]).map(|rows| mapping.file_rows(which, rows, &reader(&named)).unwrap());
+            let rows = pieces(shape[0]).map(|rows| mapping.file_rows(which, rows, &|name, rows| reader(&named)(name, Some(rows))).unwrap());
             Tensor::cat(&rows.collect::<Vec<_>>(), 0).unwrap()
         };
         let files: Vec<Tensor> = (0..mapping.files.len()).map(file).collect();
