@@ -12,7 +12,7 @@ use super::manifest::Kind;
 use super::staged::Staged;
 use super::step_folder::{step_name, step_of};
 use super::tensors::{self, Entry, SHARD_BYTES};
-use super::weights::{Parameter, Parameters};
+use super::weights::{CONFIG_JSON, Parameter, Parameters};
 use super::{CheckpointManager, State, json_text, seal};
 use crate::models::args::DecoderArgs;
 use crate::models::hf::{self, ExpertTensors, Family, Mapping};
@@ -85,7 +85,7 @@ impl Export<'_> {
         }
         let generation_config =
             json!({ "bos_token_id": model.bos_id, "eos_token_id": model.eos_id, "do_sample": true });
-        folder.write_bytes("config.json", &json_text(&config))?;
+        folder.write_bytes(CONFIG_JSON, &json_text(&config))?;
         folder.write_bytes("generation_config.json", &json_text(&generation_config))?;
         folder.commit().map(drop)
     }

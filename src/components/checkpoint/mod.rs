@@ -45,7 +45,7 @@ pub use lock::DumpFolderLock;
 pub use manifest::Kind;
 pub use step_folder::{Progress, StepFolder, TrainState, Use, open_step, step_name, step_of, steps_in};
 pub use tensors::SHARD_BYTES;
-pub use weights::{Fitted, Parameter, Parameters, Weights};
+pub use weights::{Fitted, Parameter, Parameters, Weights, holds_hugging_face, read_config};
 
 use manifest::{Damage, MANIFEST, Manifest};
 use staged::Staged;

@@ -10,10 +10,13 @@ use serde_json::Value;
 use tracing::warn;
 
 use super::fp8;
+use super::manifest::MANIFEST;
 use super::tensors::{TensorFiles, inside};
 use crate::models::args::DecoderArgs;
 use crate::models::hf::{self, ExpertTensors, Family, Layout, Mapping};
 use crate::{Error, Result};
+
+pub(super) const CONFIG_JSON: &str = "config.json";
 
 /// Name and shape.
 pub type Parameter = (String, Vec<usize>);
@@ -59,10 +62,9 @@ impl Weights {
     /// 8-bit weights are dequantised if that config says that there are some, or if `quantized` does.
     pub fn open_hugging_face(path: &Path, family: Family, args: &DecoderArgs, quantized: bool) -> Result<Self> {
         let mut quantized_block = quantized.then_some(fp8::DEFAULT_BLOCK);
-        if path.join("config.json").is_file() {
-            let path = inside(path, "config.json")?;
-            let config = read_config(&path)?;
-            check_config(&path, &config, family, args)?;
+        if path.join(CONFIG_JSON).is_file() {
+            let config = read_config(path)?;
+            check_config(&path.join(CONFIG_JSON), &config, family, args)?;
             quantized_block = hf::quantized_block(&config).ok().flatten().or(quantized_block);
         }
         let files = TensorFiles::open(path)?;
@@ -250,8 +252,15 @@ impl Parameters for Fitted<'_> {
     }
 }
 
-pub(super) fn read_config(path: &Path) -> Result<Value> {
-    let text = std::fs::read(path).map_err(Error::io("read", path))?;
+/// Whether a folder is a checkpoint of Hugging Face's, and none of titan's.
+pub fn holds_hugging_face(path: &Path) -> bool {
+    path.join(CONFIG_JSON).is_file() && !path.join(MANIFEST).is_file()
+}
+
+/// The `config.json` of a folder of Hugging Face's.
+pub fn read_config(folder: &Path) -> Result<Value> {
+    let path = inside(folder, CONFIG_JSON)?;
+    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
     serde_json::from_slice(&text).map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))
 }
 
