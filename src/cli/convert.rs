@@ -103,10 +103,8 @@ pub fn run(args: Args) -> Result<()> {
 /// The job that a converted model could have come from.
 fn job(model: &Pretrained) -> JobConfig {
     let mut job = JobConfig::default();
-    let flavors = models::FAMILIES.iter().find(|(name, _)| *name == model.name).map_or(&[][..], |(_, flavors)| flavors);
-    // Its arguments say everything themselves.
-    job.model.flavor = flavors.first().map_or(String::new(), |flavor| flavor.to_string());
     job.model.name = model.name.clone();
+    job.model.flavor = models::FLAVOR_OF_CONFIG_JSON.to_owned();
     job.model.args = ModelArgs::all(&model.args);
     job.training.mixed_precision_param = match model.compute {
         DType::F32 => config::Dtype::Float32,

@@ -46,11 +46,11 @@ fn model_name(config: &JobConfig) -> Option<Fault> {
         let fault = Fault::new(format!("`model.name` cannot be {name:?}"), &["model.name"]);
         return Some(fault.hint(hint).note(format!("allowed: {}", quoted(&names))));
     };
-    (!flavors.contains(&flavor)).then(|| {
+    (!flavors.contains(&flavor) && flavor != models::FLAVOR_OF_CONFIG_JSON).then(|| {
         Fault::new(format!("`model.flavor` cannot be {flavor:?}"), &["model.flavor", "model.name"])
             .hint(meant(flavor, flavors))
             .note(format!("flavors of {name}: {}", quoted(flavors)))
-            .note("[model.args] makes any other size of the nearest flavor")
+            .note("[model.args] makes any other size of the nearest flavor; \"hf\" takes that of a Hugging Face folder")
     })
 }
 

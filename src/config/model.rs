@@ -15,7 +15,8 @@ use crate::{Error, Result};
 pub struct Model {
     /// Family: "llama3" or "llama4".
     pub name: String,
-    /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it.
+    /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it. "hf": what the
+    /// `config.json` says that lies beside the Hugging Face weights to start from, or else in `hf_assets_path`.
     pub flavor: String,
     /// Folder with `tokenizer.json`, `tokenizer_config.json` and, to start from Hugging Face weights, the safetensors.
     /// `titan download-tokenizer` fills one. titan ships the tokenizer of the default.

@@ -42,8 +42,6 @@ impl Pretrained {
         let config = read_config(path)?;
         let (family, args) = hf::args_from_config(&config)
             .map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))?;
-        let has_tokenizer = ["tokenizer.json", "vocab.json", "vocab.txt"].iter().any(|name| path.join(name).is_file());
-        let tokenizer = has_tokenizer.then(|| Tokenizer::from_dir(path)).transpose()?;
         let stored = [&config["dtype"], &config["torch_dtype"], &config["text_config"]["dtype"]];
         let is_f32 = stored.into_iter().find(|dtype| dtype.is_string()).is_some_and(|dtype| dtype == "float32");
         Ok(Self {
@@ -51,7 +49,7 @@ impl Pretrained {
             weights: Weights::open_hugging_face(path, family, &args, false)?,
             args,
             compute: if is_f32 { DType::F32 } else { DType::BF16 },
-            tokenizer_files: tokenizer.map(|it| it.files().to_vec()).unwrap_or_default(),
+            tokenizer_files: Tokenizer::files_in(path)?,
             path: path.to_owned(),
             step_folder: None,
         })

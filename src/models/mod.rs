@@ -36,8 +36,15 @@ pub fn family(name: &str) -> Option<DecoderArgs> {
     }
 }
 
-/// The arguments of a flavor, `None` if there is no such family or flavor.
+/// The flavor of any family whose sizes stand in the `config.json` of Hugging Face's format.
+pub const FLAVOR_OF_CONFIG_JSON: &str = "hf";
+
+/// The arguments of a flavor, `None` if there is no such family or flavor. Of [`FLAVOR_OF_CONFIG_JSON`], what its family
+/// has in common.
 pub fn flavor(family: &str, flavor: &str) -> Option<DecoderArgs> {
+    if flavor == FLAVOR_OF_CONFIG_JSON {
+        return self::family(family);
+    }
     match family {
         "llama3" => llama3::flavor(flavor),
         "llama4" => llama4::flavor(flavor),

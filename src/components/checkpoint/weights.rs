@@ -282,9 +282,10 @@ fn check_config(path: &Path, config: &Value, family: Family, args: &DecoderArgs)
     Ok(())
 }
 
-/// The first of a list that may have a line for each expert of each layer.
+/// The most telling of a list that may have a line for each expert of each layer.
 fn shortened(mut faults: Vec<String>) -> Vec<String> {
     const SHOWN: usize = 20;
+    faults.sort_by_key(|fault| fault.starts_with("missing: "));
     if faults.len() > SHOWN {
         let more = faults.len() - SHOWN;
         faults.truncate(SHOWN);
