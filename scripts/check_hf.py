@@ -3,8 +3,7 @@
 
     check_hf.py DIR                                   greedy text of titan and of transformers
     check_hf.py DIR --expected tests/golden/hf_llama3/expected.safetensors
-                                                      transformers' logits of DIR and those of the file, and the tokens
-                                                      that follow by titan and by the file
+                                                      transformers' logits of DIR and those of the file
 
 The second kind of file holds `tokens` (b, s) and `logits` (b, s, v). Without a tokenizer in DIR, whose texts could be
 compared, it compares logits only. Needs torch, transformers and safetensors, and `titan` in PATH or as --titan.

@@ -1,4 +1,4 @@
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use candle_core::DType;
@@ -78,10 +78,6 @@ pub fn run(args: Args) -> Result<()> {
         max_shard_bytes: args.max_shard_size.0,
         progress: &|bytes| bar.inc(bytes),
     };
-    let parent = args.to.parent().unwrap_or(Path::new(""));
-    if !parent.as_os_str().is_empty() {
-        std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-    }
     let converted = if args.from_hf.is_some() {
         export.write(&args.to, 0, &job(&model).to_toml())
     } else {

@@ -151,10 +151,13 @@ impl Parameters for HashMap<&str, &Tensor> {
     }
 }
 
+/// A folder to be written, whose parents may be new too.
 fn stage(path: &Path) -> Result<Staged> {
     let name = path.file_name().and_then(|name| name.to_str());
     let name = name.ok_or_else(|| Error::Usage(format!("{} is no name for a folder", path.display())))?;
-    Staged::new(path.parent().unwrap_or(Path::new("")), name)
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+    Staged::new(parent, name)
 }
 
 impl CheckpointManager {
