@@ -189,6 +189,26 @@ fn llama4_with_softmax_scores_after_experts_trains_like_pytorch() {
 }
 
 #[test]
+fn qwen3_with_document_masks_trains_like_pytorch() {
+    check("qwen3_dense");
+}
+
+#[test]
+fn qwen3_with_one_table_for_embedding_and_output_trains_like_pytorch() {
+    check("qwen3_dense_tied");
+}
+
+#[test]
+fn deepseek_v3_trains_like_pytorch() {
+    check("deepseek_v3_base");
+}
+
+#[test]
+fn deepseek_v3_with_yarn_and_latent_queries_trains_like_pytorch() {
+    check("deepseek_v3_yarn");
+}
+
+#[test]
 fn parameters_and_flops_of_every_flavor_are_exact() {
     let table = json("flops.json");
     for (family, flavors) in models::FAMILIES {

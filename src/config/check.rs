@@ -3,10 +3,8 @@
 use super::JobConfig;
 use super::activation_checkpoint::AcMode;
 use super::diagnostic::{Fault, nearest};
-use crate::models::{
-    self,
-    args::{Clash, DecoderArgs},
-};
+use crate::models::args::DecoderArgs;
+use crate::models::{self, Clash};
 
 /// Families that TorchTitan has and titan does not have yet.
 const FAMILIES_TO_COME: [&str; 2] = ["llama3_ft", "flux"];

@@ -13,7 +13,7 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Model {
-    /// Family: "llama3" or "llama4".
+    /// Family: "llama3", "llama4", "qwen3" or "deepseek_v3".
     pub name: String,
     /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it. "hf": what the
     /// `config.json` says that lies beside the Hugging Face weights to start from, or else in `hf_assets_path`.

@@ -116,15 +116,6 @@ pub struct DecoderArgs {
     pub interleave_moe_layer_step: usize,
 }
 
-/// Arguments that contradict each other, or that nothing can be built with.
-#[derive(Debug)]
-pub struct Clash {
-    /// Paths within [`DecoderArgs`].
-    pub keys: &'static [&'static str],
-    pub what: String,
-    pub remedy: String,
-}
-
 /// Llama 3 and Llama 4's stretching of rotary wavelengths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -141,6 +132,33 @@ pub struct RopeScalingArgs {
     /// Context length before the stretching.
     #[schemars(range(min = 1))]
     pub original_max_position_embeddings: usize,
+}
+
+/// The rotary positions of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeArgs {
+    /// Numbers of a head that rotate.
+    pub dim: usize,
+    pub theta: f64,
+    pub layout: RopeLayout,
+    pub stretch: Stretch,
+}
+
+/// What becomes of the wavelengths that `theta` gives.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Stretch {
+    None,
+    ByWavelength(RopeScalingArgs),
+    Yarn(YarnArgs),
+}
+
+/// YaRN's arguments, as in [`DecoderArgs`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct YarnArgs {
+    pub factor: f64,
+    pub original_seq_len: usize,
+    pub beta_fast: f64,
+    pub beta_slow: f64,
 }
 
 /// Token-choice mixture of experts.
@@ -205,99 +223,6 @@ pub enum RopeLayout {
 pub enum ScoreFunc {
     Sigmoid,
     Softmax,
-}
-
-impl DecoderArgs {
-    /// Every clash between arguments; none in a model that can be built.
-    pub fn clashes(&self) -> Vec<Clash> {
-        let mut clashes = Vec::new();
-        let mut clash = |keys, what: String, remedy: String| clashes.push(Clash { keys, what, remedy });
-        let Self { dim, n_layers, n_heads, vocab_size, multiple_of, .. } = *self;
-        let n_kv_heads = self.n_kv_heads.unwrap_or(n_heads);
-        let sizes = [dim, n_layers, n_heads, n_kv_heads, vocab_size, multiple_of, self.interleave_moe_layer_step];
-        if sizes.contains(&0) || self.every_n_layers_nope == Some(0) || self.fixed_attn_block_size == Some(0) {
-            clash(&[], "a size is 0".into(), "sizes must be at least 1".into());
-            return clashes;
-        }
-        if sizes.iter().any(|size| *size >= 1 << 32) {
-            clash(&[], "a size is beyond any machine".into(), "sizes must be below 2^32".into());
-            return clashes;
-        }
-        if !dim.is_multiple_of(n_heads) {
-            clash(
-                &["dim", "n_heads"],
-                format!("`dim` {dim} does not divide into {n_heads} heads"),
-                format!("`dim` must be a multiple of `n_heads`; nearest: {}", dim.div_ceil(n_heads) * n_heads),
-            );
-        } else if (dim / n_heads) % 2 == 1 {
-            clash(
-                &["dim", "n_heads"],
-                format!("heads of {} numbers cannot rotate in pairs", dim / n_heads),
-                "`dim / n_heads` must be even".into(),
-            );
-        }
-        if !n_heads.is_multiple_of(n_kv_heads) {
-            // No model has more heads; a slip of twelve digits should not take minutes.
-            let allowed = (1..=n_heads.min(1000)).filter(|n| n_heads.is_multiple_of(*n)).map(|n| n.to_string());
-            clash(
-                &["n_kv_heads", "n_heads"],
-                format!("{n_heads} query heads cannot share {n_kv_heads} key/value heads equally"),
-                format!("`n_kv_heads` must divide `n_heads`; allowed: {}", allowed.collect::<Vec<_>>().join(", ")),
-            );
-        }
-        if self.ffn_hidden_dim() == 0 {
-            clash(
-                &["ffn_dim_multiplier"],
-                "the feed-forward would have no width".into(),
-                "raise `ffn_dim_multiplier`".into(),
-            );
-        }
-        if let Some(moe) = &self.moe_args
-            && !(1..=moe.num_experts).contains(&moe.top_k)
-        {
-            clash(
-                &["moe_args.top_k", "moe_args.num_experts"],
-                format!("a token cannot go to {} of {} experts", moe.top_k, moe.num_experts),
-                "`top_k` must be at least 1 and at most `num_experts`".into(),
-            );
-        }
-        clashes
-    }
-
-    /// Width of a dense feed-forward: `hidden_dim`, else two thirds of `4 * dim`, times `ffn_dim_multiplier`, up to a multiple of `multiple_of`.
-    pub fn ffn_hidden_dim(&self) -> usize {
-        if let Some(hidden_dim) = self.hidden_dim.or(self.inter_dim) {
-            return hidden_dim;
-        }
-        self.unrounded_hidden_dim().next_multiple_of(self.multiple_of)
-    }
-
-    /// Width of one expert: `moe_inter_dim`, else that of a dense feed-forward, shared among the active experts if `auto_scale_hidden_dim`.
-    pub fn moe_hidden_dim(&self) -> usize {
-        if let Some(hidden_dim) = self.moe_inter_dim {
-            return hidden_dim;
-        }
-        let active = match &self.moe_args {
-            Some(moe) if self.auto_scale_hidden_dim => moe.top_k + moe.num_shared_experts,
-            _ => 1,
-        };
-        (self.unrounded_hidden_dim() / active).next_multiple_of(self.multiple_of)
-    }
-
-    /// Layers `n - 1, 2n - 1, ...` of an `interleave_moe_layer_step` of `n`, except for the first `n_dense_layers`, where
-    /// there are experts at all.
-    pub fn is_moe_layer(&self, layer: usize) -> bool {
-        let has_experts = self.moe_enabled && self.moe_args.is_some();
-        has_experts && layer >= self.n_dense_layers && (layer + 1).is_multiple_of(self.interleave_moe_layer_step)
-    }
-
-    fn unrounded_hidden_dim(&self) -> usize {
-        let hidden_dim = 8 * self.dim / 3;
-        match self.ffn_dim_multiplier {
-            Some(factor) => (factor * hidden_dim as f64) as usize,
-            None => hidden_dim,
-        }
-    }
 }
 
 impl Default for DecoderArgs {
@@ -373,26 +298,5 @@ impl Default for MoeArgs {
             load_balance_coeff: Some(1e-3),
             force_load_balance: false,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn feed_forward_widths_are_those_of_the_published_models() {
-        let llama3_8b = DecoderArgs { multiple_of: 1024, ffn_dim_multiplier: Some(1.3), ..Default::default() };
-        assert_eq!(llama3_8b.ffn_hidden_dim(), 14_336);
-
-        let llama4_scout = DecoderArgs {
-            dim: 5120,
-            multiple_of: 2048,
-            ffn_dim_multiplier: Some(1.2),
-            auto_scale_hidden_dim: true,
-            moe_args: Some(MoeArgs { num_experts: 16, ..Default::default() }),
-            ..Default::default()
-        };
-        assert_eq!((llama4_scout.ffn_hidden_dim(), llama4_scout.moe_hidden_dim()), (16_384, 8192));
     }
 }

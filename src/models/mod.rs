@@ -3,15 +3,18 @@
 //! A family is a file that fills [`args::DecoderArgs`] for each of its flavors; [`decoder::Decoder`] builds any of them.
 
 pub mod args;
+mod clashes;
 pub mod decoder;
 mod deepseek_v3;
 pub mod hf;
 mod init;
+pub mod layer;
 mod layers;
 mod llama3;
 mod llama4;
 mod qwen3;
 
+pub use clashes::Clash;
 pub use decoder::Decoder;
 pub use init::initialize;
 

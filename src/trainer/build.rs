@@ -213,12 +213,13 @@ fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderAr
             )));
         }
         args.vocab_size = needed;
+        let tables = if args.enable_weight_tying { 1 } else { 2 };
         warn!(
             "The tokenizer has {} entries, the flavor {}: the model takes the tokenizer's, which costs {} parameters \
              more. A smaller tokenizer saves them.",
             grouped(needed as f64, 0),
             grouped(vocab_size as f64, 0),
-            grouped((2 * args.dim * (needed - vocab_size)) as f64, 0)
+            grouped((tables * args.dim * (needed - vocab_size)) as f64, 0)
         );
     }
     let longest = config.training.seq_len.max(if config.validation.enable { config.validation.seq_len } else { 0 });
