@@ -9,6 +9,7 @@ mod init;
 mod layers;
 mod llama3;
 mod llama4;
+pub mod lora;
 
 pub use decoder::Decoder;
 pub use init::initialize;

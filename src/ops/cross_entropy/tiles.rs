@@ -104,8 +104,8 @@ impl<'a> Head<'a> {
     }
 
     /// The sum of all losses. Writes `mean` times its gradient with respect to `x` to `dx`, `(rows, dim)`, and adds that
-    /// with respect to the weight to `grad`, `(vocab_size, dim)`.
-    pub fn loss_grad(&self, mean: f32, dx: &mut [f32], grad: &mut [f32]) -> f64 {
+    /// with respect to the weight to `grad`, `(vocab_size, dim)`, if it is wanted.
+    pub fn loss_grad(&self, mean: f32, dx: &mut [f32], mut grad: Option<&mut [f32]>) -> f64 {
         let statistics = self.statistics();
         let (rows, dim) = (self.x.rows, self.x.cols);
         let width = dim.next_multiple_of(TILE);
@@ -142,8 +142,9 @@ impl<'a> Head<'a> {
                 });
                 scratch.gradient = gradient;
             });
-            let grad = &mut grad[first * dim..(first + weight.rows) * dim];
-            self.add_products(&x_columns, &gradient, grad);
+            if let Some(grad) = grad.as_deref_mut() {
+                self.add_products(&x_columns, &gradient, &mut grad[first * dim..(first + weight.rows) * dim]);
+            }
         }
         for (dx, sums) in dx.chunks_exact_mut(dim).zip(sums.chunks_exact(width)) {
             dx.copy_from_slice(&sums[..dim]);
