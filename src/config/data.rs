@@ -12,9 +12,9 @@ pub struct Data {
     pub text_field: String,
     /// Field of `dataset = "chat"` that holds the messages, each with `role` and `content`.
     pub messages_field: String,
-    /// Fields of `dataset = "instruct"`: what is given, and what is to be learned.
+    /// Field of `dataset = "instruct"` that holds what is given.
     pub prompt_field: String,
-    /// See `prompt_field`.
+    /// Field of `dataset = "instruct"` that holds what is learned.
     pub completion_field: String,
     /// Malformed records that are skipped and counted before the run stops. 0: the first one stops it.
     pub max_bad_records: usize,

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Model {
-    /// Family: "llama3" or "llama4".
+    /// Family, such as "llama3"; `titan models` lists all.
     pub name: String,
     /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it.
     pub flavor: String,
