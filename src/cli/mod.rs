@@ -11,6 +11,7 @@ use crate::tools::{logging, signals};
 pub mod config;
 pub mod download_tokenizer;
 pub mod generate;
+pub mod models;
 pub mod tokenize;
 pub mod train;
 pub mod train_tokenizer;
@@ -28,6 +29,7 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Generate(generate::Args),
+    Models(models::Args),
     Config(config::Args),
     DownloadTokenizer(download_tokenizer::Args),
     TrainTokenizer(train_tokenizer::Args),
@@ -47,6 +49,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Config(args) => config::run(args, &overrides),
         _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
         Command::Generate(args) => generate::run(args),
+        Command::Models(args) => models::run(args),
         Command::DownloadTokenizer(args) => download_tokenizer::run(args),
         Command::TrainTokenizer(args) => train_tokenizer::run(args),
         Command::Tokenize(args) => tokenize::run(args),

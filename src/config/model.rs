@@ -7,13 +7,14 @@ use serde::{Deserialize, Serialize};
 use super::none;
 use super::schema::{self, TORCH};
 use crate::models::args::DecoderArgs;
+use crate::models::lora::Lora;
 use crate::{Error, Result};
 
 /// Which model, and the files that come with it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Model {
-    /// Family: "llama3", "llama4", "qwen3" or "deepseek_v3".
+    /// Family, such as "llama3"; `titan models` lists all.
     pub name: String,
     /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it.
     pub flavor: String,
@@ -30,6 +31,7 @@ pub struct Model {
     pub print_after_conversion: bool,
     /// The model's arguments, over those of its flavor: any of them, such as `dim = 512` or `moe_args.num_experts = 16`.
     pub args: ModelArgs,
+    pub lora: Lora,
 }
 
 impl Default for Model {
@@ -42,6 +44,7 @@ impl Default for Model {
             converters: Vec::new(),
             print_after_conversion: false,
             args: ModelArgs::default(),
+            lora: Lora::default(),
         }
     }
 }

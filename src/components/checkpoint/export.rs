@@ -10,37 +10,35 @@ use super::manifest::Kind;
 use super::staged::Staged;
 use super::step_folder::step_name;
 use super::tensors::{self, Entry};
-use super::{CheckpointManager, State, json_text};
+use super::{CheckpointManager, json_text};
 use crate::models::hf::{self, Family, Mapping};
 use crate::{Error, Result};
 
 impl CheckpointManager {
-    pub(super) fn export(&self, step: usize, state: &State) -> Result<()> {
+    /// Writes what `last_save_model_only` asks for: the whole `model` after `step`.
+    pub fn export(&self, step: usize, model: &[(String, Tensor)]) -> Result<()> {
         let keys = &self.keys;
         let dtype: DType = keys.export_dtype.into();
         let suffix = if keys.last_save_in_hf { "hf" } else { hf::dtype_name(dtype) };
         let name = format!("{}-{suffix}", step_name(step));
         if keys.last_save_in_hf {
-            self.export_to_hugging_face(&name, state)?;
-        } else if !keys.last_save_model_only {
-            return Ok(());
-        } else if state.model.iter().all(|(_, tensor)| tensor.dtype() == dtype) {
+            self.export_to_hugging_face(&name, model)?;
+        } else if self.base.is_none() && model.iter().all(|(_, tensor)| tensor.dtype() == dtype) {
             info!("The model alone, in {}, is {}/model.safetensors", hf::dtype_name(dtype), step_name(step));
             return Ok(());
         } else {
             let mut folder = Staged::new(&self.folder, &name)?;
-            tensors::write(&mut folder, "model", tensors::entries(state.model, Some(dtype)))?;
+            tensors::write(&mut folder, "model", tensors::entries(model, Some(dtype)))?;
             self.seal(folder, step, Kind::ModelOnly)?;
         }
         info!("Exported the model in {} to {}", hf::dtype_name(dtype), self.folder.join(name).display());
         Ok(())
     }
 
-    fn export_to_hugging_face(&self, name: &str, state: &State) -> Result<()> {
+    fn export_to_hugging_face(&self, name: &str, model: &[(String, Tensor)]) -> Result<()> {
         let config = self.hf_config()?;
-        let tensors: HashMap<&str, &Tensor> =
-            state.model.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        if has_expert_bias(state.model)? {
+        let tensors: HashMap<&str, &Tensor> = model.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        if has_expert_bias(model)? {
             warn!(
                 "Hugging Face's format has no expert_bias: where it decides, {name} sends tokens to other experts than titan does"
             );
