@@ -59,6 +59,13 @@ pub fn run(args: Args) -> Result<()> {
         }
         (None, None) => unreachable!("clap requires one of them"),
     };
+    if model.adapters.is_some() {
+        return Err(Error::Checkpoint(format!(
+            "{} holds adapters only\n   = checkpoint.last_save_model_only writes the model with its adapters merged; \
+             convert that",
+            model.path.display()
+        )));
+    }
     // Documents are told apart in training only; any token will do to describe the model.
     let shapes = Decoder::new(&model.args, Some(0))?.state_shapes();
     let fitted = model.weights.fit(&shapes)?;
@@ -82,7 +89,7 @@ pub fn run(args: Args) -> Result<()> {
         export.write(&args.to, 0, &job(&model).to_toml())
     } else {
         let model = HuggingFaceModel {
-            family: Family::of(&model.name)?,
+            family: Family::of(&model.name, &model.args)?,
             args: &model.args,
             dtype: dtype.unwrap_or(fitted.dtype("tok_embeddings.weight")),
             bos_id: tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id()),

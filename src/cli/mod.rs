@@ -12,6 +12,7 @@ pub mod config;
 pub mod convert;
 pub mod download_tokenizer;
 pub mod generate;
+pub mod models;
 pub mod tokenize;
 pub mod train;
 pub mod train_tokenizer;
@@ -29,6 +30,7 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Generate(generate::Args),
+    Models(models::Args),
     Config(config::Args),
     Convert(convert::Args),
     DownloadTokenizer(download_tokenizer::Args),
@@ -50,6 +52,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
         Command::Convert(args) => convert::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Models(args) => models::run(args),
         Command::DownloadTokenizer(args) => download_tokenizer::run(args),
         Command::TrainTokenizer(args) => train_tokenizer::run(args),
         Command::Tokenize(args) => tokenize::run(args),

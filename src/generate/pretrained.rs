@@ -8,6 +8,7 @@ use crate::components::checkpoint::{StepFolder, Weights, holds_hugging_face, ope
 use crate::config;
 use crate::data::tokenizer::{Tokenizer, TokenizerFile};
 use crate::models::args::DecoderArgs;
+use crate::models::lora::Lora;
 use crate::models::{self, hf};
 use crate::{Error, Result};
 
@@ -17,7 +18,10 @@ pub struct Pretrained {
     /// Its `model.name`.
     pub name: String,
     pub args: DecoderArgs,
+    /// Its own, or those of its adapters.
     pub weights: Weights,
+    /// How it was adapted, and the weights that its adapters are for.
+    pub adapters: Option<(Lora, Weights)>,
     /// The precision that it was made to compute in.
     pub compute: DType,
     /// The files of its tokenizer; none if it was trained on token shards.
@@ -46,7 +50,8 @@ impl Pretrained {
         let is_f32 = stored.into_iter().find(|dtype| dtype.is_string()).is_some_and(|dtype| dtype == "float32");
         Ok(Self {
             name: family.name().to_owned(),
-            weights: Weights::open_hugging_face(path, family, &args, false)?,
+            weights: Weights::open_hugging_face(path, family.name(), &args, false)?,
+            adapters: None,
             args,
             compute: if is_f32 { DType::F32 } else { DType::BF16 },
             tokenizer_files: Tokenizer::files_in(path)?,
@@ -60,9 +65,12 @@ impl Pretrained {
         let job = config::parse(&format!("{}/config.toml", path.display()), &folder.config_toml()?)?.config;
         let base = models::flavor(&job.model.name, &job.model.flavor)
             .ok_or_else(|| Error::Model(format!("there is no model {} {}", job.model.name, job.model.flavor)))?;
+        let args = job.model.args.apply(&base)?;
+        let adapted = folder.base()?.map(|base| base.open(&job.model.name, &args)).transpose()?;
         let files = folder.tokenizer_files()?.into_iter();
         Ok(Self {
-            args: job.model.args.apply(&base)?,
+            args,
+            adapters: adapted.map(|weights| (job.model.lora, weights)),
             name: job.model.name,
             weights: folder.model()?,
             compute: job.training.mixed_precision_param.into(),

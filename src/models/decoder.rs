@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use super::args::{DecoderArgs, RopeArgs};
 use super::layer::Span;
 use super::layers::{Block, ExpertLoad, LayerCache};
+use super::lora::{self, Adapters, Lora};
 use crate::autograd::{Init, Parameter, Precision, StageBuilder, Value};
 use crate::engine::{Pass, Stages};
 use crate::ops::{self, AttentionMask, LossAndGrad, RopeTable};
@@ -36,6 +37,8 @@ pub struct Decoder {
     rope_tables: Vec<RopeTable>,
     /// The spans of attention among the layers.
     spans: Vec<Span>,
+    /// Adapters of the weights, which then are frozen.
+    adapters: Option<Adapters>,
 }
 
 /// A block, and which of the rope tables and masks of a [`Sequence`] are its.
@@ -100,22 +103,81 @@ impl Decoder {
         let head = &mut stages[args.n_layers + 1];
         let norm = head.parameter("norm.weight", &[args.dim], Init::Constant(1.0));
         let output = if tied { tok_embeddings.clone() } else { head.parameter("output.weight", &shape, of_output) };
-        let args = args.clone();
-        Ok(Self { args, tok_embeddings, layers, norm, output, stages, eos_id, ropes, rope_tables: Vec::new(), spans })
+        Ok(Self {
+            args: args.clone(),
+            tok_embeddings,
+            layers,
+            norm,
+            output,
+            stages,
+            eos_id,
+            ropes,
+            rope_tables: Vec::new(),
+            spans,
+            adapters: None,
+        })
     }
 
-    /// Takes the memory for weights, and for gradients if the model is to be trained.
+    /// Freezes the weights, and gives adapters to those that `lora` names; nothing happens without a rank. `seed` decides
+    /// what dropout leaves out. Comes before [`Decoder::allocate`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a target is no linear layer of the model.
+    pub fn adapt(&mut self, lora: &Lora, seed: u64) -> Result<()> {
+        self.adapters = lora.rank.map(|rank| Adapters::new(&self.stages, lora, rank, seed)).transpose()?;
+        Ok(())
+    }
+
+    pub fn adapters(&self) -> Option<&Adapters> {
+        self.adapters.as_ref()
+    }
+
+    /// From here on, adapters leave out what pass `pass` of the training does, counted from 1; `None`: nothing.
+    pub fn drop_out(&self, pass: Option<u64>) {
+        if let Some(adapters) = &self.adapters {
+            adapters.dropout().set_pass(pass);
+        }
+    }
+
+    /// Adds the adapters to their weights, and leaves a model that never had any.
+    pub fn merge(&mut self) -> Result<()> {
+        for parameter in self.parameters() {
+            if let Some(adapter) = parameter.adapter() {
+                parameter.set(&lora::merged(parameter, &adapter)?)?;
+                parameter.set_adapter(None);
+            }
+        }
+        self.adapters = None;
+        Ok(())
+    }
+
+    /// What the optimizer updates: the adapters if there are any, else everything.
+    pub fn trained(&self) -> &[StageBuilder] {
+        self.adapters.as_ref().map_or(&self.stages, Adapters::stages)
+    }
+
+    /// The parameters of [`Decoder::trained`].
+    pub fn trained_parameters(&self) -> impl Iterator<Item = &Arc<Parameter>> {
+        self.trained().iter().flat_map(StageBuilder::parameters)
+    }
+
+    /// Takes the memory for weights, and for gradients if the model is to be trained. Frozen weights are held in the compute
+    /// dtype only.
     pub fn allocate(&mut self, precision: Precision, device: &Device, with_grads: bool) -> Result<()> {
         let tables = self.ropes.iter().map(|rope| RopeTable::new(rope, self.args.max_seq_len, device));
         self.rope_tables = tables.collect::<Result<_>>()?;
-        self.stages.iter().try_for_each(|stage| stage.allocate(precision, device, with_grads))
+        let Some(adapters) = &self.adapters else {
+            return self.stages.iter().try_for_each(|stage| stage.allocate(precision, device, with_grads));
+        };
+        self.stages.iter().try_for_each(|stage| stage.allocate(precision.frozen(), device, false))?;
+        adapters.stages().iter().try_for_each(|stage| stage.allocate(precision, device, with_grads))
     }
 
     pub fn args(&self) -> &DecoderArgs {
         &self.args
     }
 
-    /// All parameters, in the order of the stages.
+    /// All parameters but those of adapters, in the order of the stages.
     pub fn parameters(&self) -> impl Iterator<Item = &Arc<Parameter>> {
         self.stages.iter().flat_map(StageBuilder::parameters)
     }
@@ -126,10 +188,13 @@ impl Decoder {
         layers.filter_map(|(index, layer)| Some((index, layer.block.expert_load()?))).collect()
     }
 
-    /// Everything that a checkpoint of the model holds: parameters, and the biases of experts.
+    /// Everything that a checkpoint of the model holds: parameters, and the biases of experts. With adapters, these alone.
     pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
         let mut state: Vec<(String, Tensor)> =
-            self.parameters().map(|p| Ok((p.fqn().to_owned(), p.weights()?))).collect::<Result<_>>()?;
+            self.trained_parameters().map(|p| Ok((p.fqn().to_owned(), p.weights()?))).collect::<Result<_>>()?;
+        if self.adapters.is_some() {
+            return Ok(state);
+        }
         for load in self.expert_loads().values() {
             if let Some(bias) = load.bias() {
                 let n = bias.len();
@@ -141,18 +206,27 @@ impl Decoder {
 
     /// Names and shapes of what [`Decoder::state`] holds; needs no memory.
     pub fn state_shapes(&self) -> Vec<(String, Vec<usize>)> {
+        match &self.adapters {
+            Some(_) => self.trained_parameters().map(|p| (p.fqn().to_owned(), p.shape().to_vec())).collect(),
+            None => self.base_shapes(),
+        }
+    }
+
+    /// Names and shapes of the weights that adapters are for, with the biases of experts.
+    pub fn base_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let parameters = self.parameters().map(|p| (p.fqn().to_owned(), p.shape().to_vec()));
         let biases = self.expert_loads().into_values();
         let biases = biases.filter_map(|load| Some((load.fqn().to_owned(), vec![load.bias()?.len()])));
         parameters.chain(biases).collect()
     }
 
-    /// Overwrites one entry of what [`Decoder::state`] holds.
+    /// Overwrites one entry of what [`Decoder::state`] holds, or of [`Decoder::base_shapes`].
     ///
     /// # Errors
     /// [`Error::Model`] if there is no such entry.
     pub fn set(&self, fqn: &str, values: &Tensor) -> Result<()> {
-        if let Some(parameter) = self.parameters().find(|parameter| parameter.fqn() == fqn) {
+        let mut parameters = self.parameters().chain(self.trained_parameters());
+        if let Some(parameter) = parameters.find(|parameter| parameter.fqn() == fqn) {
             return parameter.set(values);
         }
         match self.expert_loads().values().find(|load| load.fqn() == fqn) {
@@ -162,34 +236,44 @@ impl Decoder {
         Ok(())
     }
 
-    /// Number of parameters. Biases of experts are not trained and do not count.
+    /// Number of parameters, without those of adapters. Biases of experts are not trained and do not count.
     pub fn n_params(&self) -> usize {
         self.stages.iter().map(StageBuilder::numel).sum()
     }
 
+    /// Number of parameters that a token meets: an expert's count as often as it is chosen.
+    pub fn n_active_params(&self) -> usize {
+        self.parameters().map(|p| self.n_active(p)).sum()
+    }
+
+    fn n_active(&self, parameter: &Parameter) -> usize {
+        match &self.args.moe_args {
+            Some(moe) if parameter.fqn().contains(".moe.experts.") => parameter.numel() * moe.top_k / moe.num_experts,
+            _ => parameter.numel(),
+        }
+    }
+
     /// Floating-point operations to train on one token, forward and backward: 6 per weight that a token meets (an
-    /// expert counts as often as it is chosen, the embedding only where it is the output layer too), and `6 · n_layers ·
-    /// n_heads · (width of a key + width of a value) · seq_len` for attention.
+    /// expert counts as often as it is chosen, the embedding only where it is the output layer too; a frozen weight 4, as
+    /// it has no gradient), and `6 · n_layers · n_heads · (width of a key + width of a value) · seq_len` for attention.
     ///
     /// # Source
     /// Chowdhery et al., arXiv:2204.02311, appendix B.
     pub fn flops_per_token(&self, seq_len: usize) -> u64 {
-        let active: usize = self
-            .parameters()
-            .filter(|p| self.args.enable_weight_tying || !Arc::ptr_eq(p, &self.tok_embeddings))
-            .map(|p| match &self.args.moe_args {
-                Some(moe) if p.fqn().contains(".moe.experts.") => p.numel() * moe.top_k / moe.num_experts,
-                _ => p.numel(),
-            })
-            .sum();
-        let attention =
-            self.args.n_layers * self.args.n_heads * (self.args.qk_head_dim() + self.args.value_head_dim()) * seq_len;
-        6 * (active + attention) as u64
+        let is_used = |p: &Parameter| self.args.enable_weight_tying || !std::ptr::eq(p, &*self.tok_embeddings);
+        let active: usize = self.parameters().filter(|p| is_used(p)).map(|p| self.n_active(p)).sum();
+        let head_dims = self.args.qk_head_dim() + self.args.value_head_dim();
+        let attention = self.args.n_layers * self.args.n_heads * head_dims * seq_len;
+        let of_weights = match &self.adapters {
+            None => 6 * active,
+            Some(adapters) => 4 * active + 6 * adapters.stages().iter().map(StageBuilder::numel).sum::<usize>(),
+        };
+        (of_weights + 6 * attention) as u64
     }
 
     /// The logits of all tokens, `(b, s, vocab_size)`, in f32.
     pub fn logits(&self, tokens: &Tensor) -> Result<Tensor> {
-        let sequence = self.context(tokens)?;
+        let sequence = self.context(tokens, None)?;
         let mut x = self.embed(tokens)?;
         for layer in 0..self.n_blocks() {
             x = self.block(layer, &Value::constant(x), &sequence, Pass::Evaluation)?.tensor().clone();
@@ -273,12 +357,15 @@ impl Stages for Decoder {
         &self.stages
     }
 
-    fn context(&self, tokens: &Tensor) -> Result<Sequence> {
+    fn context(&self, tokens: &Tensor, document_starts: Option<&[u32]>) -> Result<Sequence> {
         let (b, s) = tokens.dims2()?;
-        let mut mask = AttentionMask::causal();
-        if let (true, Some(eos_id)) = (self.args.masks_documents(), self.eos_id) {
-            mask = mask.within_documents(&tokens.flatten_all()?.to_vec1::<u32>()?, s, eos_id);
-        }
+        let mask = AttentionMask::causal();
+        let mask = match (document_starts, self.eos_id) {
+            _ if !self.args.masks_documents() => mask,
+            (Some(starts), _) => mask.raised_to(starts.to_vec()),
+            (None, Some(eos_id)) => mask.within_documents(&tokens.flatten_all()?.to_vec1::<u32>()?, s, eos_id),
+            (None, None) => mask,
+        };
         self.positions(mask, b, 0..s)
     }
 

@@ -12,6 +12,7 @@ pub mod layer;
 mod layers;
 mod llama3;
 mod llama4;
+pub mod lora;
 mod qwen3;
 
 pub use clashes::Clash;

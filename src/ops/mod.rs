@@ -26,7 +26,7 @@ pub use adamw::{AdamStep, adam_step, sum_of_squares};
 pub use add::add;
 pub(crate) use add::add_tensors;
 pub use attention::{AttentionMask, attention};
-pub use cross_entropy::{LossAndGrad, cross_entropy_grad, cross_entropy_loss};
+pub use cross_entropy::{IGNORE_INDEX, LossAndGrad, cross_entropy_grad, cross_entropy_loss};
 pub use embedding::{embedding, embedding_backward};
 pub use linear::{by_head, linear, logits};
 pub use matmul::measured_peak_flops;

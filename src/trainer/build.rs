@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use tracing::{info, warn};
 
 use super::Trainer;
@@ -18,9 +18,9 @@ use crate::config::{AcMode, JobConfig, Loaded, ModelArgs, OptimizerName};
 use crate::data::datasets::{self, DatasetSpec, Vocabulary};
 use crate::data::tokenizer::Tokenizer;
 use crate::data::{Encode, Loader, LoaderOptions, hub};
-use crate::engine::{Recompute, Stages};
-use crate::models::args::DecoderArgs;
-use crate::models::hf::{self, Family};
+use crate::engine::Recompute;
+use crate::models::args::{AttnMaskType, AttnType, DecoderArgs};
+use crate::models::hf;
 use crate::models::{self, Decoder};
 use crate::tools::device::{DeviceFacts, GIB};
 use crate::{Error, Result};
@@ -78,6 +78,8 @@ impl Trainer {
         info!("Device: {facts}");
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
+        let adapts = config.model.lora.rank.is_some();
+        let base = adapts.then(|| checkpoints.open_base()).transpose()?;
         let resume = checkpoints.find()?;
         let train_state = resume.as_ref().and_then(|resume| resume.train_state.clone());
         let seed = match (&train_state, config.debug.seed) {
@@ -98,12 +100,19 @@ impl Trainer {
         let validator = validator(&config, &text)?;
 
         let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
+        model.adapt(&config.model.lora, seed)?;
         let flops_per_token = model.flops_per_token(config.training.seq_len);
+        let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
         info!(
-            "Model {} {}: {} parameters, {:.1} MFLOP per token",
+            "Model {} {}: {} parameters{}, {:.1} MFLOP per token",
             config.model.name,
             config.model.flavor,
             grouped(model.n_params() as f64, 0),
+            if adapts {
+                format!(", {} more in adapters, which are trained", grouped(trained as f64, 0))
+            } else {
+                String::new()
+            },
             flops_per_token as f64 / 1e6
         );
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
@@ -115,12 +124,15 @@ impl Trainer {
             betas: (config.optimizer.beta1, config.optimizer.beta2),
             eps: config.optimizer.eps,
         };
-        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.stages())?;
+        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.trained())?;
 
         let step = train_state.as_ref().map_or(0, |state| state.step);
+        if let Some(base) = base {
+            base.load(&model.base_shapes(), |name, tensor| model.set(name, &tensor))?;
+        }
         match resume.as_ref().and_then(|resume| resume.model.as_ref()) {
-            Some(weights) => load_model(&model, weights)?,
-            None => model.parameters().try_for_each(|parameter| models::initialize(parameter, seed))?,
+            Some(weights) => weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))?,
+            None => model.trained_parameters().try_for_each(|parameter| models::initialize(parameter, seed))?,
         }
         if let Some(resume) = &resume {
             if let Some(weights) = &resume.optimizer {
@@ -231,6 +243,17 @@ fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderAr
         )));
     }
     args.max_seq_len = longest;
+    let spec = train_spec(config);
+    if spec.is_of_examples() && !model.args.sets("attn_mask_type") && !args.masks_documents() {
+        info!(
+            "Attention stays inside each document of `{}`: model.args.attn_mask_type = \"block_causal\"",
+            spec.dataset
+        );
+        args.attn_mask_type = AttnMaskType::BlockCausal;
+        if args.attn_type == AttnType::Sdpa {
+            args.attn_type = AttnType::Varlen;
+        }
+    }
     if let Some(moe) = &mut args.moe_args {
         moe.force_load_balance |= config.debug.moe_force_load_balance;
     }
@@ -249,7 +272,7 @@ fn args_of_config_json(config: &JobConfig) -> Result<DecoderArgs> {
         )));
     }
     let (family, args) = hf::args_from_config(&read_config(folder)?)?;
-    if Family::of(&config.model.name)? != family {
+    if !family.is_named(&config.model.name) {
         return Err(Error::Model(format!(
             "{} describes a {} model, and model.name is {:?}",
             folder.join("config.json").display(),
@@ -265,6 +288,9 @@ fn train_spec(config: &JobConfig) -> DatasetSpec {
         dataset: config.training.dataset.clone(),
         dataset_path: config.training.dataset_path.clone(),
         text_field: config.data.text_field.clone(),
+        messages_field: config.data.messages_field.clone(),
+        prompt_field: config.data.prompt_field.clone(),
+        completion_field: config.data.completion_field.clone(),
         max_bad_records: config.data.max_bad_records,
         validates: None,
     }
@@ -310,10 +336,9 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
 /// Refuses a model whose weights, gradients and moments alone are more than the machine holds, rather than be killed by
 /// the system.
 fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> Result<()> {
-    let Precision { storage, compute } = precision;
-    let copy = if compute == storage { 0 } else { compute.size_in_bytes() };
-    let per_parameter = 3 * storage.size_in_bytes() + DType::F32.size_in_bytes() + copy;
-    let needed = model.n_params() as f64 * per_parameter as f64;
+    let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
+    let frozen = if model.adapters().is_some() { model.n_params() } else { 0 };
+    let needed = (trained * precision.training_bytes() + frozen * precision.frozen_bytes()) as f64;
     let there = facts.total_memory_bytes as f64;
     if there > 0.0 && needed > there {
         return Err(Error::Model(format!(
@@ -336,12 +361,8 @@ fn recompute(config: &JobConfig) -> Recompute {
     }
 }
 
-fn load_model(model: &Decoder, weights: &Weights) -> Result<()> {
-    weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))
-}
-
 fn load_moments(optimizer: &mut Optimizer, model: &Decoder, weights: &Weights, steps: u64) -> Result<()> {
-    let windows: HashMap<String, Tensor> = optimizer.state(model.stages())?.into_iter().collect();
+    let windows: HashMap<String, Tensor> = optimizer.state(model.trained())?.into_iter().collect();
     let expected: Vec<_> = windows.iter().map(|(name, window)| (name.clone(), window.dims().to_vec())).collect();
     weights.load(&expected, |name, tensor| {
         let window = &windows[name];

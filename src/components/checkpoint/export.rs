@@ -13,7 +13,7 @@ use super::staged::Staged;
 use super::step_folder::{step_name, step_of};
 use super::tensors::{self, Entry, SHARD_BYTES};
 use super::weights::{CONFIG_JSON, Parameter, Parameters};
-use super::{CheckpointManager, State, json_text, seal};
+use super::{CheckpointManager, json_text, seal};
 use crate::models::args::DecoderArgs;
 use crate::models::hf::{self, ExpertTensors, Family, Mapping};
 use crate::{Error, Result};
@@ -161,17 +161,14 @@ fn stage(path: &Path) -> Result<Staged> {
 }
 
 impl CheckpointManager {
-    pub(super) fn export(&self, step: usize, state: &State) -> Result<()> {
+    /// Writes what `last_save_model_only` asks for: the whole `model` after `step`.
+    pub fn export(&self, step: usize, model: &[(String, Tensor)]) -> Result<()> {
         let keys = &self.keys;
         let dtype: DType = keys.export_dtype.into();
         let suffix = if keys.last_save_in_hf { "hf" } else { hf::dtype_name(dtype) };
         let path = self.folder.join(format!("{}-{suffix}", step_name(step)));
-        if !keys.last_save_model_only {
-            return Ok(());
-        }
-        let shapes: Vec<_> = state.model.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect();
-        let tensors: HashMap<&str, &Tensor> =
-            state.model.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let shapes: Vec<_> = model.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect();
+        let tensors: HashMap<&str, &Tensor> = model.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let export = Export {
             shapes: &shapes,
             parameters: &tensors,
@@ -180,9 +177,10 @@ impl CheckpointManager {
             max_shard_bytes: SHARD_BYTES,
             progress: &|_| (),
         };
+        let as_trained = || model.iter().all(|(name, tensor)| tensor.dtype() == export.dtype_of(name));
         if keys.last_save_in_hf {
             export.write_hugging_face(&path, &self.hugging_face_model()?)?;
-        } else if state.model.iter().all(|(name, tensor)| tensor.dtype() == export.dtype_of(name)) {
+        } else if self.base.is_none() && as_trained() {
             info!("The model alone, in {}, is {}/model.safetensors", hf::dtype_name(dtype), step_name(step));
             return Ok(());
         } else {
@@ -195,7 +193,7 @@ impl CheckpointManager {
     pub(super) fn hugging_face_model(&self) -> Result<HuggingFaceModel<'_>> {
         let assets = &self.assets;
         Ok(HuggingFaceModel {
-            family: Family::of(&assets.model_name)?,
+            family: Family::of(&assets.model_name, &assets.args)?,
             args: &assets.args,
             dtype: self.keys.export_dtype.into(),
             bos_id: assets.bos_id,

@@ -57,16 +57,19 @@ impl Weights {
         Ok(Self { files: TensorFiles::open_files(path, files)?, hugging_face: None })
     }
 
-    /// The same in Hugging Face's names. A `config.json` beside them must describe a model that titan computes.
+    /// The same in Hugging Face's names. A `config.json` beside them must describe a model that titan computes, and that
+    /// is the one of `args`.
     ///
     /// 8-bit weights are dequantised if that config says that there are some, or if `quantized` does.
-    pub fn open_hugging_face(path: &Path, family: Family, args: &DecoderArgs, quantized: bool) -> Result<Self> {
+    pub fn open_hugging_face(path: &Path, model_name: &str, args: &DecoderArgs, quantized: bool) -> Result<Self> {
         let mut quantized_block = quantized.then_some(fp8::DEFAULT_BLOCK);
-        if path.join(CONFIG_JSON).is_file() {
+        let family = if path.join(CONFIG_JSON).is_file() {
             let config = read_config(path)?;
-            check_config(&path.join(CONFIG_JSON), &config, family, args)?;
             quantized_block = hf::quantized_block(&config).ok().flatten().or(quantized_block);
-        }
+            checked_family(&path.join(CONFIG_JSON), &config, model_name, args)?
+        } else {
+            Family::of(model_name, args)?
+        };
         let files = TensorFiles::open(path)?;
         let mut mappings = hf::mappings(family, args, ExpertTensors::of(files.names()));
         // A model that was saved as text-only has no prefix.
@@ -264,12 +267,12 @@ pub fn read_config(folder: &Path) -> Result<Value> {
     serde_json::from_slice(&text).map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))
 }
 
-/// Refuses what would load and compute something else.
-fn check_config(path: &Path, config: &Value, family: Family, args: &DecoderArgs) -> Result<()> {
+/// The family of a config, unless what it describes would load and compute something else.
+fn checked_family(path: &Path, config: &Value, model_name: &str, args: &DecoderArgs) -> Result<Family> {
     let fault = |what: String| Error::Checkpoint(format!("{}: {what}", path.display()));
-    let (found, source) = hf::args_from_config(config).map_err(|error| fault(error.to_string()))?;
-    if found != family {
-        return Err(fault(format!("this is a {found:?} model, model.name says {family:?}")));
+    let (family, source) = hf::args_from_config(config).map_err(|error| fault(error.to_string()))?;
+    if !family.is_named(model_name) {
+        return Err(fault(format!("this is a {} model, and model.name is {model_name:?}", family.name())));
     }
     let different = hf::different_structure(args, &source);
     if !different.is_empty() {
@@ -279,7 +282,7 @@ fn check_config(path: &Path, config: &Value, family: Family, args: &DecoderArgs)
     for difference in hf::different_constants(args, &source) {
         warn!("{} differs from this run's model: {difference}; [model.args] can set it", path.display());
     }
-    Ok(())
+    Ok(family)
 }
 
 /// The most telling of a list that may have a line for each expert of each layer.

@@ -3,6 +3,8 @@
 //! A [`Mapping`] says how tensors of a Hugging Face checkpoint are made of titan's parameters; a model is a list of
 //! them, made by [`mappings`]. `config.json` is translated by [`args_from_config`] and [`config_from_args`].
 
+use candle_core::DType;
+
 use crate::models::args::{DecoderArgs, RopeLayout};
 use crate::{Error, Result};
 
@@ -26,13 +28,22 @@ pub enum Family {
 impl Family {
     pub const ALL: [Self; 4] = [Self::Llama3, Self::Llama4, Self::Qwen3, Self::DeepSeekV3];
 
-    /// The family of a `model.name`.
-    pub fn of(model_name: &str) -> Result<Self> {
-        let name = if model_name == "llama3_ft" { "llama3" } else { model_name };
-        Self::ALL.into_iter().find(|family| family.name() == name).ok_or_else(|| {
-            let known = Self::ALL.map(Self::name).join(", ");
-            Error::Model(format!("the Hugging Face format of model `{model_name}` is not known\n   = known: {known}"))
-        })
+    /// The family of a `model.name`; of several, the first that can express `args`.
+    pub fn of(model_name: &str, args: &DecoderArgs) -> Result<Self> {
+        let named: Vec<_> = Self::ALL.into_iter().filter(|family| family.is_named(model_name)).collect();
+        match named[..] {
+            [] => {
+                let known = Self::ALL.map(Self::name).join(", ");
+                Err(Error::Model(format!("the Hugging Face format of model `{model_name}` is not known\n   = known: {known}")))
+            }
+            [only] => Ok(only),
+            [..] => {
+                let expresses = |family: &Self| config_from_args(*family, args, DType::F32, None, None).is_ok();
+                named.into_iter().find(expresses).ok_or_else(|| {
+                    Error::Model("no model of Hugging Face's can express these [model.args]".into())
+                })
+            }
+        }
     }
 
     /// Its `model.name`.
@@ -43,6 +54,11 @@ impl Family {
             Self::Qwen3 => "qwen3",
             Self::DeepSeekV3 => "deepseek_v3",
         }
+    }
+
+    /// Whether it is that of a `model.name`.
+    pub fn is_named(self, model_name: &str) -> bool {
+        self.name() == if model_name == "llama3_ft" { "llama3" } else { model_name }
     }
 
     /// What a `config.json` calls it.

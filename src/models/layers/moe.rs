@@ -114,12 +114,13 @@ impl ExpertLoad {
     }
 
     /// Moves each bias by `coeff` towards an even load (up where an expert had fewer tokens than the mean), less the mean
-    /// of these moves. Returns the tokens counted since the last time, and starts counting anew.
-    pub fn rebalance(&self) -> Vec<u64> {
+    /// of these moves; not at all unless `moves`, as the biases of a frozen model. Returns the tokens counted since the last
+    /// time, and starts counting anew.
+    pub fn rebalance(&self, moves: bool) -> Vec<u64> {
         let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         let n = tokens.len();
         let counted = std::mem::replace(&mut *tokens, vec![0; n]);
-        if let Some(coeff) = self.coeff {
+        if let Some(coeff) = self.coeff.filter(|_| moves) {
             let mean = counted.iter().sum::<u64>() as f32 / n as f32;
             let towards_mean = |tokens: &u64| match mean - *tokens as f32 {
                 0.0 => 0.0,

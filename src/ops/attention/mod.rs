@@ -52,7 +52,8 @@ impl AttentionMask {
         self.raised_to(std::iter::repeat_n(row, rows).flatten().collect())
     }
 
-    fn raised_to(self, mut starts: Vec<u32>) -> Self {
+    /// Besides, each query sees nothing before its own lower bound, `b · s` of them, row-major.
+    pub fn raised_to(self, mut starts: Vec<u32>) -> Self {
         if let Some(own) = &self.starts {
             starts.iter_mut().zip(own.iter()).for_each(|(start, own)| *start = (*start).max(*own));
         }

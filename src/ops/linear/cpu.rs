@@ -10,7 +10,8 @@ pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     typed!(T = weight.dtype(); apply::<T, T>(x, weight, product))
 }
 
-pub fn backward(x: &Tensor, weight: &Tensor, grad: &Tensor, dy: &Tensor) -> Result<Tensor> {
+/// The gradient of `x`; that of the weight is added to `grad`, if it is wanted.
+pub fn backward(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, dy: &Tensor) -> Result<Tensor> {
     typed!(T = weight.dtype(); backward_in::<T>(x, weight, grad, dy))
 }
 
@@ -29,14 +30,16 @@ fn apply<T: Operand, Y: Element>(x: &Tensor, weight: &Tensor, product: fn(Mat<T>
     Ok(Tensor::from_vec(y, shape, &Device::Cpu)?)
 }
 
-fn backward_in<T: Operand>(x: &Tensor, weight: &Tensor, grad: &Tensor, dy: &Tensor) -> Result<Tensor> {
+fn backward_in<T: Operand>(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, dy: &Tensor) -> Result<Tensor> {
     let (outer, inner) = weight.dims2()?;
     let rows = x.elem_count() / inner;
     let (dy, weight) = (elements::<T>(dy)?, elements::<T>(weight)?);
     let dy = Mat::new(&dy, rows, outer);
 
-    let values = elements::<T>(x)?;
-    update(grad, |grad: &mut [f32]| add_product(grad, dy.t(), Mat::new(&values, rows, inner)))?;
+    if let Some(grad) = grad {
+        let values = elements::<T>(x)?;
+        update(grad, |grad: &mut [f32]| add_product(grad, dy.t(), Mat::new(&values, rows, inner)))?;
+    }
     let dx = product(dy, Mat::new(&weight, outer, inner));
     Ok(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?)
 }

@@ -1,6 +1,7 @@
-//! Products with a weight matrix.
+//! Products with a weight matrix, and with what an adapter adds to it.
 
-pub(in crate::ops) mod cpu;
+mod adapter;
+mod cpu;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,21 +10,39 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
+use crate::ops::add_tensors;
 use crate::tools::profiler;
 
 /// `y = x Wᵀ`, computed and returned in the compute dtype of `weight`, with f32 sums.
 ///
-/// Backward returns `dx = dy W` and adds `dW = dyᵀ x` to the parameter's accumulator.
+/// Backward returns `dx = dy W` and adds `dW = dyᵀ x` to the parameter's accumulator, if it has one. Where the weight has an
+/// [`Adapter`](crate::autograd::Adapter), its share is part of both.
 ///
 /// # Shapes
 /// `x`: `(…, in)`. `weight`: `(out, in)`. Returns `(…, out)`.
 pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
     let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
-    let y = cpu::forward(x.tensor(), &weight.compute()?)?;
+    let y = forward(x.tensor(), weight)?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record("linear", y, [x], move |dy| {
-        Ok([Some(cpu::backward(&saved, &weight.compute()?, &weight.grad()?, &dy)?)])
-    }))
+    Ok(Value::record("linear", y, [x], move |dy| Ok([Some(backward(&saved, &weight, &dy)?)])))
+}
+
+/// [`linear`] on bare tensors, for ops that contain one.
+pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
+    let y = cpu::forward(x, &weight.compute()?)?;
+    match weight.adapter() {
+        None => Ok(y),
+        Some(adapter) => add_tensors(&y, &adapter::forward(x, &adapter, weight.fqn())?),
+    }
+}
+
+/// The gradient of `x` under `dy`; those of the weight and its adapter go to their accumulators.
+pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Tensor> {
+    let dx = cpu::backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy)?;
+    match weight.adapter() {
+        None => Ok(dx),
+        Some(adapter) => add_tensors(&dx, &adapter::backward(x, &adapter, weight.fqn(), dy)?),
+    }
 }
 
 /// As [`linear`], but the result is f32 whatever the compute dtype, and has no gradient: scores of a vocabulary, which

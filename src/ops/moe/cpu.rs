@@ -5,7 +5,9 @@ use super::{ExpertGroups, Experts, Router, Routing};
 use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
-use crate::ops::host::{Element, GRAIN, build, dot, elements, exp, floats, max_of, sum_of, typed, update, vectorized};
+use crate::ops::host::{
+    Element, GRAIN, build, dot, elements, exp, floats, max_of, sum_of, typed, update_if, vectorized,
+};
 use crate::ops::matmul::{Dst, Mat, Operand, Product, grouped_product, grouped_sum};
 use crate::ops::swiglu::cpu as swiglu;
 
@@ -296,7 +298,8 @@ fn transposed<'a, T>(weight: &Parameter, values: &'a [T]) -> Vec<Mat<'a, T>> {
 /// `grad[e] += dyᵀ x` over the slots of each expert.
 fn accumulate<T: Operand>(routing: &Routing, weight: &Parameter, dy: &[T], x: &[T]) -> Result<()> {
     let [_, rows, cols] = *weight.shape() else { unreachable!("expert weights have three dimensions") };
-    update(&weight.grad()?, |grad: &mut [f32]| {
+    update_if(weight.accumulator()?.as_ref(), |grad| {
+        let Some(grad) = grad else { return };
         let experts = routing.offsets.windows(2).zip(grad.chunks_exact_mut(rows * cols));
         let products = experts.filter(|(slots, _)| slots[0] < slots[1]).map(|(slots, grad)| {
             let dy = Mat::new(&dy[slots[0] * rows..slots[1] * rows], slots[1] - slots[0], rows);
