@@ -23,8 +23,7 @@ const LLAMA3: &str = "hf_llama3";
 const LLAMA4: &str = "hf_llama4";
 const LLAMA4_INTERLEAVED: &str = "hf_llama4_interleaved";
 const DEEPSEEK: &str = "hf_deepseek_v3";
-const CASES: [&str; 7] =
-    [LLAMA3, "hf_smollm", LLAMA4, LLAMA4_INTERLEAVED, "hf_qwen3_tied", "hf_qwen3_moe", DEEPSEEK];
+const CASES: [&str; 7] = [LLAMA3, "hf_smollm", LLAMA4, LLAMA4_INTERLEAVED, "hf_qwen3_tied", "hf_qwen3_moe", DEEPSEEK];
 
 fn golden(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case)
@@ -264,7 +263,10 @@ fn converting_there_and_back_gives_every_bit_in_shards_of_the_size_asked_for() {
         assert_eq!(bits(&theirs), bits(&golden(case)), "{case}");
         let index = json_file(&theirs.join("model.safetensors.index.json"));
         let shards: Vec<_> = files(&theirs).into_iter().filter(|name| name.ends_with(".safetensors")).collect();
-        assert!(shards.len() > 1 && shards[0] == format!("model-00001-of-{:05}.safetensors", shards.len()), "{shards:?}");
+        assert!(
+            shards.len() > 1 && shards[0] == format!("model-00001-of-{:05}.safetensors", shards.len()),
+            "{shards:?}"
+        );
         assert_eq!(index["weight_map"].as_object().unwrap().len(), bits(&theirs).len());
         assert_eq!(fs::read(theirs.join("vocab.json")).unwrap(), fs::read(folder.path().join("vocab.json")).unwrap());
         assert!(theirs.join("generation_config.json").is_file());
@@ -287,7 +289,10 @@ fn converting_there_and_back_gives_every_bit_in_shards_of_the_size_asked_for() {
 fn convert_refuses_to_write_over_anything_and_leaves_nothing_half_done() {
     let folder = with_tokenizer(LLAMA3);
     let path = text(folder.path());
-    titan(&["convert", "--from-hf", path, "--to", path]).assert().code(2).stderr(predicates::str::contains("exists already"));
+    titan(&["convert", "--from-hf", path, "--to", path])
+        .assert()
+        .code(2)
+        .stderr(predicates::str::contains("exists already"));
     titan(&["convert", "--to", path]).assert().code(2);
 
     let weights = folder.path().join("model.safetensors");
@@ -327,7 +332,8 @@ fn rewritten(case: &str, change: impl Fn(&mut BTreeMap<String, (Dtype, Vec<usize
     let folder = tempfile::tempdir().unwrap();
     let bytes = fs::read(golden(case).join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let tensors = file.iter().map(|(name, view)| (name.to_owned(), (view.dtype(), view.shape().to_vec(), view.data().to_vec())));
+    let tensors =
+        file.iter().map(|(name, view)| (name.to_owned(), (view.dtype(), view.shape().to_vec(), view.data().to_vec())));
     let mut tensors = tensors.collect();
     change(&mut tensors);
     let views = tensors

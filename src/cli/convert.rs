@@ -142,7 +142,8 @@ impl std::str::FromStr for Size {
             .iter()
             .find_map(|(name, unit)| Some((upper.strip_suffix(name)?, *unit)))
             .unwrap_or((upper.strip_suffix('B').unwrap_or(&upper), 1));
-        let number: f64 = number.trim().parse().map_err(|_| "must be a number of bytes such as 500MB or 5GB".to_owned())?;
+        let number: f64 =
+            number.trim().parse().map_err(|_| "must be a number of bytes such as 500MB or 5GB".to_owned())?;
         let bytes = number * unit as f64;
         if bytes >= 1.0 && bytes < 1e18 { Ok(Self(bytes as u64)) } else { Err("must be at least one byte".to_owned()) }
     }

@@ -44,8 +44,8 @@ impl Pretrained {
     /// A folder with `config.json`, safetensors and, if it is to generate, a tokenizer.
     pub fn open_hugging_face(path: &Path) -> Result<Self> {
         let config = read_config(path)?;
-        let (family, args) = hf::args_from_config(&config)
-            .map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))?;
+        let (family, args) =
+            hf::args_from_config(&config).map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))?;
         let stored = [&config["dtype"], &config["torch_dtype"], &config["text_config"]["dtype"]];
         let is_f32 = stored.into_iter().find(|dtype| dtype.is_string()).is_some_and(|dtype| dtype == "float32");
         Ok(Self {

@@ -157,7 +157,8 @@ impl Weights {
         let mut known = HashSet::new();
         for mapping in mappings {
             known.extend(mapping.files.iter().cloned());
-            known.extend(mapping.files.iter().filter(|name| self.quantized(name).is_some()).map(|name| scales_of(name)));
+            known
+                .extend(mapping.files.iter().filter(|name| self.quantized(name).is_some()).map(|name| scales_of(name)));
             let parameter = &mapping.parameters[0];
             let Some(shape) = shapes.get(parameter.as_str()) else {
                 faults.extend(mapping.files.iter().map(|name| format!("{name}: the model has no `{parameter}`")));
@@ -208,7 +209,10 @@ impl Weights {
                 match self.files.info(&scales) {
                     None => faults.push(format!("missing: {scales}")),
                     Some(info) if info.shape != shape || !is_float(info.dtype) => {
-                        faults.push(format!("{scales}: {} {:?}, blocks of {block:?} need {shape:?}", info.dtype, info.shape));
+                        faults.push(format!(
+                            "{scales}: {} {:?}, blocks of {block:?} need {shape:?}",
+                            info.dtype, info.shape
+                        ));
                     }
                     Some(_) => {}
                 }

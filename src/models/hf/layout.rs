@@ -148,7 +148,8 @@ mod tests {
         let named: HashMap<_, _> = mapping.parameters.iter().cloned().zip(parameters.iter().cloned()).collect();
         let shape = mapping.file_shape(parameters[0].dims());
         let file = |which| {
-            let rows = pieces(shape[0]).map(|rows| mapping.file_rows(which, rows, &|name, rows| reader(&named)(name, Some(rows))).unwrap());
+            let rows = pieces(shape[0])
+                .map(|rows| mapping.file_rows(which, rows, &|name, rows| reader(&named)(name, Some(rows))).unwrap());
             Tensor::cat(&rows.collect::<Vec<_>>(), 0).unwrap()
         };
         let files: Vec<Tensor> = (0..mapping.files.len()).map(file).collect();
@@ -185,10 +186,7 @@ mod tests {
         assert_eq!(stored[0].to_vec3::<u32>().unwrap()[0], [[0, 3, 100, 103], [1, 4, 101, 104], [2, 5, 102, 105]]);
         let gate_up = mapping(Layout::GateUp, &["x"], &["w1", "w3"]);
         let stored = there_and_back(&gate_up, &[w1, w3]);
-        assert_eq!(
-            stored[0].to_vec3::<u32>().unwrap()[1],
-            [[6, 7, 8], [9, 10, 11], [106, 107, 108], [109, 110, 111]]
-        );
+        assert_eq!(stored[0].to_vec3::<u32>().unwrap()[1], [[6, 7, 8], [9, 10, 11], [106, 107, 108], [109, 110, 111]]);
     }
 
     #[test]

@@ -34,14 +34,17 @@ impl Family {
         match named[..] {
             [] => {
                 let known = Self::ALL.map(Self::name).join(", ");
-                Err(Error::Model(format!("the Hugging Face format of model `{model_name}` is not known\n   = known: {known}")))
+                Err(Error::Model(format!(
+                    "the Hugging Face format of model `{model_name}` is not known\n   = known: {known}"
+                )))
             }
             [only] => Ok(only),
             [..] => {
                 let expresses = |family: &Self| config_from_args(*family, args, DType::F32, None, None).is_ok();
-                named.into_iter().find(expresses).ok_or_else(|| {
-                    Error::Model("no model of Hugging Face's can express these [model.args]".into())
-                })
+                named
+                    .into_iter()
+                    .find(expresses)
+                    .ok_or_else(|| Error::Model("no model of Hugging Face's can express these [model.args]".into()))
             }
         }
     }
@@ -100,7 +103,8 @@ impl ExpertTensors {
 
 /// Every tensor of a Hugging Face checkpoint of such a model.
 pub fn mappings(family: Family, args: &DecoderArgs, experts: ExpertTensors) -> Vec<Mapping> {
-    let mut mappings = Mappings { prefix: if family == Family::Llama4 { "language_model." } else { "" }, list: Vec::new() };
+    let mut mappings =
+        Mappings { prefix: if family == Family::Llama4 { "language_model." } else { "" }, list: Vec::new() };
     mappings.same("model.embed_tokens.weight", "tok_embeddings.weight");
     for layer in 0..args.n_layers {
         let theirs = |name: &str| format!("model.layers.{layer}.{name}");
@@ -149,9 +153,12 @@ impl Mappings {
             true => Layout::Same,
             false => Layout::RotaryHalves { head_dim: args.head_dim() },
         };
-        for (projection, weight, layout) in
-            [("q_proj", "wq", rotary), ("k_proj", "wk", rotary), ("v_proj", "wv", Layout::Same), ("o_proj", "wo", Layout::Same)]
-        {
+        for (projection, weight, layout) in [
+            ("q_proj", "wq", rotary),
+            ("k_proj", "wk", rotary),
+            ("v_proj", "wv", Layout::Same),
+            ("o_proj", "wo", Layout::Same),
+        ] {
             self.one(format!("{theirs}.{projection}.weight"), format!("{ours}.{weight}.weight"), layout);
         }
         if args.qk_norm {

@@ -132,7 +132,9 @@ impl Fields<'_> {
                 args.max_seq_len = args.max_seq_len.max(reach as usize);
             }
             other => {
-                self.fault(format!("rope_type: \"{other}\" is not supported, only \"default\", \"llama3\" and \"yarn\""));
+                self.fault(format!(
+                    "rope_type: \"{other}\" is not supported, only \"default\", \"llama3\" and \"yarn\""
+                ));
             }
         }
     }

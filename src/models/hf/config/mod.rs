@@ -23,10 +23,14 @@ mod qwen3;
 /// [`Error::Model`] naming every field that is missing, malformed, or asks for something that the decoder does not do.
 pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
     let model_type = config["model_type"].as_str().unwrap_or("none");
-    let family = Family::ALL.into_iter().find(|family| family.model_types().contains(&model_type)).ok_or_else(|| {
-        let known: Vec<_> = Family::ALL.into_iter().flat_map(|family| family.model_types()).copied().collect();
-        Error::Model(format!("config.json: model_type `{model_type}` is not known\n   = known: {}", known.join(", ")))
-    })?;
+    let family =
+        Family::ALL.into_iter().find(|family| family.model_types().contains(&model_type)).ok_or_else(|| {
+            let known: Vec<_> = Family::ALL.into_iter().flat_map(|family| family.model_types()).copied().collect();
+            Error::Model(format!(
+                "config.json: model_type `{model_type}` is not known\n   = known: {}",
+                known.join(", ")
+            ))
+        })?;
     // A model that also sees images describes its text model apart.
     let text_config = if config["text_config"].is_object() { &config["text_config"] } else { config };
     let mut fields = Fields { config: text_config, faults: Vec::new() };
@@ -169,7 +173,9 @@ fn flatten(map: Map<String, Value>) -> Map<String, Value> {
     for (name, value) in map {
         match value {
             Value::Object(inner) => {
-                let inner = inner.into_iter().filter(|(it, _)| !["load_balance_coeff", "force_load_balance"].contains(&it.as_str()));
+                let inner = inner
+                    .into_iter()
+                    .filter(|(it, _)| !["load_balance_coeff", "force_load_balance"].contains(&it.as_str()));
                 flat.extend(inner.map(|(it, value)| (format!("{name}.{it}"), value)));
             }
             value => drop(flat.insert(name, value)),
@@ -380,7 +386,8 @@ mod tests {
         assert!(old.max_seq_len > old.original_seq_len, "or it would be off");
 
         let message = faults(|config| {
-            config["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8 })
+            config["rope_scaling"] =
+                json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8 })
         });
         assert!(message.contains("mscale must be given and equal to mscale_all_dim"), "{message}");
     }
@@ -434,7 +441,10 @@ mod tests {
         assert!(refusal(Family::Llama3, &args).contains("moe_layers"));
         let args = DecoderArgs { qk_norm: true, every_n_layers_nope: Some(4), ..Default::default() };
         let message = refusal(Family::Llama3, &args);
-        assert!(message.contains("qk_norm = true, only false") && message.contains("every_n_layers_nope = 4"), "{message}");
+        assert!(
+            message.contains("qk_norm = true, only false") && message.contains("every_n_layers_nope = 4"),
+            "{message}"
+        );
     }
 
     #[test]
