@@ -145,7 +145,7 @@ impl std::str::FromStr for Size {
         let number: f64 =
             number.trim().parse().map_err(|_| "must be a number of bytes such as 500MB or 5GB".to_owned())?;
         let bytes = number * unit as f64;
-        if bytes >= 1.0 && bytes < 1e18 { Ok(Self(bytes as u64)) } else { Err("must be at least one byte".to_owned()) }
+        if (1.0..1e18).contains(&bytes) { Ok(Self(bytes as u64)) } else { Err("must be at least one byte".to_owned()) }
     }
 }
 
