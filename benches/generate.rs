@@ -143,7 +143,7 @@ impl Line {
 
 /// The forward pass of a training step, with its loss.
 fn training_forward(model: &Decoder, tokens: &Tensor) -> f32 {
-    let sequence = model.context(tokens).unwrap();
+    let sequence = model.context(tokens, None).unwrap();
     let mut x = model.embed(tokens).unwrap();
     for layer in 0..model.n_blocks() {
         x = model.block(layer, &Value::input(x), &sequence, Pass::Training).unwrap().tensor().clone();

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use titan::autograd::Precision;
 use titan::components::optimizer::{Optimizer, OptimizerKind};
 use titan::config::ModelArgs;
-use titan::engine::{self, Recompute, Stages};
+use titan::engine::{self, MicroBatch, Recompute, Stages};
 use titan::models::{self, Decoder};
 use titan::ops;
 use titan::tools::device::{GIB, MemoryUse};
@@ -164,11 +164,11 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, options: &Options) -> 
         let rows: Vec<Vec<u32>> = (0..batch).map(|_| row()).collect();
         let rows = Tensor::new(rows, &Device::Cpu).unwrap();
         let window = |start| rows.narrow(1, start, seq_len).unwrap().contiguous().unwrap();
-        let (tokens, labels) = (window(0), window(1));
+        let rows = MicroBatch::new(window(0), window(1));
 
         let start = Instant::now();
-        losses.push(engine::forward_backward(&model, &tokens, &labels, 1.0, recompute).unwrap());
-        model.expert_loads().values().for_each(|load| drop(load.rebalance()));
+        losses.push(engine::forward_backward(&model, &rows, 1.0, recompute).unwrap());
+        model.expert_loads().values().for_each(|load| drop(load.rebalance(true)));
         optimizer.step(model.stages(), 1e-3, 1.0).unwrap();
         elapsed_s.push(start.elapsed().as_secs_f64());
     }

@@ -5,8 +5,10 @@
 //! Parameters are not on the tape: an op that uses a [`Parameter`] adds its weight gradient straight into the
 //! parameter's accumulator, so that no dense gradient is ever allocated, zeroed or summed.
 
+mod adapter;
 mod parameter;
 mod value;
 
+pub use adapter::{Adapter, Dropout};
 pub use parameter::{Init, Parameter, Precision, StageBuffers, StageBuilder};
 pub use value::Value;

@@ -1,7 +1,8 @@
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::Adapter;
 use crate::Result;
 
 /// The distribution of a parameter's initial values.
@@ -11,6 +12,10 @@ pub enum Init {
     /// Zero mean, redrawn until it falls into `[-limit, limit]` (an absolute bound; infinite for a plain normal).
     Normal {
         std: f64,
+        limit: f64,
+    },
+    /// From `[-limit, limit)`.
+    Uniform {
         limit: f64,
     },
 }
@@ -24,6 +29,27 @@ pub struct Precision {
     pub compute: DType,
 }
 
+impl Precision {
+    /// That of weights which no optimizer updates: only what forward and backward read is kept.
+    pub fn frozen(self) -> Self {
+        Self { storage: self.compute, ..self }
+    }
+
+    /// What training takes for each parameter: weight, gradient (f32), two moments, and the copy in the compute dtype.
+    pub fn training_bytes(self) -> usize {
+        3 * self.storage.size_in_bytes() + DType::F32.size_in_bytes() + self.copy_bytes()
+    }
+
+    /// What a frozen parameter takes.
+    pub fn frozen_bytes(self) -> usize {
+        self.compute.size_in_bytes()
+    }
+
+    fn copy_bytes(self) -> usize {
+        if self.compute == self.storage { 0 } else { self.compute.size_in_bytes() }
+    }
+}
+
 /// The memory of a stage: flat buffers that every parameter of the stage is a window of, so that norm, clipping,
 /// reduction and optimizer pass once over each.
 #[derive(Debug)]
@@ -33,7 +59,7 @@ pub struct StageBuffers {
     /// What forward and backward read, `(numel,)` in the compute dtype. Shares memory with `weights` if the dtypes are
     /// equal.
     pub compute: Tensor,
-    /// Where backward adds gradients, `(numel,)` f32; `None` where the model only runs forward.
+    /// Where backward adds gradients, `(numel,)` f32; `None` where the weights are frozen, or the model only runs forward.
     pub grads: Option<Tensor>,
 }
 
@@ -65,6 +91,7 @@ impl StageBuilder {
             init,
             offset: self.numel,
             buffers: self.buffers.clone(),
+            adapter: RwLock::default(),
         });
         self.numel += parameter.numel();
         self.parameters.push(parameter.clone());
@@ -98,7 +125,7 @@ impl StageBuilder {
     }
 }
 
-/// A trainable tensor: a window of its stage's buffers.
+/// A trainable tensor: a window of its stage's buffers. Frozen, it may have an adapter that is trained in its place.
 #[derive(Debug)]
 pub struct Parameter {
     fqn: String,
@@ -106,6 +133,7 @@ pub struct Parameter {
     init: Init,
     offset: usize,
     buffers: Arc<OnceLock<StageBuffers>>,
+    adapter: RwLock<Option<Arc<Adapter>>>,
 }
 
 impl Parameter {
@@ -136,7 +164,21 @@ impl Parameter {
         self.window(&self.buffers().weights)
     }
 
-    /// The gradient accumulator, f32.
+    /// The adapter that products with this weight add to it.
+    pub fn adapter(&self) -> Option<Arc<Adapter>> {
+        self.adapter.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn set_adapter(&self, adapter: Option<Arc<Adapter>>) {
+        *self.adapter.write().unwrap_or_else(PoisonError::into_inner) = adapter;
+    }
+
+    /// Where backward adds the gradient, f32; `None` for a frozen weight, whose gradient need not be computed.
+    pub fn accumulator(&self) -> Result<Option<Tensor>> {
+        self.buffers().grads.as_ref().map(|grads| self.window(grads)).transpose()
+    }
+
+    /// The gradient of a weight that is trained, f32.
     pub fn grad(&self) -> Result<Tensor> {
         self.window(self.buffers().grads.as_ref().expect("gradients are asked for where they were allocated"))
     }

@@ -1,22 +1,22 @@
-use std::io::{Read, Write};
+use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::PathBuf;
 
 use tracing::info;
 
-use crate::components::checkpoint::open_step;
 use crate::config;
-use crate::generate::{Generator, Sampling};
+use crate::generate::{Chat, Generator, Pretrained, Sampling};
 use crate::tools::random::keyed;
 use crate::{Error, Result};
 
 /// Continue text with a checkpoint.
 ///
 /// Needs nothing but the checkpoint, which holds its config and tokenizer:
-/// `titan generate --checkpoint latest --prompt "Once upon a time"`. Computes in the type that the run was trained in, its
-/// `training.mixed_precision_param`.
+/// `titan generate --checkpoint latest --prompt "Once upon a time"`. A folder of the Hugging Face hub will do as well.
+/// `titan generate --chat` talks with a model that was trained on conversations. Computes in the type that the run was
+/// trained in, its `training.mixed_precision_param`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A checkpoint's folder, the name of a step (`step-9500`), or `latest`.
+    /// A checkpoint's folder, titan's or Hugging Face's, the name of a step (`step-9500`), or `latest`.
     #[arg(long, value_name = "CHECKPOINT", default_value = "latest")]
     checkpoint: String,
     /// Where a run wrote its checkpoints: looked through for names of steps [default: ./outputs].
@@ -28,6 +28,12 @@ pub struct Args {
     /// Text to continue; `-` reads standard input. May be given several times; without it the model begins by itself.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Vec<String>,
+    /// Talk with the model: each line is a message, `/exit` or Ctrl-D ends.
+    #[arg(long, conflicts_with_all = ["prompt", "num_samples"])]
+    chat: bool,
+    /// What the model is told before the conversation.
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
+    system: Option<String>,
     /// Tokens to make at most; the model may end the text sooner.
     #[arg(long, alias = "max_new_tokens", value_name = "N", default_value_t = 200)]
     max_new_tokens: usize,
@@ -48,6 +54,9 @@ pub struct Args {
     num_samples: usize,
 }
 
+/// Positions of a conversation at most, where the model takes more.
+const CHAT_POSITIONS: usize = 8192;
+
 fn at_least_zero(text: &str) -> Result<f32, String> {
     text.parse().ok().filter(|t: &f32| t.is_finite() && *t >= 0.0).ok_or_else(|| "must be 0 or more".to_owned())
 }
@@ -59,19 +68,25 @@ fn probability(text: &str) -> Result<f32, String> {
 pub fn run(args: Args) -> Result<()> {
     let job = config::load(args.config.as_deref(), &[])?.config;
     let dump_folder = args.dump_folder.as_deref().unwrap_or(&job.job.dump_folder);
-    let checkpoint = open_step(&args.checkpoint, dump_folder, &job.checkpoint.folder)?;
-    let prompts = prompts(&args)?;
-    let generator = Generator::load(&checkpoint, |tokenizer| {
+    let checkpoint = Pretrained::open(&args.checkpoint, dump_folder, &job.checkpoint.folder)?;
+    let prompts = if args.chat { Vec::new() } else { prompts(&args)? };
+    let generator = Generator::load(&checkpoint, |tokenizer, trained| {
+        if args.chat {
+            return Ok(trained.min(CHAT_POSITIONS));
+        }
         let lengths = prompts.iter().map(|prompt| Ok(tokenizer.encode(prompt, true, false)?.len()));
         Ok(lengths.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0) + args.max_new_tokens)
     })?;
-    info!("Checkpoint: {}", checkpoint.path().display());
+    info!("Checkpoint: {}", checkpoint.path.display());
 
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k.map(|k| k as usize), top_p: args.top_p };
     let mut out = std::io::stdout().lock();
     let mut write = |text: &str| -> Result<()> {
         out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("cannot write", "standard output"))
     };
+    if args.chat {
+        return chat(&args, &generator, &sampling, write);
+    }
     for (p, prompt) in prompts.iter().enumerate() {
         for sample in 0..args.num_samples {
             if p + sample > 0 {
@@ -91,6 +106,35 @@ pub fn run(args: Args) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// One message per line, until there are no more.
+fn chat(
+    args: &Args,
+    generator: &Generator,
+    sampling: &Sampling,
+    mut write: impl FnMut(&str) -> Result<()>,
+) -> Result<()> {
+    let mut chat = Chat::new(generator, args.system.as_deref())?;
+    let mut rng = keyed(args.seed, "generate", "chat");
+    let stdin = std::io::stdin();
+    let is_terminal = stdin.is_terminal();
+    let mut lines = stdin.lock().lines();
+    loop {
+        if is_terminal {
+            write("> ")?;
+        }
+        let Some(line) = lines.next() else { break };
+        let line = line.map_err(Error::io("cannot read", "standard input"))?;
+        match line.trim() {
+            "" => continue,
+            "/exit" => return Ok(()),
+            text => chat.say(text, args.max_new_tokens, sampling, &mut rng, &mut write)?,
+        };
+        write("\n")?;
+    }
+    // The terminal's own prompt begins a line.
+    if is_terminal { write("\n") } else { Ok(()) }
 }
 
 fn prompts(args: &Args) -> Result<Vec<String>> {

@@ -9,8 +9,10 @@ use crate::config::{Override, split_overrides};
 use crate::tools::{logging, signals};
 
 pub mod config;
+pub mod convert;
 pub mod download_tokenizer;
 pub mod generate;
+pub mod models;
 pub mod tokenize;
 pub mod train;
 pub mod train_tokenizer;
@@ -28,7 +30,9 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Generate(generate::Args),
+    Models(models::Args),
     Config(config::Args),
+    Convert(convert::Args),
     DownloadTokenizer(download_tokenizer::Args),
     TrainTokenizer(train_tokenizer::Args),
     Tokenize(tokenize::Args),
@@ -46,7 +50,9 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Train(args) => train::run(args, &overrides),
         Command::Config(args) => config::run(args, &overrides),
         _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
+        Command::Convert(args) => convert::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Models(args) => models::run(args),
         Command::DownloadTokenizer(args) => download_tokenizer::run(args),
         Command::TrainTokenizer(args) => train_tokenizer::run(args),
         Command::Tokenize(args) => tokenize::run(args),

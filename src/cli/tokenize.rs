@@ -59,13 +59,19 @@ pub fn run(args: Args) -> Result<()> {
     if args.dataset == "tokens" {
         return Err(Error::Usage("the dataset `tokens` is tokenized already".to_owned()));
     }
+    if ["chat", "instruct"].contains(&args.dataset.as_str()) {
+        return Err(Error::Usage(format!(
+            "shards cannot hold the dataset `{}`: they do not say which tokens are learned; train on it as it is",
+            args.dataset
+        )));
+    }
     let tokenizer = Tokenizer::from_dir(&args.tokenizer)?;
     let spec = DatasetSpec {
         dataset: args.dataset,
         dataset_path: args.dataset_path,
         text_field: args.text_field,
         max_bad_records: args.max_bad_records,
-        validates: None,
+        ..DatasetSpec::default()
     };
     let dataset = datasets::open(&spec, None, 1, &hub::open_dataset)?;
     let sidecar = Sidecar { vocab_size: tokenizer.vocab_size(), eos_id: tokenizer.eos_id(), dtype: args.dtype };

@@ -83,7 +83,7 @@ fn read(path: &str, text_field: &str) -> Result<impl Iterator<Item = Result<Stri
     let documents = dataset.pass(Position::default(), None, &Stop::default());
     Ok(documents.filter_map(|document| match document.map(|document| document.content) {
         Ok(Content::Text(record)) => Some(Ok(record.text)),
-        Ok(Content::Tokens(_)) => None,
+        Ok(_) => None,
         Err(error) => Some(Err(error)),
     }))
 }

@@ -19,7 +19,7 @@ pub struct Validator {
 /// What a validation found.
 #[derive(Clone, Copy, Debug)]
 pub struct Validated {
-    /// Mean over all tokens, in nats.
+    /// Mean over all tokens that are learned, in nats.
     pub loss: f32,
     pub n_tokens: u64,
     pub elapsed: Duration,
@@ -34,18 +34,19 @@ impl Validator {
     pub fn run<M: Stages>(&mut self, model: &M, device: &Device) -> Result<Validated> {
         let start = Instant::now();
         self.loader.rewind();
-        let (mut sum, mut batches, mut n_tokens) = (0.0, 0, 0);
+        let (mut sum, mut batches, mut n_tokens, mut n_targets) = (0.0, 0, 0, 0);
         while self.steps.is_none_or(|steps| batches < steps) {
             let batch = profiler::span("data_loading").around(|| self.loader.next_batch())?;
             let Some(batch) = batch else { break };
-            let (tokens, labels) = batch.tensors(device)?;
-            n_tokens += labels.elem_count() as u64;
-            sum += f64::from(engine::evaluate(model, &tokens, &labels)?);
+            n_tokens += batch.labels.len() as u64;
+            let counted = batch.n_targets();
+            sum += f64::from(engine::evaluate(model, &batch.micro_batch(device)?)?) * counted as f64;
+            n_targets += counted;
             batches += 1;
         }
         if batches == 0 {
             return Err(Error::Data("the validation dataset does not fill one batch".into()));
         }
-        Ok(Validated { loss: (sum / batches as f64) as f32, n_tokens, elapsed: start.elapsed() })
+        Ok(Validated { loss: (sum / n_targets as f64) as f32, n_tokens, elapsed: start.elapsed() })
     }
 }

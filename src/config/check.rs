@@ -3,16 +3,14 @@
 use super::JobConfig;
 use super::activation_checkpoint::AcMode;
 use super::diagnostic::{Fault, nearest};
-use crate::models::{
-    self,
-    args::{Clash, DecoderArgs},
-};
+use crate::models::args::DecoderArgs;
+use crate::models::{self, Clash};
 
 /// Families that TorchTitan has and titan does not have yet.
-const FAMILIES_TO_COME: [&str; 4] = ["qwen3", "deepseek_v3", "llama3_ft", "flux"];
+const FAMILIES_TO_COME: [&str; 2] = ["llama3_ft", "flux"];
 
 /// Datasets that are nowhere until `dataset_path` says where.
-const DATASETS_OF_FILES: [&str; 4] = ["text", "json", "parquet", "tokens"];
+const DATASETS_OF_FILES: [&str; 6] = ["text", "json", "parquet", "tokens", "chat", "instruct"];
 
 /// The faults of a job whose values are all right one by one.
 pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
@@ -23,6 +21,7 @@ pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
     if config.validation.enable {
         faults.extend(dataset_path("validation", &config.validation.dataset, config.validation.dataset_path.is_some()));
     }
+    faults.extend(lora(config));
     faults.extend(parallelism(config));
     faults.extend(activation_checkpoint(config));
     faults.extend(profiling(config));
@@ -46,11 +45,11 @@ fn model_name(config: &JobConfig) -> Option<Fault> {
         let fault = Fault::new(format!("`model.name` cannot be {name:?}"), &["model.name"]);
         return Some(fault.hint(hint).note(format!("allowed: {}", quoted(&names))));
     };
-    (!flavors.contains(&flavor)).then(|| {
+    (!flavors.contains(&flavor) && flavor != models::FLAVOR_OF_CONFIG_JSON).then(|| {
         Fault::new(format!("`model.flavor` cannot be {flavor:?}"), &["model.flavor", "model.name"])
             .hint(meant(flavor, flavors))
             .note(format!("flavors of {name}: {}", quoted(flavors)))
-            .note("[model.args] makes any other size of the nearest flavor")
+            .note("[model.args] makes any other size of the nearest flavor; \"hf\" takes that of a Hugging Face folder")
     })
 }
 
@@ -77,6 +76,27 @@ fn dataset_path(section: &str, dataset: &str, has_path: bool) -> Option<Fault> {
             &[&format!("{section}.dataset"), &format!("{section}.dataset_path")],
         )
         .note("a file, a folder or a glob, such as \"data/*.txt\"")
+    })
+}
+
+/// Adapters are of no use without the weights that they adapt.
+fn lora(config: &JobConfig) -> Option<Fault> {
+    let keys = &config.checkpoint;
+    let has_base = keys.enable && (keys.initial_load_path.is_some() || keys.initial_load_in_hf);
+    (config.model.lora.rank.is_some() && !(has_base && keys.initial_load_model_only)).then(|| {
+        Fault::new(
+            "`model.lora.rank` needs weights to adapt",
+            &[
+                "model.lora.rank",
+                "checkpoint.enable",
+                "checkpoint.initial_load_path",
+                "checkpoint.initial_load_model_only",
+            ],
+        )
+        .note(
+            "in [checkpoint], set `enable = true`, and `initial_load_path` to a step of another run, or \
+             `initial_load_in_hf = true` for Hugging Face weights",
+        )
     })
 }
 

@@ -10,6 +10,12 @@ pub struct Data {
     pub shuffle: bool,
     /// Field or column that holds the text, in JSON and Parquet files.
     pub text_field: String,
+    /// Field of `dataset = "chat"` that holds the messages, each with `role` and `content`.
+    pub messages_field: String,
+    /// Field of `dataset = "instruct"` that holds what is given.
+    pub prompt_field: String,
+    /// Field of `dataset = "instruct"` that holds what is learned.
+    pub completion_field: String,
     /// Malformed records that are skipped and counted before the run stops. 0: the first one stops it.
     pub max_bad_records: usize,
     /// Threads that tokenize ahead of training. "none": as many as the machine allows.
@@ -19,6 +25,14 @@ pub struct Data {
 
 impl Default for Data {
     fn default() -> Self {
-        Self { shuffle: false, text_field: "text".into(), max_bad_records: 0, num_workers: None }
+        Self {
+            shuffle: false,
+            text_field: "text".into(),
+            messages_field: "messages".into(),
+            prompt_field: "prompt".into(),
+            completion_field: "completion".into(),
+            max_bad_records: 0,
+            num_workers: None,
+        }
     }
 }

@@ -7,15 +7,17 @@ use serde::{Deserialize, Serialize};
 use super::none;
 use super::schema::{self, TORCH};
 use crate::models::args::DecoderArgs;
+use crate::models::lora::Lora;
 use crate::{Error, Result};
 
 /// Which model, and the files that come with it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Model {
-    /// Family: "llama3" or "llama4".
+    /// Family, such as "llama3"; `titan models` lists all.
     pub name: String,
-    /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it.
+    /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it. "hf": what the
+    /// `config.json` says that lies beside the Hugging Face weights to start from, or else in `hf_assets_path`.
     pub flavor: String,
     /// Folder with `tokenizer.json`, `tokenizer_config.json` and, to start from Hugging Face weights, the safetensors.
     /// `titan download-tokenizer` fills one. titan ships the tokenizer of the default.
@@ -30,6 +32,7 @@ pub struct Model {
     pub print_after_conversion: bool,
     /// The model's arguments, over those of its flavor: any of them, such as `dim = 512` or `moe_args.num_experts = 16`.
     pub args: ModelArgs,
+    pub lora: Lora,
 }
 
 impl Default for Model {
@@ -42,6 +45,7 @@ impl Default for Model {
             converters: Vec::new(),
             print_after_conversion: false,
             args: ModelArgs::default(),
+            lora: Lora::default(),
         }
     }
 }
@@ -54,7 +58,13 @@ pub struct ModelArgs(pub toml::Table);
 impl ModelArgs {
     /// All of `args`, so that no flavor shows through.
     pub fn all(args: &DecoderArgs) -> Self {
-        Self(none::to_table(args, &schema::keys_of::<DecoderArgs>()))
+        let keys = schema::keys_of::<DecoderArgs>();
+        let mut table = none::to_table(args, &keys);
+        for key in keys {
+            // What is absent is a table of its own that there is none of.
+            table.entry(key.name).or_insert_with(|| "none".into());
+        }
+        Self(table)
     }
 
     /// `base`, with what the job sets in place of its values. Where `base` has no `moe_args` or `rope_scaling_args`, a

@@ -32,7 +32,8 @@ pub struct LoaderOptions {
     pub num_workers: Option<usize>,
 }
 
-/// Packs documents into rows of `seq_len + 1` tokens, one after another without a gap, as if they were one text.
+/// Packs documents into rows: text one after another without a gap, as if it were one; conversations and other examples
+/// each whole.
 pub struct Loader {
     dataset: String,
     packing: Packing,
@@ -74,7 +75,15 @@ impl Loader {
 
         let mut loader = Self {
             dataset: spec.dataset.clone(),
-            packing: Packing { origin, batch_size, seq_len, dp_rank, dp_degree },
+            packing: Packing {
+                origin,
+                batch_size,
+                seq_len,
+                dp_rank,
+                dp_degree,
+                keeps_whole: spec.is_of_examples(),
+                said: Arc::default(),
+            },
             plan: Plan { dataset, encoder, shuffle, repeat, n_workers: num_workers.unwrap_or_else(default_workers) },
             position: Position::default(),
             ready: None,

@@ -4,6 +4,7 @@
 //! other threads, in their order; [`Loader`] packs their tokens into batches and knows the position of
 //! each. [`ShardWriter`](shards::ShardWriter) writes the same tokens to files instead.
 
+pub mod chat;
 pub mod datasets;
 pub mod hub;
 pub mod loader;

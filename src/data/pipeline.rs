@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
+use crate::data::chat::{Conversation, Example, Instruction, Message};
 use crate::data::datasets::{Content, Dataset, Document, Position, Stop, StopOnDrop};
 use crate::data::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -16,6 +17,9 @@ pub trait Encode: Send + Sync {
     /// With BOS before and EOS behind exactly as asked, where the vocabulary has them.
     fn encode(&self, text: &str, add_bos: bool, add_eos: bool) -> Result<Vec<u32>>;
 
+    /// A conversation as the vocabulary's chat template writes it. Learned is what the assistant wrote.
+    fn encode_chat(&self, messages: &[Message]) -> Result<Example>;
+
     fn vocab_size(&self) -> usize;
 
     fn eos_id(&self) -> Option<u32>;
@@ -24,6 +28,10 @@ pub trait Encode: Send + Sync {
 impl Encode for Tokenizer {
     fn encode(&self, text: &str, add_bos: bool, add_eos: bool) -> Result<Vec<u32>> {
         Tokenizer::encode(self, text, add_bos, add_eos)
+    }
+
+    fn encode_chat(&self, messages: &[Message]) -> Result<Example> {
+        Tokenizer::encode_chat(self, messages)
     }
 
     fn vocab_size(&self) -> usize {
@@ -40,6 +48,8 @@ impl Encode for Tokenizer {
 pub struct Tokens {
     pub position: Position,
     pub tokens: Vec<u32>,
+    /// Of each token whether it is learned; `None`: all are.
+    pub learned: Option<Vec<bool>>,
     /// Of the text that they stand for; 0 where there was none.
     pub text_bytes: usize,
     /// Whether a document ends with them; of token ids that is not known.
@@ -187,12 +197,28 @@ fn work(encoder: Option<&dyn Encode>, documents: &Receiver<Result<Document>>, ou
 }
 
 fn encode(encoder: Option<&dyn Encode>, Document { position, content }: Document) -> Result<Tokens> {
+    let encoder = || encoder.ok_or_else(|| Error::Tokenizer("text needs a tokenizer".to_owned()));
+    let text_bytes = content.text_bytes();
     Ok(match content {
-        Content::Tokens(tokens) => Tokens { position, tokens, text_bytes: 0, ends: false },
+        Content::Tokens(tokens) => Tokens { position, tokens, learned: None, text_bytes, ends: false },
         Content::Text(record) => {
-            let encoder = encoder.ok_or_else(|| Error::Tokenizer("text needs a tokenizer".to_owned()))?;
-            let tokens = encoder.encode(&record.text, record.begins, record.ends)?;
-            Tokens { position, tokens, text_bytes: record.text.len(), ends: record.ends }
+            let tokens = encoder()?.encode(&record.text, record.begins, record.ends)?;
+            Tokens { position, tokens, learned: None, text_bytes, ends: record.ends }
+        }
+        Content::Chat(Conversation { messages, at }) => {
+            let example = encoder()?.encode_chat(&messages).map_err(|error| match error {
+                Error::Data(fault) => Error::Data(format!("{at}: {fault}")),
+                other => other,
+            })?;
+            Tokens { position, tokens: example.tokens, learned: Some(example.learned), text_bytes, ends: true }
+        }
+        // Apart, as in generation, where the prompt is encoded before there is a completion.
+        Content::Instruct(Instruction { prompt, completion }) => {
+            let mut tokens = encoder()?.encode(&prompt, true, false)?;
+            let completion = encoder()?.encode(&completion, false, true)?;
+            let learned = [vec![false; tokens.len()], vec![true; completion.len()]].concat();
+            tokens.extend(completion);
+            Tokens { position, tokens, learned: Some(learned), text_bytes, ends: true }
         }
     })
 }

@@ -12,6 +12,22 @@ use crate::autograd::{StageBuilder, Value};
 use crate::ops::LossAndGrad;
 use crate::tools::profiler::{self, Category};
 
+/// What goes through a model at once.
+#[derive(Clone, Debug)]
+pub struct MicroBatch {
+    /// `(b, s)`, u32; so are `labels`, of which those that are [`IGNORE_INDEX`](crate::ops::IGNORE_INDEX) do not count.
+    pub tokens: Tensor,
+    pub labels: Tensor,
+    /// Where in its row the document of each token begins, `b · s` numbers; `None`: end-of-text tokens tell.
+    pub document_starts: Option<Vec<u32>>,
+}
+
+impl MicroBatch {
+    pub fn new(tokens: Tensor, labels: Tensor) -> Self {
+        Self { tokens, labels, document_starts: None }
+    }
+}
+
 /// What a pass over a block is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
@@ -31,12 +47,13 @@ pub trait Stages {
     /// The memory of each stage: embedding, blocks, head.
     fn stages(&self) -> &[StageBuilder];
 
-    fn context(&self, tokens: &Tensor) -> Result<Self::Context>;
+    /// `document_starts`: as in [`MicroBatch`].
+    fn context(&self, tokens: &Tensor, document_starts: Option<&[u32]>) -> Result<Self::Context>;
 
     /// `(b, s)` tokens to `(b, s, dim)`.
     fn embed(&self, tokens: &Tensor) -> Result<Tensor>;
 
-    /// Adds to the embedding's gradient.
+    /// Adds to the embedding's gradient, if it has one.
     fn embed_backward(&self, tokens: &Tensor, dy: &Tensor) -> Result<()>;
 
     fn n_blocks(&self) -> usize;
@@ -44,7 +61,7 @@ pub trait Stages {
     /// `(b, s, dim) -> (b, s, dim)`.
     fn block(&self, index: usize, x: &Value, context: &Self::Context, pass: Pass) -> Result<Value>;
 
-    /// The mean loss over `labels`, `(b, s)`.
+    /// The mean loss over the `labels`, `(b, s)`, that count.
     fn loss(&self, x: Tensor, labels: &Tensor) -> Result<f32>;
 
     /// As [`Stages::loss`], times `scale`, with its gradient.
@@ -78,19 +95,12 @@ enum Kept {
 
 /// Runs a micro-batch forward and backward: adds the gradients of `scale` times the mean loss to the accumulators of all
 /// parameters, and returns that loss.
-///
-/// # Shapes
-/// `tokens` and `labels`: `(b, s)`, u32.
-pub fn forward_backward<M: Stages>(
-    model: &M,
-    tokens: &Tensor,
-    labels: &Tensor,
-    scale: f64,
-    recompute: Recompute,
-) -> Result<f32> {
+pub fn forward_backward<M: Stages>(model: &M, batch: &MicroBatch, scale: f64, recompute: Recompute) -> Result<f32> {
+    let MicroBatch { tokens, labels, document_starts } = batch;
     let span = |category, stage: usize| profiler::span_in(category, model.stages()[stage].name());
     let head = model.n_blocks() + 1;
-    let context = profiler::span_in(Category::Forward, "context").around(|| model.context(tokens))?;
+    let context =
+        profiler::span_in(Category::Forward, "context").around(|| model.context(tokens, document_starts.as_deref()))?;
     let mut x = span(Category::Forward, 0).around(|| model.embed(tokens))?;
     let mut kept = Vec::with_capacity(model.n_blocks());
     for index in 0..model.n_blocks() {
@@ -122,9 +132,10 @@ pub fn forward_backward<M: Stages>(
 }
 
 /// The mean loss of a batch, forward only; changes nothing.
-pub fn evaluate<M: Stages>(model: &M, tokens: &Tensor, labels: &Tensor) -> Result<f32> {
+pub fn evaluate<M: Stages>(model: &M, batch: &MicroBatch) -> Result<f32> {
+    let MicroBatch { tokens, labels, document_starts } = batch;
     let span = |stage: usize| profiler::span(model.stages()[stage].name());
-    let context = profiler::span("context").around(|| model.context(tokens))?;
+    let context = profiler::span("context").around(|| model.context(tokens, document_starts.as_deref()))?;
     let mut x = span(0).around(|| model.embed(tokens))?;
     for index in 0..model.n_blocks() {
         let _span = span(index + 1);

@@ -1,5 +1,7 @@
 //! Continuing text, one token at a time.
 
+mod chat;
+mod pretrained;
 mod sampling;
 
 use std::time::{Duration, Instant};
@@ -7,13 +9,14 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
+pub use chat::Chat;
+pub use pretrained::Pretrained;
 pub use sampling::Sampling;
 
 use crate::autograd::Precision;
-use crate::components::checkpoint::StepFolder;
-use crate::config;
-use crate::data::tokenizer::{Tokenizer, TokenizerFile};
-use crate::models::{self, Decoder};
+use crate::data::tokenizer::Tokenizer;
+use crate::models::Decoder;
+use crate::models::decoder::KvCache;
 use crate::{Error, Result};
 
 /// A trained model with its tokenizer, from a checkpoint alone.
@@ -35,42 +38,44 @@ pub struct Pace {
 }
 
 impl Generator {
-    /// `longest`: positions that will be asked for, where that is more than the model was trained with.
-    pub fn load(checkpoint: &StepFolder, longest: impl Fn(&Tokenizer) -> Result<usize>) -> Result<Self> {
-        let origin = checkpoint.path().display().to_string();
-        let job = config::parse(&format!("{origin}/config.toml"), &checkpoint.config_toml()?)?.config;
-        let files: Vec<_> =
-            checkpoint.tokenizer_files()?.into_iter().map(|(name, bytes)| TokenizerFile { name, bytes }).collect();
-        if files.is_empty() {
-            return Err(Error::Tokenizer(format!(
-                "{origin} holds no tokenizer: the run was trained on token shards and named none\n   = train with \
-                 model.hf_assets_path set to the tokenizer that made the shards"
-            )));
-        }
-        let tokenizer = Tokenizer::from_files(files, &origin)?;
-
-        let base = models::flavor(&job.model.name, &job.model.flavor)
-            .ok_or_else(|| Error::Model(format!("there is no model {} {}", job.model.name, job.model.flavor)))?;
-        let mut args = job.model.args.apply(&base)?;
-        let longest = longest(&tokenizer)?;
+    /// `longest`: the most positions that will be asked for, given those that the model was trained with. Adapters are
+    /// merged.
+    pub fn load(pretrained: &Pretrained, longest: impl Fn(&Tokenizer, usize) -> Result<usize>) -> Result<Self> {
+        let tokenizer = pretrained.tokenizer()?;
+        let mut args = pretrained.args.clone();
+        let longest = longest(&tokenizer, args.max_seq_len)?;
         if longest > args.max_seq_len {
             tracing::warn!(
                 "{longest} positions are more than the {} that the model was trained with: the text may fall apart",
                 args.max_seq_len
             );
-            args.max_seq_len = longest;
         }
+        // No table for the millions of positions that a model could have; but where YaRN applies, it must go on to.
+        args.rope_factor = args.rope_factor.filter(|_| args.max_seq_len > args.original_seq_len);
+        args.max_seq_len = longest.max(args.rope_factor.map_or(1, |_| args.original_seq_len + 1));
         let mut model = Decoder::new(&args, tokenizer.eos_id())?;
         let device = Device::Cpu;
-        // As trained; to generate, nothing more precise need be kept.
-        let dtype = job.training.mixed_precision_param.into();
-        model.allocate(Precision { storage: dtype, compute: dtype }, &device, false)?;
-        checkpoint.model()?.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))?;
+        if let Some((lora, _)) = &pretrained.adapters {
+            model.adapt(lora, 0)?;
+        }
+        // To generate, nothing more precise need be kept.
+        let precision = Precision { storage: pretrained.compute, compute: pretrained.compute };
+        model.allocate(precision, &device, false)?;
+        if let Some((_, base)) = &pretrained.adapters {
+            base.load(&model.base_shapes(), |name, tensor| model.set(name, &tensor))?;
+        }
+        pretrained.weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))?;
+        model.merge()?;
         Ok(Self { model, tokenizer, device })
     }
 
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// The longest sequence that it takes.
+    pub fn max_seq_len(&self) -> usize {
+        self.model.args().max_seq_len
     }
 
     /// Continues `prompt` by at most `max_new_tokens`, until the model ends the text. Hands on each piece of text as
@@ -84,34 +89,52 @@ impl Generator {
         max_new_tokens: usize,
         sampling: &Sampling,
         rng: &mut ChaCha8Rng,
-        mut emit: impl FnMut(&str) -> Result<()>,
+        emit: impl FnMut(&str) -> Result<()>,
     ) -> Result<Pace> {
         let ids = self.tokenizer.encode(prompt, true, false)?;
         if ids.is_empty() {
             return Err(Error::Usage("the prompt is empty, and the tokenizer has no token that begins a text".into()));
         }
+        let ends = Vec::from_iter(self.tokenizer.eos_id());
+        let (_, pace) = self.extend(&mut self.model.cache(), &ids, max_new_tokens, &ends, sampling, rng, emit)?;
+        Ok(pace)
+    }
+
+    /// Reads `ids`, which continue what `cache` holds, and continues them until one of the tokens `ends` comes. Returns what
+    /// it made; all but the last of it is in the cache.
+    #[expect(clippy::too_many_arguments, reason = "each is a part of its own of what generation depends on")]
+    fn extend(
+        &self,
+        cache: &mut KvCache,
+        ids: &[u32],
+        max_new_tokens: usize,
+        ends: &[u32],
+        sampling: &Sampling,
+        rng: &mut ChaCha8Rng,
+        mut emit: impl FnMut(&str) -> Result<()>,
+    ) -> Result<(Vec<u32>, Pace)> {
         let mut pace = Pace { prompt_tokens: ids.len(), ..Pace::default() };
-        let mut cache = self.model.cache();
         let mut text = self.tokenizer.stream();
         let mut next_logits = |ids: &[u32]| -> Result<Vec<f32>> {
             let tokens = Tensor::from_slice(ids, (1, ids.len()), &self.device)?;
-            Ok(self.model.next_logits(&tokens, &mut cache)?.squeeze(0)?.to_vec1()?)
+            Ok(self.model.next_logits(&tokens, cache)?.squeeze(0)?.to_vec1()?)
         };
+        let mut made = Vec::new();
 
         let start = Instant::now();
-        let mut logits = next_logits(&ids)?;
+        let mut logits = next_logits(ids)?;
         pace.prompt = start.elapsed();
         let start = Instant::now();
-        while pace.new_tokens < max_new_tokens {
+        while made.len() < max_new_tokens {
             let id = sampling.sample(&logits, rng);
-            pace.new_tokens += 1;
-            if Some(id) == self.tokenizer.eos_id() {
+            made.push(id);
+            if ends.contains(&id) {
                 break;
             }
             if let Some(piece) = text.push(id)? {
                 emit(&piece)?;
             }
-            if pace.new_tokens < max_new_tokens {
+            if made.len() < max_new_tokens {
                 logits = next_logits(&[id])?;
             }
         }
@@ -119,6 +142,7 @@ impl Generator {
             emit(&piece)?;
         }
         pace.decode = start.elapsed();
-        Ok(pace)
+        pace.new_tokens = made.len();
+        Ok((made, pace))
     }
 }

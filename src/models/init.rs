@@ -14,6 +14,7 @@ pub fn initialize(parameter: &Parameter, seed: u64) -> Result<()> {
     let n = parameter.numel();
     let values = match parameter.init() {
         Init::Constant(value) => vec![value as f32; n],
+        Init::Uniform { limit } => uniform(&keyed(seed, "init", parameter.fqn()), n, limit),
         Init::Normal { std, limit } => normal(&keyed(seed, "init", parameter.fqn()), n, std, limit),
     };
     parameter.set(&Tensor::from_vec(values, parameter.shape(), &Device::Cpu)?)
@@ -47,9 +48,18 @@ fn normal(stream: &ChaCha8Rng, n: usize, std: f64, limit: f64) -> Vec<f32> {
     values
 }
 
+fn uniform(stream: &ChaCha8Rng, n: usize, limit: f64) -> Vec<f32> {
+    let mut rng = stream.clone();
+    (0..n).map(|_| (limit * (2.0 * unit(rng.next_u32()) - 1.0)) as f32).collect()
+}
+
+/// In (0, 1).
+fn unit(word: u32) -> f64 {
+    (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0)
+}
+
 /// By Box and Muller's transform of two words, with libm's functions, whose bits are the same on every system.
 fn standard_normal(rng: &mut ChaCha8Rng) -> f64 {
-    let unit = |word: u32| (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0); // in (0, 1)
     let (radius, turn) = (unit(rng.next_u32()), unit(rng.next_u32()));
     libm::sqrt(-2.0 * libm::log(radius)) * libm::cos(2.0 * std::f64::consts::PI * turn)
 }

@@ -248,6 +248,14 @@ pub fn update<T: Element, R>(tensor: &Tensor, body: impl FnOnce(&mut [T]) -> R) 
     Ok(result.into_inner().expect("the op has run"))
 }
 
+/// As [`update`], of an accumulator that is not there where its weight is frozen.
+pub fn update_if<R>(grad: Option<&Tensor>, body: impl FnOnce(Option<&mut [f32]>) -> R) -> Result<R> {
+    match grad {
+        Some(grad) => update(grad, |grad: &mut [f32]| body(Some(grad))),
+        None => Ok(body(None)),
+    }
+}
+
 struct Update<'a, T>(&'a dyn Fn(&mut [T]));
 
 impl<T: Element> InplaceOp1 for Update<'_, T> {

@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use tracing::{info, warn};
 
 use super::Trainer;
 use super::profile::StepProfiler;
 use crate::autograd::Precision;
-use crate::components::checkpoint::{Assets, CheckpointManager, Weights};
+use crate::components::checkpoint::{Assets, CheckpointManager, Weights, holds_hugging_face, read_config};
 use crate::components::lr_scheduler::LrScheduler;
 use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
 use crate::components::optimizer::{Optimizer, OptimizerKind};
@@ -18,8 +18,9 @@ use crate::config::{AcMode, JobConfig, Loaded, ModelArgs, OptimizerName};
 use crate::data::datasets::{self, DatasetSpec, Vocabulary};
 use crate::data::tokenizer::Tokenizer;
 use crate::data::{Encode, Loader, LoaderOptions, hub};
-use crate::engine::{Recompute, Stages};
-use crate::models::args::DecoderArgs;
+use crate::engine::Recompute;
+use crate::models::args::{AttnMaskType, AttnType, DecoderArgs};
+use crate::models::hf;
 use crate::models::{self, Decoder};
 use crate::tools::device::{DeviceFacts, GIB};
 use crate::{Error, Result};
@@ -77,6 +78,8 @@ impl Trainer {
         info!("Device: {facts}");
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
+        let adapts = config.model.lora.rank.is_some();
+        let base = adapts.then(|| checkpoints.open_base()).transpose()?;
         let resume = checkpoints.find()?;
         let train_state = resume.as_ref().and_then(|resume| resume.train_state.clone());
         let seed = match (&train_state, config.debug.seed) {
@@ -97,12 +100,19 @@ impl Trainer {
         let validator = validator(&config, &text)?;
 
         let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
+        model.adapt(&config.model.lora, seed)?;
         let flops_per_token = model.flops_per_token(config.training.seq_len);
+        let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
         info!(
-            "Model {} {}: {} parameters, {:.1} MFLOP per token",
+            "Model {} {}: {} parameters{}, {:.1} MFLOP per token",
             config.model.name,
             config.model.flavor,
             grouped(model.n_params() as f64, 0),
+            if adapts {
+                format!(", {} more in adapters, which are trained", grouped(trained as f64, 0))
+            } else {
+                String::new()
+            },
             flops_per_token as f64 / 1e6
         );
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
@@ -114,12 +124,15 @@ impl Trainer {
             betas: (config.optimizer.beta1, config.optimizer.beta2),
             eps: config.optimizer.eps,
         };
-        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.stages())?;
+        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.trained())?;
 
         let step = train_state.as_ref().map_or(0, |state| state.step);
+        if let Some(base) = base {
+            base.load(&model.base_shapes(), |name, tensor| model.set(name, &tensor))?;
+        }
         match resume.as_ref().and_then(|resume| resume.model.as_ref()) {
-            Some(weights) => load_model(&model, weights)?,
-            None => model.parameters().try_for_each(|parameter| models::initialize(parameter, seed))?,
+            Some(weights) => weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))?,
+            None => model.trained_parameters().try_for_each(|parameter| models::initialize(parameter, seed))?,
         }
         if let Some(resume) = &resume {
             if let Some(weights) = &resume.optimizer {
@@ -196,8 +209,11 @@ impl Text {
 /// The flavor's arguments with `[model.args]` over them, fitted to the vocabulary and to the sequences.
 fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderArgs> {
     let model = &config.model;
-    let base = models::flavor(&model.name, &model.flavor)
-        .ok_or_else(|| Error::Model(format!("there is no model {} {}", model.name, model.flavor)))?;
+    let base = match model.flavor.as_str() {
+        models::FLAVOR_OF_CONFIG_JSON => args_of_config_json(config)?,
+        flavor => models::flavor(&model.name, flavor)
+            .ok_or_else(|| Error::Model(format!("there is no model {} {flavor}", model.name)))?,
+    };
     let mut args = model.args.apply(&base)?;
 
     let (vocab_size, needed) = (args.vocab_size, vocabulary.vocab_size);
@@ -209,12 +225,13 @@ fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderAr
             )));
         }
         args.vocab_size = needed;
+        let tables = if args.enable_weight_tying { 1 } else { 2 };
         warn!(
             "The tokenizer has {} entries, the flavor {}: the model takes the tokenizer's, which costs {} parameters \
              more. A smaller tokenizer saves them.",
             grouped(needed as f64, 0),
             grouped(vocab_size as f64, 0),
-            grouped((2 * args.dim * (needed - vocab_size)) as f64, 0)
+            grouped((tables * args.dim * (needed - vocab_size)) as f64, 0)
         );
     }
     let longest = config.training.seq_len.max(if config.validation.enable { config.validation.seq_len } else { 0 });
@@ -226,8 +243,42 @@ fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderAr
         )));
     }
     args.max_seq_len = longest;
+    let spec = train_spec(config);
+    if spec.is_of_examples() && !model.args.sets("attn_mask_type") && !args.masks_documents() {
+        info!(
+            "Attention stays inside each document of `{}`: model.args.attn_mask_type = \"block_causal\"",
+            spec.dataset
+        );
+        args.attn_mask_type = AttnMaskType::BlockCausal;
+        if args.attn_type == AttnType::Sdpa {
+            args.attn_type = AttnType::Varlen;
+        }
+    }
     if let Some(moe) = &mut args.moe_args {
         moe.force_load_balance |= config.debug.moe_force_load_balance;
+    }
+    Ok(args)
+}
+
+/// What `model.flavor = "hf"` stands for.
+fn args_of_config_json(config: &JobConfig) -> Result<DecoderArgs> {
+    let initial = config.checkpoint.initial_load_path.as_ref().filter(|_| config.checkpoint.initial_load_in_hf);
+    let folder = initial.unwrap_or(&config.model.hf_assets_path);
+    if !holds_hugging_face(folder) {
+        return Err(Error::Model(format!(
+            "model.flavor = \"hf\" takes the model's sizes from a config.json, and {} holds none\n   = set \
+             model.hf_assets_path to a folder with one, or choose another flavor",
+            folder.display()
+        )));
+    }
+    let (family, args) = hf::args_from_config(&read_config(folder)?)?;
+    if !family.is_named(&config.model.name) {
+        return Err(Error::Model(format!(
+            "{} describes a {} model, and model.name is {:?}",
+            folder.join("config.json").display(),
+            family.name(),
+            config.model.name
+        )));
     }
     Ok(args)
 }
@@ -237,6 +288,9 @@ fn train_spec(config: &JobConfig) -> DatasetSpec {
         dataset: config.training.dataset.clone(),
         dataset_path: config.training.dataset_path.clone(),
         text_field: config.data.text_field.clone(),
+        messages_field: config.data.messages_field.clone(),
+        prompt_field: config.data.prompt_field.clone(),
+        completion_field: config.data.completion_field.clone(),
         max_bad_records: config.data.max_bad_records,
         validates: None,
     }
@@ -282,10 +336,9 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
 /// Refuses a model whose weights, gradients and moments alone are more than the machine holds, rather than be killed by
 /// the system.
 fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> Result<()> {
-    let Precision { storage, compute } = precision;
-    let copy = if compute == storage { 0 } else { compute.size_in_bytes() };
-    let per_parameter = 3 * storage.size_in_bytes() + DType::F32.size_in_bytes() + copy;
-    let needed = model.n_params() as f64 * per_parameter as f64;
+    let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
+    let frozen = if model.adapters().is_some() { model.n_params() } else { 0 };
+    let needed = (trained * precision.training_bytes() + frozen * precision.frozen_bytes()) as f64;
     let there = facts.total_memory_bytes as f64;
     if there > 0.0 && needed > there {
         return Err(Error::Model(format!(
@@ -308,12 +361,8 @@ fn recompute(config: &JobConfig) -> Recompute {
     }
 }
 
-fn load_model(model: &Decoder, weights: &Weights) -> Result<()> {
-    weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))
-}
-
 fn load_moments(optimizer: &mut Optimizer, model: &Decoder, weights: &Weights, steps: u64) -> Result<()> {
-    let windows: HashMap<String, Tensor> = optimizer.state(model.stages())?.into_iter().collect();
+    let windows: HashMap<String, Tensor> = optimizer.state(model.trained())?.into_iter().collect();
     let expected: Vec<_> = windows.iter().map(|(name, window)| (name.clone(), window.dims().to_vec())).collect();
     weights.load(&expected, |name, tensor| {
         let window = &windows[name];

@@ -6,7 +6,7 @@ mod profile;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use tracing::info;
 
 use crate::components::checkpoint::{CheckpointManager, Progress, State, TrainState, Why};
@@ -15,8 +15,8 @@ use crate::components::metrics::{MetricsLogger, StepRecord};
 use crate::components::optimizer::Optimizer;
 use crate::components::validate::Validator;
 use crate::config::JobConfig;
-use crate::data::Loader;
-use crate::engine::{self, Recompute, Stages};
+use crate::data::{Batch, Loader};
+use crate::engine::{self, Recompute};
 use crate::models::Decoder;
 use crate::tools::profiler::{self, Category};
 use crate::tools::signals::Interrupt;
@@ -114,23 +114,30 @@ impl Trainer {
 
     /// Gradient accumulation, expert biases, clipping, and the optimizer.
     fn train_step(&mut self) -> Result<Step> {
-        let mut data_loading = Duration::ZERO;
-        let (mut loss, mut n_tokens) = (0.0, 0);
-        let scale = 1.0 / self.grad_accum as f64;
-        for _ in 0..self.grad_accum {
-            let waiting = Instant::now();
-            let (tokens, labels) = profiler::span_in(Category::Data, "data_loading").around(|| self.next_batch())?;
-            data_loading += waiting.elapsed();
-            n_tokens += labels.elem_count() as u64;
-            loss += f64::from(engine::forward_backward(&self.model, &tokens, &labels, scale, self.recompute)?);
+        let waiting = Instant::now();
+        let read = || (0..self.grad_accum).map(|_| self.next_batch()).collect::<Result<Vec<_>>>();
+        let batches = profiler::span_in(Category::Data, "data_loading").around(read)?;
+        let data_loading = waiting.elapsed();
+        let n_tokens = batches.iter().map(|batch| batch.labels.len() as u64).sum();
+        let n_targets: usize = batches.iter().map(Batch::n_targets).sum();
+
+        let mut loss = 0.0;
+        for (i, batch) in batches.into_iter().enumerate() {
+            // Each token that is learned weighs the same, however many of them its batch has.
+            let scale = batch.n_targets() as f64 / n_targets as f64;
+            let batch = batch.micro_batch(&self.device)?;
+            self.model.drop_out(Some((self.step * self.grad_accum + i + 1) as u64));
+            loss += f64::from(engine::forward_backward(&self.model, &batch, scale, self.recompute)?);
         }
+        self.model.drop_out(None);
         let step = self.step + 1;
         let _span = profiler::span_in(Category::Optimizer, "optimizer");
         let loads = self.model.expert_loads().into_iter();
-        let tokens_per_expert = loads.map(|(layer, load)| (layer, load.rebalance())).collect();
+        let moves = self.model.adapters().is_none();
+        let tokens_per_expert = loads.map(|(layer, load)| (layer, load.rebalance(moves))).collect();
 
         let lr = self.config.optimizer.lr * self.schedule.factor(self.step);
-        let grad_norm = self.optimizer.step(self.model.stages(), lr, self.config.training.max_norm)?;
+        let grad_norm = self.optimizer.step(self.model.trained(), lr, self.config.training.max_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(Error::Training(format!(
                 "step {step}: the loss is {loss} and the gradient norm {grad_norm}; the step was not applied, nothing \
@@ -143,11 +150,9 @@ impl Trainer {
         Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading, tokens_per_expert })
     }
 
-    /// Tokens and labels, `(b, s)`.
-    fn next_batch(&mut self) -> Result<(Tensor, Tensor)> {
+    fn next_batch(&mut self) -> Result<Batch> {
         let batch = self.loader.next_batch()?;
-        let batch = batch.ok_or_else(|| Error::Data("the training data ended, though it should repeat".into()))?;
-        batch.tensors(&self.device)
+        batch.ok_or_else(|| Error::Data("the training data ended, though it should repeat".into()))
     }
 
     fn log(&self, metrics: &mut MetricsLogger, step: Step) {
@@ -184,8 +189,12 @@ impl Trainer {
             lr_scheduler: serde_json::json!({ "steps": step }),
             dataloader: self.loader.state(),
         };
-        let (model, optimizer) = (self.model.state()?, self.optimizer.state(self.model.stages())?);
+        let (model, optimizer) = (self.model.state()?, self.optimizer.state(self.model.trained())?);
         self.checkpoints.save(step, why, &State { model: &model, optimizer: &optimizer, progress: &progress })?;
+        if why == Why::Last && self.model.adapters().is_some() && self.checkpoints.exports() {
+            self.model.merge()?;
+            self.checkpoints.export(step, &self.model.state()?)?;
+        }
         Ok(())
     }
 }

@@ -8,6 +8,7 @@
 //! | `optimizer.safetensors` | `exp_avg.{name}` and `exp_avg_sq.{name}` |
 //! | `train_state.json` | [`Progress`]: step, tokens, seed, schedule, data position |
 //! | `config.toml`, `tokenizer/` | what the run was started with, so that the folder needs nothing else |
+//! | `base.json` | of a run that trains adapters, which then are all that the files above hold: [`Base`], whose weights these go with |
 //! | `manifest.json` | [`manifest::Manifest`]: step, kind, size and sha256 of every file |
 //!
 //! A folder is written under a hidden name, made durable and renamed, so that a `step-N` that exists is complete; the
@@ -28,10 +29,11 @@ use tracing::{info, warn};
 
 use crate::config::{self, CheckpointState};
 use crate::models::args::DecoderArgs;
-use crate::models::hf::Family;
 use crate::{Error, Result};
 
+mod base;
 mod export;
+mod fp8;
 mod lock;
 pub mod manifest;
 mod staged;
@@ -39,11 +41,15 @@ mod step_folder;
 mod tensors;
 mod weights;
 
+pub use base::Base;
+pub use export::{Export, HuggingFaceModel};
 pub use lock::DumpFolderLock;
 pub use manifest::Kind;
 pub use step_folder::{Progress, StepFolder, TrainState, Use, open_step, step_name, step_of, steps_in};
-pub use weights::{Parameter, Weights};
+pub use tensors::SHARD_BYTES;
+pub use weights::{Fitted, Parameter, Parameters, Weights, holds_hugging_face, read_config};
 
+use base::BASE;
 use manifest::{Damage, MANIFEST, Manifest};
 use staged::Staged;
 
@@ -109,6 +115,8 @@ pub struct CheckpointManager {
     assets: Assets,
     /// The step of `folder` that was loaded whole or saved last: its state need not be written again.
     on_disk: Option<usize>,
+    /// Of a run that trains adapters.
+    base: Option<Base>,
     _lock: DumpFolderLock,
 }
 
@@ -121,21 +129,41 @@ impl CheckpointManager {
     pub fn open(keys: config::Checkpoint, dump_folder: &Path, assets: Assets) -> Result<Self> {
         let lock = DumpFolderLock::acquire(dump_folder)?;
         let folder = dump_folder.join(&keys.folder);
-        let manager = Self { keys, folder, assets, on_disk: None, _lock: lock };
+        let manager = Self { keys, folder, assets, on_disk: None, base: None, _lock: lock };
         if manager.saves() {
             fs::create_dir_all(&manager.folder).map_err(Error::io("create", &manager.folder))?;
             staged::sync_folder(dump_folder)?;
             staged::recover(&manager.folder)?;
             if manager.keys.last_save_in_hf {
-                manager.hf_config()?;
+                manager.hugging_face_model()?.config()?;
             }
         }
         Ok(manager)
     }
 
+    /// Opens the weights that the run's adapters are for: those that it would otherwise start from. From here on what is
+    /// saved and found are adapters.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there are none.
+    pub fn open_base(&mut self) -> Result<Weights> {
+        let Some(Resume { source, model: Some(weights), .. }) = self.initial()? else {
+            return Err(Error::Checkpoint(
+                "adapters need weights: set checkpoint.initial_load_path or checkpoint.initial_load_in_hf".into(),
+            ));
+        };
+        self.base = Some(Base::new(&source, self.keys.initial_load_in_hf)?);
+        Ok(weights)
+    }
+
     /// Whether this run writes checkpoints at all.
     pub fn saves(&self) -> bool {
         self.keys.enable && !self.keys.load_only
+    }
+
+    /// Whether the model alone is to be written after the last step.
+    pub fn exports(&self) -> bool {
+        self.saves() && self.keys.last_save_model_only
     }
 
     /// Whether, and why, a checkpoint is to be saved after `step` of `last_step`.
@@ -161,10 +189,24 @@ impl CheckpointManager {
         let steps = steps_in(&self.folder)?;
         let folder = match self.keys.load_step {
             Some(step) => self.open_named(step, &steps)?,
+            None if steps.is_empty() && self.base.is_some() => return Ok(None),
             None if steps.is_empty() => return self.initial(),
             None => step_folder::newest(&self.folder, &steps, open_full)?,
         };
-        if let Some(path) = &self.keys.initial_load_path {
+        let of_adapters = folder.base()?;
+        match (&self.base, &of_adapters) {
+            (None, None) => {}
+            (Some(base), Some(then)) => then.check(base)?,
+            (base, _) => {
+                let (holds, trains) = if base.is_some() { ("all weights", "") } else { ("adapters", "no ") };
+                return Err(Error::Checkpoint(format!(
+                    "{} holds {holds}, but this run trains {trains}adapters\n   = set model.lora.rank as it was, or \
+                     another job.dump_folder",
+                    folder.path().display()
+                )));
+            }
+        }
+        if let (Some(path), None) = (&self.keys.initial_load_path, of_adapters) {
             info!("checkpoint.initial_load_path {} is not used: this run has checkpoints of its own", path.display());
         }
         self.on_disk = self.keys.exclude_from_loading.is_empty().then_some(folder.step());
@@ -197,8 +239,16 @@ impl CheckpointManager {
             return Err(Error::Checkpoint(format!("{key}: there is no {}", path.display())));
         }
         if keys.initial_load_in_hf {
-            let family = Family::of(&self.assets.model_name)?;
-            return Ok(Some(weights_alone(path, Weights::open_hugging_face(path, family, &self.assets.args)?)));
+            let Assets { model_name, args, .. } = &self.assets;
+            let weights = Weights::open_hugging_face(path, model_name, args, keys.initial_load_in_hf_quantized)?;
+            return Ok(Some(weights_alone(path, weights)));
+        }
+        if path.join(BASE).is_file() {
+            return Err(Error::Checkpoint(format!(
+                "{key}: {} holds adapters only\n   = checkpoint.last_save_model_only writes the model with its adapters \
+                 merged; name that",
+                path.display()
+            )));
         }
         if path.join(MANIFEST).is_file() {
             let usage = if keys.initial_load_model_only { Use::Model } else { Use::Everything };
@@ -241,7 +291,8 @@ impl CheckpointManager {
         })
     }
 
-    /// Writes `step-N`, and after the last step what `last_save_model_only` asks for; then removes the oldest steps
+    /// Writes `step-N`, and after the last step what `last_save_model_only` asks for, unless the run trains adapters, which
+    /// would have to be merged before [`CheckpointManager::export`]; then removes the oldest steps
     /// beyond `keep_latest_k`. When this returns, all of it is durable.
     ///
     /// `None`: this run does not save.
@@ -257,8 +308,8 @@ impl CheckpointManager {
             self.on_disk = Some(step);
             info!("Finished saving the checkpoint in {:.2} seconds: {}", start.elapsed().as_secs_f64(), path.display());
         }
-        if why == Why::Last {
-            self.export(step, state)?;
+        if why == Why::Last && self.exports() && self.base.is_none() {
+            self.export(step, state.model)?;
         }
         if let Err(error) = self.purge(step) {
             // What had to be saved is saved.
@@ -269,21 +320,14 @@ impl CheckpointManager {
 
     fn write_step(&self, step: usize, state: &State) -> Result<()> {
         let mut folder = Staged::new(&self.folder, &step_name(step))?;
-        tensors::write(&mut folder, "model", tensors::entries(state.model, None))?;
-        tensors::write(&mut folder, "optimizer", tensors::entries(state.optimizer, None))?;
-        folder.write_bytes(step_folder::TRAIN_STATE, &json_text(state.progress))?;
-        self.seal(folder, step, Kind::Full)
-    }
-
-    /// Adds what every checkpoint carries, the manifest last.
-    fn seal(&self, mut folder: Staged, step: usize, kind: Kind) -> Result<()> {
-        folder.write_bytes(step_folder::CONFIG, self.assets.config_toml.as_bytes())?;
-        for (name, bytes) in &self.assets.tokenizer_files {
-            folder.write_bytes(&format!("{}{name}", step_folder::TOKENIZER), bytes)?;
+        for (stem, tensors) in [("model", state.model), ("optimizer", state.optimizer)] {
+            tensors::write(&mut folder, stem, tensors::entries(tensors), tensors::SHARD_BYTES, &|_| ())?;
         }
-        let manifest = Manifest::new(step, kind, folder.files().clone());
-        folder.write_bytes(MANIFEST, &manifest.to_json())?;
-        folder.commit().map(drop)
+        if let Some(base) = &self.base {
+            folder.write_bytes(BASE, &json_text(base))?;
+        }
+        folder.write_bytes(step_folder::TRAIN_STATE, &json_text(state.progress))?;
+        seal(folder, step, Kind::Full, &self.assets.config_toml, &self.assets.tokenizer_files)
     }
 
     /// Removes all but the `keep_latest_k` newest steps. The one just saved stays in any case, so does one that is
@@ -320,6 +364,23 @@ impl Why {
             Self::Seed => "seed",
         }
     }
+}
+
+/// Adds what every checkpoint carries, the manifest last, and gives the folder its name.
+fn seal(
+    mut folder: Staged,
+    step: usize,
+    kind: Kind,
+    config_toml: &str,
+    tokenizer_files: &[(String, Vec<u8>)],
+) -> Result<()> {
+    folder.write_bytes(step_folder::CONFIG, config_toml.as_bytes())?;
+    for (name, bytes) in tokenizer_files {
+        folder.write_bytes(&format!("{}{name}", step_folder::TOKENIZER), bytes)?;
+    }
+    let manifest = Manifest::new(step, kind, folder.files().clone());
+    folder.write_bytes(MANIFEST, &manifest.to_json())?;
+    folder.commit().map(drop)
 }
 
 /// A folder from which training can go on.

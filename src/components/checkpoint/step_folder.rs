@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::warn;
 
+use super::base::{BASE, Base};
 use super::manifest::{Damage, Kind, MANIFEST, Manifest};
 use super::weights::Weights;
 use crate::{Error, Result};
@@ -92,6 +93,16 @@ impl StepFolder {
     pub fn progress(&self) -> Result<Progress> {
         let path = self.path.join(TRAIN_STATE);
         serde_json::from_slice(&self.read(TRAIN_STATE)?)
+            .map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))
+    }
+
+    /// The weights that the model's adapters are for; `None` where it holds all weights.
+    pub fn base(&self) -> Result<Option<Base>> {
+        if !self.manifest.files.contains_key(BASE) {
+            return Ok(None);
+        }
+        let path = self.path.join(BASE);
+        serde_json::from_slice(&self.read(BASE)?)
             .map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))
     }
 

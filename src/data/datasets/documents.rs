@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tracing::warn;
 
 use super::files::Fetcher;
-use super::records::{self, Place, Record, Records};
+use super::records::{self, Fields, Place, Records};
 use super::{Content, Dataset, Document, Documents, Files, Format, Position, Stop};
 use crate::data::permutation::Permutation;
 use crate::tools::random::keyed;
@@ -20,7 +20,7 @@ const BLOCK_BYTES: usize = 64 << 20;
 pub struct TextDataset {
     pub files: Arc<Files>,
     pub format: Format,
-    pub text_field: String,
+    pub fields: Fields,
     pub max_bad_records: u64,
 }
 
@@ -63,7 +63,7 @@ struct Pass {
     /// Where `block` begins.
     start: Position,
     /// The rest of the block, each record with its index.
-    block: Enumerate<std::vec::IntoIter<Record>>,
+    block: Enumerate<std::vec::IntoIter<Content>>,
 }
 
 impl Iterator for Pass {
@@ -71,9 +71,9 @@ impl Iterator for Pass {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            if let Some((index, record)) = self.block.next() {
+            if let Some((index, content)) = self.block.next() {
                 let position = Position { index: index as u64, ..self.start.clone() };
-                return Some(Ok(Document { position, content: Content::Text(record) }));
+                return Some(Ok(Document { position, content }));
             }
             match self.read_block() {
                 Ok(true) => {}
@@ -106,7 +106,7 @@ impl Pass {
         while records.len() < max_records && bytes < BLOCK_BYTES {
             match reader.next()? {
                 Some(Ok(record)) => {
-                    bytes += record.text.len();
+                    bytes += record.text_bytes();
                     records.push(record);
                 }
                 Some(Err(fault)) => self.skip_bad(fault)?,
@@ -131,8 +131,8 @@ impl Pass {
 
     fn open(&mut self, file: usize, place: Place) -> Result<Box<dyn Records>> {
         let path = self.fetcher.path(file, self.order.file_at(self.place_in_order + 1))?;
-        let TextDataset { files, format, text_field, .. } = &self.dataset;
-        records::open(&path, &files.label(file), *format, text_field, place)
+        let TextDataset { files, format, fields, .. } = &self.dataset;
+        records::open(&path, &files.label(file), *format, fields, place)
     }
 
     fn skip_bad(&mut self, fault: String) -> Result<()> {

@@ -1,23 +1,25 @@
-//! JSON lines: each line an object, one of its fields the text of a document.
+//! JSON lines: each line an object, whose fields hold a document.
 
 use std::io::BufRead;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::records::{Parsed, Place, Record, Records, unreadable};
+use super::Content;
+use super::records::{Fields, Parsed, Place, Record, Records, unreadable};
+use crate::data::chat::{Conversation, Instruction, parse_messages};
 use crate::{Error, Result};
 
 pub struct JsonLines {
     reader: Box<dyn BufRead + Send>,
     name: String,
-    text_field: String,
+    fields: Fields,
     place: Place,
     line: Vec<u8>,
 }
 
 impl JsonLines {
-    pub fn new(reader: Box<dyn BufRead + Send>, name: &str, text_field: &str, place: Place) -> Self {
-        Self { reader, name: name.to_owned(), text_field: text_field.to_owned(), place, line: Vec::new() }
+    pub fn new(reader: Box<dyn BufRead + Send>, name: &str, fields: &Fields, place: Place) -> Self {
+        Self { reader, name: name.to_owned(), fields: fields.clone(), place, line: Vec::new() }
     }
 
     /// An array would be read whole, however large, for want of lines.
@@ -42,27 +44,55 @@ impl JsonLines {
             let reason = full.split(" at line ").next().unwrap_or(&full);
             format!("{name}:{line}:{}: not valid JSON: {reason}", error.column())
         })?;
-        let Value::Object(mut fields) = value else {
-            return Err(format!(
-                "{name}:{line}: is {}, not an object with a field `{}`",
-                kind(&value),
-                self.text_field
-            ));
+        let Value::Object(mut found) = value else {
+            let wanted = self.fields.names().join("`, `");
+            return Err(format!("{name}:{line}: is {}, not an object with a field `{wanted}`", kind(&value)));
         };
-        match fields.get_mut(&self.text_field).map(Value::take) {
-            Some(Value::String(text)) => Ok(Record::document(text)),
-            Some(other) => Err(format!("{name}:{line}: field `{}` is {}, not text", self.text_field, kind(&other))),
-            None => {
-                let there = fields.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ");
-                Err(no_such_field(&format!("{name}:{line}"), &self.text_field, &there))
+        let at = format!("{name}:{line}");
+        Ok(match &self.fields {
+            Fields::Text(field) => Content::Text(Record::document(text_of(&at, "text_field", field, &mut found)?)),
+            Fields::Chat { messages: field } => {
+                let messages = take(&at, "messages_field", field, &mut found)?;
+                let messages = parse_messages(messages).map_err(|fault| format!("{at}: field `{field}` {fault}"))?;
+                Content::Chat(Conversation { messages, at })
             }
+            Fields::Instruct { prompt, completion } => {
+                let prompt = text_of(&at, "prompt_field", prompt, &mut found)?;
+                let completion = text_of(&at, "completion_field", completion, &mut found)?;
+                Content::Instruct(Instruction { prompt, completion })
+            }
+        })
+    }
+}
+
+impl Fields {
+    fn names(&self) -> Vec<&str> {
+        match self {
+            Self::Text(field) | Self::Chat { messages: field } => vec![field],
+            Self::Instruct { prompt, completion } => vec![prompt, completion],
         }
     }
 }
 
+/// The value of `field`, which the config calls `data.{key}`.
+fn take(at: &str, key: &str, field: &str, found: &mut Map<String, Value>) -> Result<Value, String> {
+    if let Some(value) = found.get_mut(field) {
+        return Ok(value.take());
+    }
+    let there = found.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ");
+    Err(no_such_field(at, key, field, &there))
+}
+
+fn text_of(at: &str, key: &str, field: &str, found: &mut Map<String, Value>) -> Result<String, String> {
+    match take(at, key, field, found)? {
+        Value::String(text) => Ok(text),
+        other => Err(format!("{at}: field `{field}` is {}, not text", kind(&other))),
+    }
+}
+
 /// One wording for all formats.
-pub fn no_such_field(at: &str, text_field: &str, there: &str) -> String {
-    format!("{at}: no field `{text_field}`; data.text_field can be one of: {there}")
+pub fn no_such_field(at: &str, key: &str, field: &str, there: &str) -> String {
+    format!("{at}: no field `{field}`; data.{key} can be one of: {there}")
 }
 
 fn kind(value: &Value) -> &'static str {

@@ -13,10 +13,11 @@ use serde::{Deserialize, Serialize};
 
 pub use files::{FileEntry, Files, Stop, StopOnDrop};
 pub use open::{open, vocabulary};
-pub use records::Record;
+pub use records::{Fields, Record};
 pub use tokens::{Dtype, Sidecar, Vocabulary};
 
 use crate::Result;
+use crate::data::chat::{Conversation, Instruction};
 
 /// What the job config says of a dataset.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub struct DatasetSpec {
     /// - `text`: plain files, each a document, however large. Shuffling shuffles the files.
     /// - `json`: JSON lines (`.json`, `.jsonl`, `.ndjson`), one document each.
     /// - `parquet`: one document per row.
+    /// - `chat`: JSON lines, one conversation each.
+    /// - `instruct`: JSON lines, a prompt and its completion each.
     /// - `tokens`: shards of token ids, see [`Sidecar`].
     /// - `c4`: the `en` subset of `allenai/c4` on the Hugging Face hub.
     /// - `c4_test`: the stories that titan ships.
@@ -38,6 +41,10 @@ pub struct DatasetSpec {
     pub dataset_path: Option<String>,
     /// Field or column that holds the text.
     pub text_field: String,
+    /// Field that holds the messages of a conversation.
+    pub messages_field: String,
+    pub prompt_field: String,
+    pub completion_field: String,
     /// How many malformed records may be skipped in one pass over the data.
     pub max_bad_records: usize,
     /// The dataset that is trained on, where this one validates.
@@ -50,9 +57,19 @@ impl Default for DatasetSpec {
             dataset: "c4_test".to_owned(),
             dataset_path: None,
             text_field: "text".to_owned(),
+            messages_field: "messages".to_owned(),
+            prompt_field: "prompt".to_owned(),
+            completion_field: "completion".to_owned(),
             max_bad_records: 0,
             validates: None,
         }
+    }
+}
+
+impl DatasetSpec {
+    /// Whether its documents stay whole, each within one row, and are learned in part.
+    pub fn is_of_examples(&self) -> bool {
+        ["chat", "instruct"].contains(&self.dataset.as_str())
     }
 }
 
@@ -99,7 +116,21 @@ pub struct Document {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Content {
     Text(Record),
+    Chat(Conversation),
+    Instruct(Instruction),
     Tokens(Vec<u32>),
+}
+
+impl Content {
+    /// Bytes of its text; 0 where there is none.
+    pub fn text_bytes(&self) -> usize {
+        match self {
+            Self::Text(record) => record.text.len(),
+            Self::Chat(conversation) => conversation.messages.iter().map(|message| message.text().len()).sum(),
+            Self::Instruct(Instruction { prompt, completion }) => prompt.len() + completion.len(),
+            Self::Tokens(_) => 0,
+        }
+    }
 }
 
 pub type Documents = Box<dyn Iterator<Item = Result<Document>> + Send>;

@@ -8,7 +8,7 @@ use tracing::info;
 use super::documents::TextDataset;
 use super::files::has_ending;
 use super::tokens::TokenDataset;
-use super::{Dataset, DatasetSpec, Files, Format, Vocabulary};
+use super::{Dataset, DatasetSpec, Fields, Files, Format, Vocabulary};
 use crate::data::remote::{OpenRemote, RemoteFiles};
 use crate::data::stories;
 use crate::{Error, Result};
@@ -19,7 +19,7 @@ const PARQUET: &[&str] = &[".parquet"];
 const TOKENS: &[&str] = &[".bin"];
 
 const C4: &str = "allenai/c4";
-const NAMES: [&str; 7] = ["c4", "c4_test", "c4_validation", "json", "parquet", "text", "tokens"];
+const NAMES: [&str; 9] = ["c4", "c4_test", "c4_validation", "chat", "instruct", "json", "parquet", "text", "tokens"];
 
 /// What token shards say of themselves; `None` for datasets of text, and for shards without a sidecar.
 pub fn vocabulary(spec: &DatasetSpec) -> Result<Option<Vocabulary>> {
@@ -39,21 +39,26 @@ pub fn open(
     window: usize,
     open_remote: OpenRemote,
 ) -> Result<Arc<dyn Dataset>> {
-    let text = |files: Files, format: Format| -> Result<Arc<dyn Dataset>> {
-        Ok(Arc::new(TextDataset {
-            files: Arc::new(files),
-            format,
-            text_field: spec.text_field.clone(),
-            max_bad_records: spec.max_bad_records as u64,
-        }))
+    let records = |files: Files, format: Format, fields: Fields| -> Result<Arc<dyn Dataset>> {
+        let max_bad_records = spec.max_bad_records as u64;
+        Ok(Arc::new(TextDataset { files: Arc::new(files), format, fields, max_bad_records }))
     };
+    let text = |files, format| records(files, format, Fields::Text(spec.text_field.clone()));
     let name = spec.dataset.as_str();
     match (name, spec.dataset_path.as_deref()) {
         ("text", Some(path)) => text(Files::local(path, TEXT)?, Format::Text),
         ("json", Some(path)) => text(Files::local(path, JSON)?, Format::Json),
         ("parquet", Some(path)) => text(Files::local(path, PARQUET)?, Format::Parquet),
+        ("chat", Some(path)) => {
+            let fields = Fields::Chat { messages: spec.messages_field.clone() };
+            records(Files::local(path, JSON)?, Format::Json, fields)
+        }
+        ("instruct", Some(path)) => {
+            let (prompt, completion) = (spec.prompt_field.clone(), spec.completion_field.clone());
+            records(Files::local(path, JSON)?, Format::Json, Fields::Instruct { prompt, completion })
+        }
         ("tokens", Some(path)) => Ok(Arc::new(TokenDataset::open(Files::local(path, TOKENS)?, vocab_size, window)?)),
-        ("text" | "json" | "parquet" | "tokens", None) => {
+        ("text" | "json" | "parquet" | "chat" | "instruct" | "tokens", None) => {
             Err(Error::Data(format!("dataset `{name}` needs a dataset_path: a file, a folder or a glob")))
         }
 
@@ -85,7 +90,7 @@ fn is_remote(dataset: &str) -> bool {
 fn unknown(name: &str) -> Error {
     if Path::new(name).exists() {
         return Error::Data(format!(
-            "dataset {name:?} is a path: give it as dataset_path, and as dataset what it holds: text, json, parquet or tokens"
+            "dataset {name:?} is a path: give it as dataset_path, and as dataset what it holds: text, json, parquet, chat, instruct or tokens"
         ));
     }
     let nearest = NAMES.into_iter().max_by(|a, b| strsim::jaro(a, name).total_cmp(&strsim::jaro(b, name)));

@@ -8,6 +8,7 @@ use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::ByteArrayType;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
+use super::Content;
 use super::json::no_such_field;
 use super::records::{Parsed, Place, Record, Records};
 use crate::{Error, Result};
@@ -37,7 +38,7 @@ impl ParquetColumn {
         let Some(column_index) = columns.iter().position(|column| column.path().string() == text_field) else {
             let there =
                 columns.iter().map(|column| format!("`{}`", column.path().string())).collect::<Vec<_>>().join(", ");
-            return Err(Error::Data(no_such_field(name, text_field, &there)));
+            return Err(Error::Data(no_such_field(name, "text_field", text_field, &there)));
         };
         let column = &columns[column_index];
         if column.physical_type() != Type::BYTE_ARRAY || column.max_rep_level() > 0 {
@@ -107,7 +108,7 @@ impl ParquetColumn {
                 self.ahead.push_back(match value {
                     None => Err(format!("{}: the text is null", at())),
                     Some(value) => match String::from_utf8(value.data().to_vec()) {
-                        Ok(text) => Ok(Record::document(text)),
+                        Ok(text) => Ok(Content::Text(Record::document(text))),
                         Err(_) => Err(format!("{}: not valid UTF-8", at())),
                     },
                 });

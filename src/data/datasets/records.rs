@@ -4,13 +4,21 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use super::Format;
 use super::json::JsonLines;
 use super::parquet::ParquetColumn;
 use super::text::TextPieces;
+use super::{Content, Format};
 use crate::{Error, Result};
 
 const BUFFER_BYTES: usize = 256 * 1024;
+
+/// Which fields of a record make a document, and of what kind.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Fields {
+    Text(String),
+    Chat { messages: String },
+    Instruct { prompt: String, completion: String },
+}
 
 /// A text, and whether a document begins and ends with it. All but the pieces of a plain text file do both.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,8 +34,8 @@ impl Record {
     }
 }
 
-/// A record, or what is wrong with it, opening with file and line; the records after it can still be read.
-pub type Parsed = Result<Record, String>;
+/// What a record holds, or what is wrong with it, opening with file and line; the records after it can still be read.
+pub type Parsed = Result<Content, String>;
 
 /// Where a record begins.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -51,15 +59,19 @@ pub trait Records: Send {
 }
 
 /// Opens a file at the place of a record; `name` is what messages call the file.
-pub fn open(path: &Path, name: &str, format: Format, text_field: &str, place: Place) -> Result<Box<dyn Records>> {
+pub fn open(path: &Path, name: &str, format: Format, fields: &Fields, place: Place) -> Result<Box<dyn Records>> {
     let file = || File::open(path).map_err(Error::io("cannot open", path));
     let text = || text_at(BufReader::with_capacity(BUFFER_BYTES, file()?), name, place);
     Ok(match format {
         Format::Text => Box::new(TextPieces::new(text()?, name, place)),
-        Format::Json => Box::new(JsonLines::new(text()?, name, text_field, place)),
-        Format::Parquet => Box::new(ParquetColumn::open(file()?, name, text_field, place)?),
+        Format::Json => Box::new(JsonLines::new(text()?, name, fields, place)),
+        Format::Parquet => {
+            let Fields::Text(column) = fields else { unreachable!("conversations are read from JSON lines only") };
+            Box::new(ParquetColumn::open(file()?, name, column, place)?)
+        }
         Format::Shipped(bytes) => {
-            Box::new(JsonLines::new(text_at(Cursor::new(bytes), name, place)?, name, "text", place))
+            let fields = Fields::Text("text".to_owned());
+            Box::new(JsonLines::new(text_at(Cursor::new(bytes), name, place)?, name, &fields, place))
         }
     })
 }

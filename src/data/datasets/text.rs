@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, Read};
 
+use super::Content;
 use super::records::{Parsed, Place, Record, Records, unreadable};
 use crate::Result;
 
@@ -43,7 +44,7 @@ impl Records for TextPieces {
         self.place.line += newlines(&bytes);
 
         Ok(Some(match String::from_utf8(bytes) {
-            Ok(text) => Ok(Record { text: without_bom(text, start), begins: start.offset == 0, ends }),
+            Ok(text) => Ok(Content::Text(Record { text: without_bom(text, start), begins: start.offset == 0, ends })),
             Err(error) => {
                 let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
                 Err(format!("{}:{}: not valid UTF-8", self.name, start.line + newlines(good) + 1))
@@ -82,7 +83,8 @@ mod tests {
 
     fn pieces(text: &str) -> Vec<Record> {
         let mut reader = TextPieces::new(Box::new(Cursor::new(text.to_owned())), "a.txt", Place::default());
-        std::iter::from_fn(|| reader.next().unwrap()).map(Result::unwrap).collect()
+        let pieces = std::iter::from_fn(|| reader.next().unwrap()).map(Result::unwrap);
+        pieces.map(|piece| if let Content::Text(record) = piece { record } else { panic!("{piece:?}") }).collect()
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -15,7 +15,7 @@ use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::whitespace::Whitespace;
 
-use super::{Mark, Tokenizer, TokenizerFile, vocab_size};
+use super::{Mark, Tokenizer, TokenizerFile, template, vocab_size};
 use crate::{Error, Result};
 
 const CONFIG: &str = "tokenizer_config.json";
@@ -54,15 +54,22 @@ impl From<SpecialToken> for AddedToken {
     }
 }
 
+/// Where a vocabulary may be, the best first.
+const VOCABULARIES: [&str; 3] = ["tokenizer.json", "vocab.json", "vocab.txt"];
+
+pub(super) fn has_tokenizer(dir: &Path) -> bool {
+    VOCABULARIES.iter().any(|name| dir.join(name).is_file())
+}
+
 /// The files of `dir` that make its tokenizer, the vocabulary first.
 pub(super) fn read_files(dir: &Path) -> Result<Vec<TokenizerFile>> {
     let present = |name: &&str| dir.join(name).is_file();
-    let mut names = match ["tokenizer.json", "vocab.json", "vocab.txt"].iter().copied().find(present) {
+    let mut names = match VOCABULARIES.iter().copied().find(present) {
         Some("tokenizer.json") => vec!["tokenizer.json"],
         Some(vocab) => [vocab, "merges.txt"].into_iter().filter(present).collect(),
         None => return Err(no_tokenizer_in(dir)),
     };
-    names.extend([CONFIG].iter().filter(|name| present(name)));
+    names.extend([CONFIG, template::FILE].iter().filter(|name| present(name)));
     names
         .into_iter()
         .map(|name| {
@@ -91,7 +98,7 @@ fn no_tokenizer_in(dir: &Path) -> Error {
 
 pub(super) fn build(files: Vec<TokenizerFile>, origin: &str) -> Result<Tokenizer> {
     let file = |name: &str| files.iter().find(|file| file.name == name);
-    let vocab = files.first().filter(|file| file.name != CONFIG);
+    let vocab = files.first().filter(|file| file.name != CONFIG && file.name != template::FILE);
     let vocab = vocab.ok_or_else(|| Error::Tokenizer(format!("no vocabulary among the files of {origin}")))?;
     let explain = |name: &str, e: String| Error::Tokenizer(format!("{origin}: {name} cannot be used: {e}"));
 
@@ -131,7 +138,22 @@ pub(super) fn build(files: Vec<TokenizerFile>, origin: &str) -> Result<Tokenizer
         vocab_size: vocab_size(&inner),
         inner,
         files,
+        chat_template: OnceLock::new(),
     })
+}
+
+/// `tokenizer_config.json`, and the contents of the special tokens that it names one by one.
+pub(super) fn config_and_special_tokens(files: &[TokenizerFile]) -> Result<(Map<String, Value>, Map<String, Value>)> {
+    let Some(file) = files.iter().find(|file| file.name == CONFIG) else { return Ok(Default::default()) };
+    let explain = |e: String| Error::Tokenizer(format!("{CONFIG} cannot be used: {e}"));
+    let config: Map<String, Value> = serde_json::from_slice(&file.bytes).map_err(|e| explain(e.to_string()))?;
+    let mut tokens = Map::new();
+    for key in SPECIAL_TOKEN_KEYS {
+        if let Some(token) = special_token(&config, key).map_err(explain)? {
+            tokens.insert(key.to_owned(), token.content.into());
+        }
+    }
+    Ok((config, tokens))
 }
 
 fn special_token(config: &Map<String, Value>, key: &str) -> Result<Option<AddedToken>, String> {

@@ -2,13 +2,17 @@
 
 mod load;
 mod stream;
+mod template;
 pub mod train;
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 pub use stream::TokenStream;
+pub use template::ChatTemplate;
 
+use crate::data::chat::{Example, Message};
 use crate::{Error, Result};
 
 /// A tokenizer and the files it was read from.
@@ -19,6 +23,8 @@ pub struct Tokenizer {
     eos: Option<Mark>,
     vocab_size: usize,
     files: Vec<TokenizerFile>,
+    /// Once it was asked for.
+    chat_template: OnceLock<Arc<ChatTemplate>>,
 }
 
 /// One file of a tokenizer's folder, as it was read.
@@ -47,6 +53,11 @@ impl Tokenizer {
         Self::from_files(load::read_files(path)?, &path.display().to_string())
     }
 
+    /// The files of a folder that [`Tokenizer::from_dir`] reads; none if it holds no tokenizer.
+    pub fn files_in(path: &Path) -> Result<Vec<TokenizerFile>> {
+        if load::has_tokenizer(path) { load::read_files(path) } else { Ok(Vec::new()) }
+    }
+
     /// A tokenizer from the contents of its files, as [`Tokenizer::files`] gives them. `origin` is for messages.
     pub fn from_files(files: Vec<TokenizerFile>, origin: &str) -> Result<Self> {
         load::build(files, origin)
@@ -67,6 +78,60 @@ impl Tokenizer {
         let bos = self.bos_id().filter(|_| add_bos);
         let eos = self.eos_id().filter(|_| add_eos);
         Ok(bos.into_iter().chain(ids.iter().copied()).chain(eos).collect())
+    }
+
+    /// How conversations are written for this tokenizer: its own template, else ChatML, with a warning.
+    pub fn chat_template(&self) -> Result<Arc<ChatTemplate>> {
+        if let Some(template) = self.chat_template.get() {
+            return Ok(template.clone());
+        }
+        let template = Arc::new(ChatTemplate::of(self)?);
+        Ok(self.chat_template.get_or_init(|| template).clone())
+    }
+
+    /// The tokens of a conversation. Learned is what the assistant wrote, to the end of its turns.
+    ///
+    /// # Errors
+    /// As for [`ChatTemplate::render_learned`].
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Example> {
+        let (text, mut spans) = self.chat_template()?.render_learned(messages)?;
+        for span in &mut spans {
+            // Whatever the template writes behind the token that ends a turn, nobody waits for it.
+            let written = text[span.clone()].trim_end();
+            if self.special_tokens().any(|token| written.ends_with(&token)) {
+                span.end = span.start + written.len();
+            }
+        }
+        let encoding = self.encode_verbatim(&text)?;
+        let is_learned = |&(start, end): &(usize, usize)| spans.iter().any(|span| start < span.end && end > span.start);
+        let learned = encoding.get_offsets().iter().map(is_learned).collect();
+        Ok(Example { tokens: encoding.get_ids().to_vec(), learned })
+    }
+
+    /// The ids up to where the assistant's next message begins.
+    pub fn encode_chat_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let text = self.chat_template()?.render(messages, true)?;
+        Ok(self.encode_verbatim(&text)?.get_ids().to_vec())
+    }
+
+    /// The special tokens that the chat template puts behind what an assistant says, and EOS.
+    pub fn ends_of_turn(&self) -> Result<Vec<u32>> {
+        const SAID: &str = "hello";
+        let messages = [Message::new("user", SAID), Message::new("assistant", SAID)];
+        let text = self.chat_template()?.render(&messages, false)?;
+        let behind = text.rfind(SAID).map_or("", |at| text[at + SAID.len()..].trim_start());
+        let end = self.special_tokens().find(|token| behind.starts_with(token.as_str()));
+        Ok(end.and_then(|token| self.token_id(&token)).into_iter().chain(self.eos_id()).collect())
+    }
+
+    /// The ids of a text that holds its special tokens already.
+    fn encode_verbatim(&self, text: &str) -> Result<tokenizers::Encoding> {
+        self.inner.encode(text, false).map_err(|e| Error::Tokenizer(format!("cannot encode text: {e}")))
+    }
+
+    fn special_tokens(&self) -> impl Iterator<Item = String> {
+        let added = self.inner.get_added_tokens_decoder().into_values();
+        added.filter(|token| token.special && !token.content.is_empty()).map(|token| token.content)
     }
 
     /// Text of `ids`, without special tokens. Bytes that are no UTF-8 become U+FFFD.

@@ -4,7 +4,7 @@ use super::{FeedForward, STD, normal};
 use crate::Result;
 use crate::autograd::{Parameter, StageBuilder, Value};
 use crate::models::args::MoeArgs;
-use crate::ops::{self, Experts, Router};
+use crate::ops::{self, ExpertGroups, Experts, Router};
 
 /// Token-choice mixture of experts, with shared experts that see every token.
 #[derive(Debug)]
@@ -42,6 +42,7 @@ impl Moe {
             top_k: args.top_k,
             route_norm: args.route_norm,
             route_scale: args.route_scale as f32,
+            groups: args.num_expert_groups.zip(args.num_limited_groups).map(|(n, limit)| ExpertGroups { n, limit }),
             force_load_balance: args.force_load_balance,
         };
         Self { gate, router, experts, shared_experts, load: Arc::new(ExpertLoad::new(prefix, args)) }
@@ -113,12 +114,13 @@ impl ExpertLoad {
     }
 
     /// Moves each bias by `coeff` towards an even load (up where an expert had fewer tokens than the mean), less the mean
-    /// of these moves. Returns the tokens counted since the last time, and starts counting anew.
-    pub fn rebalance(&self) -> Vec<u64> {
+    /// of these moves; not at all unless `moves`, as the biases of a frozen model. Returns the tokens counted since the last
+    /// time, and starts counting anew.
+    pub fn rebalance(&self, moves: bool) -> Vec<u64> {
         let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         let n = tokens.len();
         let counted = std::mem::replace(&mut *tokens, vec![0; n]);
-        if let Some(coeff) = self.coeff {
+        if let Some(coeff) = self.coeff.filter(|_| moves) {
             let mean = counted.iter().sum::<u64>() as f32 / n as f32;
             let towards_mean = |tokens: &u64| match mean - *tokens as f32 {
                 0.0 => 0.0,

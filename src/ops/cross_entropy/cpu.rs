@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::tiles::Head;
 use crate::Result;
 use crate::ops::host::{
-    Element, check_tokens, elements, exp, max_of, sum_of, tensor, typed, update, vectorized, with_indices,
+    Element, check_tokens, elements, exp, max_of, sum_of, tensor, typed, update_if, vectorized, with_indices,
 };
 use crate::ops::matmul::{Dst, Mat, Operand, Product};
 #[cfg(target_arch = "x86_64")]
@@ -27,7 +27,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
 pub fn forward_backward(
     x: &Tensor,
     weight: &Tensor,
-    grad: &Tensor,
+    grad: Option<&Tensor>,
     targets: &Tensor,
     mean: f32,
 ) -> Result<(f64, Tensor)> {
@@ -55,7 +55,7 @@ fn in_tiles<S: Source + Number>(x: &Tensor, weight: &Tensor, targets: &Tensor) -
 fn in_tiles_backward<S: Source + Number>(
     x: &Tensor,
     weight: &Tensor,
-    grad: &Tensor,
+    grad: Option<&Tensor>,
     targets: &Tensor,
     mean: f32,
 ) -> Result<Option<(f64, Tensor)>> {
@@ -65,7 +65,7 @@ fn in_tiles_backward<S: Source + Number>(
     let mut dx = vec![0f32; values.len()];
     let sum = with_indices(targets, |targets| {
         check_tokens(targets, vocab_size)?;
-        update(grad, |grad: &mut [f32]| Head::new(isa, &values, &weight, dim, targets).loss_grad(mean, &mut dx, grad))
+        update_if(grad, |grad| Head::new(isa, &values, &weight, dim, targets).loss_grad(mean, &mut dx, grad))
     })??;
     Ok(Some((sum, tensor(dx, x.shape(), x.dtype())?)))
 }
@@ -85,7 +85,7 @@ fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Resu
 fn forward_backward_in<T: Operand>(
     x: &Tensor,
     weight: &Tensor,
-    grad: &Tensor,
+    grad: Option<&Tensor>,
     targets: &Tensor,
     mean: f32,
 ) -> Result<(f64, Tensor)> {
@@ -94,7 +94,7 @@ fn forward_backward_in<T: Operand>(
     let w = Mat::new(&w, vocab_size, dim);
     let mut dx = Vec::with_capacity(values.len());
     let sum = with_indices(targets, |targets| {
-        update(grad, |grad: &mut [f32]| -> Result<f64> {
+        update_if(grad, |mut grad| -> Result<f64> {
             let mut sum = 0.0;
             for_chunks(&values, w, targets, |first, logits, targets| {
                 // logits become their own gradient: mean · (softmax - one-hot)
@@ -114,10 +114,12 @@ fn forward_backward_in<T: Operand>(
                 let dlogits = Mat::new(logits, rows, vocab_size);
                 let chunk = first * dim..(first + rows) * dim;
                 let dx = &mut dx.spare_capacity_mut()[chunk.clone()];
-                T::multiply(vec![
-                    Product::new(dlogits, w, Dst::Rounded(dx)),
-                    Product::new(dlogits.t(), Mat::new(&values[chunk], rows, dim), Dst::Add(grad)),
-                ]);
+                let mut products = vec![Product::new(dlogits, w, Dst::Rounded(dx))];
+                if let Some(grad) = grad.as_deref_mut() {
+                    let values = Mat::new(&values[chunk], rows, dim);
+                    products.push(Product::new(dlogits.t(), values, Dst::Add(grad)));
+                }
+                T::multiply(products);
             })?;
             Ok(sum)
         })?

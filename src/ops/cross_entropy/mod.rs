@@ -4,23 +4,28 @@ mod cpu;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 
 use crate::Result;
 use crate::autograd::Parameter;
 use crate::tools::profiler::{self, Category};
 
+/// A target that carries no loss: what is predicted there does not matter.
+pub const IGNORE_INDEX: u32 = u32::MAX;
+
 /// Mean next-token cross-entropy, in nats per token, of the logits `x Wᵀ`.
 ///
-/// `1/N · Σ (logsumexp(logits) - logits[target])` over all `N` tokens. Logits are computed for some rows at a time, so
+/// `1/N · Σ (logsumexp(logits) - logits[target])` over the `N` targets other than [`IGNORE_INDEX`]; 0 if there are none.
+/// The rows of the others are left out before anything is computed. Logits are computed for some rows at a time, so
 /// that at most 128 MiB of them exist; they are rounded to the compute dtype of `weight`, the rest is f32.
 ///
 /// # Shapes
 /// `x`: `(b, s, dim)`. `weight`: `(vocab_size, dim)`. `targets`: `(b, s)`, u32.
 pub fn cross_entropy_loss(x: &Tensor, weight: &Parameter, targets: &Tensor) -> Result<f32> {
     let _span = profiler::span("cross_entropy").shapes(&[x.dims(), weight.shape()]);
+    let Some(Counted { x, targets, .. }) = Counted::of(x, targets)? else { return Ok(0.0) };
     let mean = 1.0 / targets.elem_count() as f64;
-    Ok((cpu::forward(x, &weight.compute()?, targets)? * mean) as f32)
+    Ok((cpu::forward(&x, &weight.compute()?, &targets)? * mean) as f32)
 }
 
 /// A loss, and its gradient with respect to the output layer's input.
@@ -31,17 +36,54 @@ pub struct LossAndGrad {
 }
 
 /// As [`cross_entropy_loss`], times `scale`; with the gradient in the same pass over the logits. The gradient of
-/// `weight` is added to its accumulator.
+/// `weight` is added to its accumulator, if it has one.
 pub fn cross_entropy_grad(x: &Tensor, weight: &Parameter, targets: &Tensor, scale: f64) -> Result<LossAndGrad> {
     let _span = profiler::span_in(Category::ForwardBackward, "cross_entropy").shapes(&[x.dims(), weight.shape()]);
+    let Some(counted) = Counted::of(x, targets)? else { return Ok(LossAndGrad { loss: 0.0, dx: x.zeros_like()? }) };
+    let Counted { x: rows, targets, places } = counted;
     let mean = scale / targets.elem_count() as f64;
-    let (sum, dx) = cpu::forward_backward(x, &weight.compute()?, &weight.grad()?, targets, mean as f32)?;
+    let grad = weight.accumulator()?;
+    let (sum, dx) = cpu::forward_backward(&rows, &weight.compute()?, grad.as_ref(), &targets, mean as f32)?;
+    let dx = match places {
+        None => dx,
+        Some(places) => {
+            let all = Tensor::zeros((x.elem_count() / x.dim(D::Minus1)?, x.dim(D::Minus1)?), dx.dtype(), dx.device())?;
+            all.index_add(&places, &dx, 0)?.reshape(x.shape())?
+        }
+    };
     Ok(LossAndGrad { loss: (sum * mean) as f32, dx })
+}
+
+/// The rows that have targets.
+struct Counted {
+    x: Tensor,
+    targets: Tensor,
+    /// Where among all rows they were; `None`: they are all.
+    places: Option<Tensor>,
+}
+
+impl Counted {
+    /// `None` if there are no such rows.
+    fn of(x: &Tensor, targets: &Tensor) -> Result<Option<Self>> {
+        let flat = targets.flatten_all()?;
+        let kept: Vec<u32> =
+            flat.to_vec1::<u32>()?.iter().zip(0..).filter(|(t, _)| **t != IGNORE_INDEX).map(|(_, i)| i).collect();
+        if kept.len() == flat.elem_count() {
+            return Ok(Some(Self { x: x.clone(), targets: targets.clone(), places: None }));
+        }
+        if kept.is_empty() {
+            return Ok(None);
+        }
+        let places = Tensor::new(kept, x.device())?;
+        let rows = x.reshape(((), x.dim(D::Minus1)?))?.contiguous()?;
+        let (x, targets) = (rows.index_select(&places, 0)?, flat.index_select(&places, 0)?);
+        Ok(Some(Self { x, targets, places: Some(places) }))
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{D, DType, Device, Var};
+    use candle_core::{DType, Device, Var};
 
     use super::*;
     use crate::ops::testing::{assert_close, parameters, random_tensor};
@@ -74,6 +116,39 @@ mod tests {
             );
             assert_close("dx", &dx, grads.get(&x64).unwrap(), tolerance)?;
             assert_close("dw", &parameter.grad()?, grads.get(&w64).unwrap(), tolerance)?;
+        }
+        Ok(())
+    }
+
+    /// Rows without a target are as if they were not there; so their gradient is zero, and nothing reads them.
+    #[test]
+    fn ignored_targets_carry_neither_loss_nor_gradient() -> Result<()> {
+        for dtype in [DType::F32, DType::BF16] {
+            let (b, s, dim, vocab_size) = (2, 70, 24, 53);
+            let x = random_tensor("x", &[b, s, dim])?;
+            let w = random_tensor("w", &[vocab_size, dim])?;
+            let kept: Vec<u32> = (0..(b * s) as u32).filter(|i| i % 3 == 1).collect();
+            let mut targets = vec![IGNORE_INDEX; b * s];
+            kept.iter().for_each(|i| targets[*i as usize] = i * 7 % vocab_size as u32);
+            let targets = Tensor::from_vec(targets, (b, s), &Device::Cpu)?;
+            let places = Tensor::new(&kept[..], &Device::Cpu)?;
+            let rows = |t: &Tensor, width| -> Result<Tensor> {
+                Ok(t.reshape((b * s, width))?.index_select(&places, 0)?.unsqueeze(0)?)
+            };
+            let (few, few_targets) = (rows(&x, dim)?, rows(&targets, 1)?.squeeze(2)?);
+
+            let [sparse, dense] = [0, 1].map(|_| parameters(std::slice::from_ref(&w), dtype).unwrap().remove(0));
+            let expected = cross_entropy_grad(&few, &dense, &few_targets, 0.5)?;
+            let found = cross_entropy_grad(&x, &sparse, &targets, 0.5)?;
+            assert_eq!(found.loss, expected.loss);
+            assert_eq!(cross_entropy_loss(&x, &sparse, &targets)?, cross_entropy_loss(&few, &dense, &few_targets)?);
+            assert_close("dw", &sparse.grad()?, &dense.grad()?, 0.0)?;
+            assert_close("dx of the kept", &rows(&found.dx, dim)?, &expected.dx, 0.0)?;
+            let total = |t: &Tensor| -> Result<f32> { Ok(t.abs()?.sum_all()?.to_scalar()?) };
+            assert_eq!(total(&found.dx)?, total(&rows(&found.dx, dim)?)?, "the others have none");
+
+            let none = cross_entropy_grad(&x, &sparse, &Tensor::full(IGNORE_INDEX, (b, s), &Device::Cpu)?, 1.0)?;
+            assert_eq!((none.loss, total(&none.dx)?), (0.0, 0.0));
         }
         Ok(())
     }

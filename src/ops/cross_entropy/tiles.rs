@@ -112,8 +112,8 @@ impl<'a, S: Source + Number> Head<'a, S> {
     }
 
     /// The sum of all losses. Writes `mean` times its gradient with respect to `x` to `dx`, `(rows, dim)`, and adds that
-    /// with respect to the weight to `grad`, `(vocab_size, dim)`.
-    pub fn loss_grad(&self, mean: f32, dx: &mut [f32], grad: &mut [f32]) -> f64 {
+    /// with respect to the weight to `grad`, `(vocab_size, dim)`, if it is wanted.
+    pub fn loss_grad(&self, mean: f32, dx: &mut [f32], mut grad: Option<&mut [f32]>) -> f64 {
         let statistics = self.statistics();
         let (rows, dim) = (self.x.rows, self.x.cols);
         let width = dim.next_multiple_of(TILE);
@@ -151,8 +151,9 @@ impl<'a, S: Source + Number> Head<'a, S> {
                 });
                 scratch.gradient = gradient;
             });
-            let grad = &mut grad[first * dim..(first + weight.rows) * dim];
-            self.add_products(x_columns, &gradient, grad);
+            if let Some(grad) = grad.as_deref_mut() {
+                self.add_products(x_columns, &gradient, &mut grad[first * dim..(first + weight.rows) * dim]);
+            }
         }
         for (dx, sums) in dx.chunks_exact_mut(dim).zip(sums.chunks_exact(width)) {
             dx.copy_from_slice(&sums[..dim]);
@@ -385,7 +386,7 @@ mod tests {
                 let mut head = Head::new(*isa, x, weight, x.len() / targets.len(), targets);
                 head.part = part.unwrap_or(head.part);
                 let (mut dx, mut grad) = (vec![0f32; x.len()], vec![0f32; weight.len()]);
-                let loss = head.loss_grad(0.01, &mut dx, &mut grad);
+                let loss = head.loss_grad(0.01, &mut dx, Some(&mut grad));
                 assert_eq!(loss, head.loss());
                 (loss, dx, grad)
             };

@@ -20,10 +20,13 @@ pub fn embedding(tokens: &Tensor, table: &Parameter) -> Result<Tensor> {
     cpu::forward(tokens, &table.weights()?)
 }
 
-/// Adds the gradient of the looked-up rows to the table's accumulator; only rows that occur are touched.
+/// Adds the gradient of the looked-up rows to the table's accumulator, if it has one; only rows that occur are touched.
 pub fn embedding_backward(tokens: &Tensor, table: &Parameter, dy: &Tensor) -> Result<()> {
     let _span = profiler::span("embedding").shapes(&[dy.dims()]);
-    cpu::backward(tokens, &table.grad()?, dy)
+    match table.accumulator()? {
+        Some(grad) => cpu::backward(tokens, &grad, dy),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]

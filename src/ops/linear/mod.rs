@@ -1,28 +1,48 @@
-//! Products with a weight matrix.
+//! Products with a weight matrix, and with what an adapter adds to it.
 
-pub(in crate::ops) mod cpu;
+mod adapter;
+mod cpu;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
+use crate::ops::add_tensors;
 use crate::tools::profiler;
 
 /// `y = x Wᵀ`, computed and returned in the compute dtype of `weight`, with f32 sums.
 ///
-/// Backward returns `dx = dy W` and adds `dW = dyᵀ x` to the parameter's accumulator.
+/// Backward returns `dx = dy W` and adds `dW = dyᵀ x` to the parameter's accumulator, if it has one. Where the weight has an
+/// [`Adapter`](crate::autograd::Adapter), its share is part of both.
 ///
 /// # Shapes
 /// `x`: `(…, in)`. `weight`: `(out, in)`. Returns `(…, out)`.
 pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
     let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
-    let y = cpu::forward(x.tensor(), &weight.compute()?)?;
+    let y = forward(x.tensor(), weight)?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record("linear", y, [x], move |dy| {
-        Ok([Some(cpu::backward(&saved, &weight.compute()?, &weight.grad()?, &dy)?)])
-    }))
+    Ok(Value::record("linear", y, [x], move |dy| Ok([Some(backward(&saved, &weight, &dy)?)])))
+}
+
+/// [`linear`] on bare tensors, for ops that contain one.
+pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
+    let y = cpu::forward(x, &weight.compute()?)?;
+    match weight.adapter() {
+        None => Ok(y),
+        Some(adapter) => add_tensors(&y, &adapter::forward(x, &adapter, weight.fqn())?),
+    }
+}
+
+/// The gradient of `x` under `dy`; those of the weight and its adapter go to their accumulators.
+pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Tensor> {
+    let dx = cpu::backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy)?;
+    match weight.adapter() {
+        None => Ok(dx),
+        Some(adapter) => add_tensors(&dx, &adapter::backward(x, &adapter, weight.fqn(), dy)?),
+    }
 }
 
 /// As [`linear`], but the result is f32 whatever the compute dtype, and has no gradient: scores of a vocabulary, which
@@ -32,12 +52,42 @@ pub fn logits(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
     cpu::logits(x, &weight.compute()?)
 }
 
+/// For each head its own product, without a gradient: with `Wₕ` the rows `rows` of the head's part of `weight`,
+/// `x Wₕᵀ`, or `x Wₕ` if `transposed`.
+///
+/// # Shapes
+/// `x`: `(b, s, h, in)`. `weight`: `(h · n, m)`. Returns `(b, s, h, out)`, where `in` and `out` are `m` and `rows.len()`,
+/// or the other way round.
+pub fn by_head(x: &Tensor, weight: &Parameter, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
+    let _span = profiler::span("by_head").shapes(&[x.dims(), weight.shape()]);
+    cpu::by_head(x, &weight.compute()?, rows, transposed)
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::DType;
 
     use super::*;
-    use crate::ops::testing::{Case, random_tensor};
+    use crate::ops::testing::{Case, assert_close, parameters, random_tensor};
+
+    #[test]
+    fn each_head_is_multiplied_by_its_own_rows() -> Result<()> {
+        let (b, s, h, n, m) = (2, 3, 4, 7, 10);
+        let weight = random_tensor("w", &[h * n, m])?;
+        for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 2e-2)] {
+            let parameter = &parameters(std::slice::from_ref(&weight), dtype)?[0];
+            for (rows, transposed) in [(0..5, true), (5..7, false), (0..7, false)] {
+                let x = random_tensor("x", &[b, s, h, if transposed { rows.len() } else { m }])?;
+                let own = weight.reshape((h, n, m))?.narrow(1, rows.start, rows.len())?;
+                let own = if transposed { own } else { own.transpose(1, 2)? };
+                let by_head = x.reshape((b * s, h, ()))?.transpose(0, 1)?.contiguous()?;
+                let expected = by_head.matmul(&own.contiguous()?)?.transpose(0, 1)?.reshape((b, s, h, ()))?;
+                let ours = super::by_head(&x.to_dtype(dtype)?, parameter, rows, transposed)?;
+                assert_close("by_head", &ours, &expected, tolerance)?;
+            }
+        }
+        Ok(())
+    }
 
     #[test]
     fn linear_matches_its_reference() -> Result<()> {

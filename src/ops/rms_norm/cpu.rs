@@ -1,7 +1,7 @@
 use candle_core::{D, DType, Device, Tensor};
 
 use crate::Result;
-use crate::ops::host::{Element, GRAIN, build, dot, elements, floats, sum_of, typed, update, vectorized};
+use crate::ops::host::{Element, GRAIN, build, dot, elements, floats, sum_of, typed, update_if, vectorized};
 
 /// Elements per task: whole rows, and enough of them that their sum of weight gradients is small beside them.
 fn grain(dim: usize) -> usize {
@@ -31,14 +31,14 @@ fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &Tensor, eps: f32) -> R
     Ok((Tensor::from_vec(y, x.shape(), &Device::Cpu)?, rstd.concat()))
 }
 
-pub fn backward(x: &Tensor, weight: &Tensor, grad: &Tensor, rstd: &[f32], dy: &Tensor) -> Result<Tensor> {
+pub fn backward(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, rstd: &[f32], dy: &Tensor) -> Result<Tensor> {
     typed!(X = x.dtype(), Y = dy.dtype(); gradients::<X, Y>(x, weight, grad, rstd, dy))
 }
 
 fn gradients<X: Element, Y: Element>(
     x: &Tensor,
     weight: &Tensor,
-    grad: &Tensor,
+    grad: Option<&Tensor>,
     rstd: &[f32],
     dy: &Tensor,
 ) -> Result<Tensor> {
@@ -63,7 +63,8 @@ fn gradients<X: Element, Y: Element>(
             dw
         },)
     });
-    update(grad, |grad: &mut [f32]| {
+    update_if(grad, |grad| {
+        let Some(grad) = grad else { return };
         for partial in &partial_dw {
             grad.iter_mut().zip(partial).for_each(|(grad, dw)| *grad += dw);
         }

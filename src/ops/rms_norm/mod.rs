@@ -22,7 +22,7 @@ pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, eps: f64) -> Result<Value> {
     let (y, rstd) = cpu::forward(x.tensor(), &weight.weights()?, eps as f32, weight.compute()?.dtype())?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
     Ok(Value::record("rms_norm", y, [x], move |dy| {
-        Ok([Some(cpu::backward(&saved, &weight.weights()?, &weight.grad()?, &rstd, &dy)?)])
+        Ok([Some(cpu::backward(&saved, &weight.weights()?, weight.accumulator()?.as_ref(), &rstd, &dy)?)])
     }))
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
-use crate::ops::linear::cpu as linear;
+use crate::ops::linear;
 use crate::tools::profiler;
 
 /// `(silu(gate) · up) Wᵀ` with `silu(z) = z / (1 + e⁻ᶻ)`, in the compute dtype of `weight`. The product of gate and up is
@@ -19,11 +19,11 @@ use crate::tools::profiler;
 /// Shazeer, arXiv:2002.05202.
 pub fn swiglu(gate: &Value, up: &Value, weight: &Arc<Parameter>) -> Result<Value> {
     let _span = profiler::span("swiglu").shapes(&[gate.tensor().dims(), weight.shape()]);
-    let y = linear::forward(&cpu::forward(gate.tensor(), up.tensor())?, &weight.compute()?)?;
+    let y = linear::forward(&cpu::forward(gate.tensor(), up.tensor())?, weight)?;
     let (saved_gate, saved_up, weight) = (gate.tensor().clone(), up.tensor().clone(), weight.clone());
     Ok(Value::record("swiglu", y, [gate, up], move |dy| {
         let hidden = cpu::forward(&saved_gate, &saved_up)?;
-        let dhidden = linear::backward(&hidden, &weight.compute()?, &weight.grad()?, &dy)?;
+        let dhidden = linear::backward(&hidden, &weight, &dy)?;
         let (dgate, dup) = cpu::backward(&saved_gate, &saved_up, &dhidden)?;
         Ok([Some(dgate), Some(dup)])
     }))

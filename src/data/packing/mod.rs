@@ -1,28 +1,42 @@
-//! Greedy packing: tokens of many documents, one after another, cut into rows.
+//! Greedy packing: tokens of many documents, one after another, cut into rows; or documents that stay whole.
+
+mod whole;
 
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Once};
 
 use candle_core::{Device, Tensor};
 
 use crate::data::datasets::Position;
 use crate::data::pipeline::{Tokenized, Tokens};
+use crate::engine::MicroBatch;
+use crate::ops::IGNORE_INDEX;
 use crate::{Error, Result};
 
 /// Rows of token ids, and at each place the id that comes next.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
-    /// `(batch_size, seq_len)`, row after row; so are `labels`.
+    /// `(batch_size, seq_len)`, row after row; so are `labels`, where [`IGNORE_INDEX`] stands for what is not learned, and
+    /// `document_starts`.
     pub inputs: Vec<u32>,
     pub labels: Vec<u32>,
+    /// Where in its row the document of each token begins, of documents that stay whole.
+    pub document_starts: Option<Vec<u32>>,
     pub batch_size: usize,
     pub seq_len: usize,
 }
 
 impl Batch {
-    /// Inputs and labels, `(batch_size, seq_len)` u32 each.
-    pub fn tensors(&self, device: &Device) -> Result<(Tensor, Tensor)> {
-        let tensor = |ids: &[u32]| Tensor::from_slice(ids, (self.batch_size, self.seq_len), device);
-        Ok((tensor(&self.inputs)?, tensor(&self.labels)?))
+    /// Labels that are learned.
+    pub fn n_targets(&self) -> usize {
+        self.labels.iter().filter(|label| **label != IGNORE_INDEX).count()
+    }
+
+    /// On `device`, as the engine takes it.
+    pub fn micro_batch(self, device: &Device) -> Result<MicroBatch> {
+        let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, (self.batch_size, self.seq_len), device);
+        let (tokens, labels) = (tensor(self.inputs)?, tensor(self.labels)?);
+        Ok(MicroBatch { tokens, labels, document_starts: self.document_starts })
     }
 }
 
@@ -40,6 +54,22 @@ pub struct Packing {
     /// position are the same on any number of ranks.
     pub dp_rank: usize,
     pub dp_degree: usize,
+    /// Whether each document lies within one row, behind a mask of its own, or is a part of one long text.
+    pub keeps_whole: bool,
+    /// What was said of cut documents, lest each pass say it again.
+    pub said: Arc<Said>,
+}
+
+#[derive(Debug)]
+pub struct Said {
+    first_cut: Once,
+    of_a_pass: Once,
+}
+
+impl Default for Said {
+    fn default() -> Self {
+        Self { first_cut: Once::new(), of_a_pass: Once::new() }
+    }
 }
 
 impl Packing {
@@ -58,6 +88,9 @@ impl Packing {
     /// `whole` says that the documents begin with a pass, so that what they lack is lacking. Data that repeats must
     /// fill a window in each pass; data that ends, a batch.
     pub fn run(&self, documents: Tokenized, whole: bool, repeat: bool, output: &SyncSender<Result<Positioned>>) {
+        if self.keeps_whole {
+            return self.run_whole(documents, whole, repeat, output);
+        }
         let mut epoch = None;
         // Tokens of the pass, where it is known from its beginning.
         let mut pass_tokens = whole.then_some(0);
@@ -110,6 +143,7 @@ impl Packing {
         Batch {
             inputs: rows().flat_map(|row| &row[..self.seq_len]).copied().collect(),
             labels: rows().flat_map(|row| &row[1..]).copied().collect(),
+            document_starts: None,
             batch_size: self.batch_size,
             seq_len: self.seq_len,
         }

@@ -1,0 +1,224 @@
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use crate::autograd::{Precision, StageBuilder};
+use crate::components::metrics::grouped;
+use crate::config::{ModelArgs, Training};
+use crate::engine::Stages;
+use crate::models::args::DecoderArgs;
+use crate::models::{self, Decoder};
+use crate::tools::device::GIB;
+use crate::{Error, Result};
+
+/// List the models that titan knows, or show how one is built.
+///
+/// `titan models` lists all, `titan models llama3` a family, `titan models llama3/8B` shows the layers of one with the shape
+/// of each weight. Nothing is allocated, so that the largest shows as fast as the smallest.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A family, or a model as FAMILY/FLAVOR.
+    #[arg(value_name = "MODEL")]
+    model: Option<String>,
+    /// Tokens per sequence: attention costs more in longer ones.
+    #[arg(long, alias = "seq_len", value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
+    seq_len: u32,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let seq_len = args.seq_len as usize;
+    let text = match args.model.as_deref().map(|model| model.split_once('/').unwrap_or((model, ""))) {
+        None => list(models::FAMILIES.iter().copied(), seq_len)?,
+        Some((family, flavor)) => {
+            let families: Vec<&str> = models::FAMILIES.iter().map(|(name, _)| *name).collect();
+            let known = models::FAMILIES.iter().find(|(name, _)| *name == family);
+            let (_, flavors) = known.ok_or_else(|| unknown("family", family, &families))?;
+            match flavor {
+                "" => list(std::iter::once((family, *flavors)), seq_len)?,
+                _ => {
+                    let args = models::flavor(family, flavor).ok_or_else(|| unknown("flavor", flavor, flavors))?;
+                    structure(&format!("{family}/{flavor}"), &args, seq_len)?
+                }
+            }
+        }
+    };
+    print!("{text}");
+    Ok(())
+}
+
+fn unknown(what: &str, name: &str, known: &[&str]) -> Error {
+    Error::Usage(format!("there is no {what} {name:?}\n  = there are: {}", known.join(", ")))
+}
+
+/// A model, described but not allocated. That needs no tokenizer, so any end of text will do.
+fn describe(args: &DecoderArgs) -> Result<Decoder> {
+    Decoder::new(args, Some(0))
+}
+
+fn list<'a>(families: impl Iterator<Item = (&'a str, &'a [&'a str])>, seq_len: usize) -> Result<String> {
+    let mut text = String::new();
+    for (family, flavors) in families {
+        let heads = ["parameters", "active", "FLOP/token", "to train"];
+        let _ = writeln!(text, "{family:<26}{:>12}{:>12}{:>12}{:>14}", heads[0], heads[1], heads[2], heads[3]);
+        for flavor in flavors {
+            let args = models::flavor(family, flavor).expect("families list their own flavors");
+            let model = describe(&args)?;
+            let _ = writeln!(
+                text,
+                "  {flavor:<24}{:>12}{:>12}{:>12}{:>14}",
+                short(model.n_params() as f64),
+                short(model.n_active_params() as f64),
+                short(model.flops_per_token(seq_len) as f64),
+                training_memory(&model)
+            );
+        }
+        text += "\n";
+    }
+    let _ = writeln!(
+        text,
+        "active: parameters that a token meets. FLOP/token: to train on one, in sequences of {seq_len} (--seq-len).\n{}\n\
+         `titan models FAMILY/FLAVOR` shows the layers of one.",
+        what_is_counted()
+    );
+    Ok(text)
+}
+
+fn structure(name: &str, args: &DecoderArgs, seq_len: usize) -> Result<String> {
+    let model = describe(args)?;
+    let mut text = format!(
+        "{name}: {} parameters, {} of which a token meets; {} FLOP to train on a token in sequences of {seq_len}; {} to \
+         train\n\n",
+        grouped(model.n_params() as f64, 0),
+        grouped(model.n_active_params() as f64, 0),
+        short(model.flops_per_token(seq_len) as f64),
+        training_memory(&model)
+    );
+    text += "[model.args]\n";
+    let (tables, values): (Vec<_>, Vec<_>) =
+        ModelArgs::all(args).0.into_iter().partition(|(_, value)| value.is_table());
+    for (key, value) in values.into_iter().chain(tables) {
+        let _ = writeln!(text, "{key} = {value}");
+    }
+    text += "\n";
+
+    let stages = model.stages();
+    let [first, blocks @ .., head] = stages else { unreachable!("a model has an embedding and a head") };
+    text += &stage_lines(first.name(), first);
+    // Layers alike, in the order of the first of each kind.
+    let mut kinds: Vec<(Vec<usize>, &StageBuilder)> = Vec::new();
+    let mut places = BTreeMap::new();
+    for (layer, block) in blocks.iter().enumerate() {
+        let place = *places.entry((weights_of(block), rotates(args, layer))).or_insert(kinds.len());
+        match kinds.get_mut(place) {
+            Some((layers, _)) => layers.push(layer),
+            None => kinds.push((vec![layer], block)),
+        }
+    }
+    for (layers, block) in kinds {
+        let times = if layers.len() == 1 { String::new() } else { format!(", {} alike", layers.len()) };
+        let turns = if rotates(args, layers[0]) { "" } else { ", without rotary positions" };
+        text += &stage_lines(&format!("layers {}{times}{turns}", ranges(&layers)), block);
+    }
+    text += &stage_lines(head.name(), head);
+    let _ = writeln!(text, "{}", what_is_counted());
+    Ok(text)
+}
+
+/// The name of each weight within its layer, and its shape.
+fn weights_of(stage: &StageBuilder) -> Vec<(String, Vec<usize>)> {
+    let prefix = format!("{}.", stage.name());
+    let name = |fqn: &str| fqn.strip_prefix(&prefix).unwrap_or(fqn).to_owned();
+    stage.parameters().iter().map(|p| (name(p.fqn()), p.shape().to_vec())).collect()
+}
+
+fn rotates(args: &DecoderArgs, layer: usize) -> bool {
+    args.every_n_layers_nope.is_none_or(|n| !layer.is_multiple_of(n))
+}
+
+fn stage_lines(title: &str, stage: &StageBuilder) -> String {
+    let mut text = format!("{title:<62}{:>16}\n", grouped(stage.numel() as f64, 0));
+    for (name, shape) in weights_of(stage) {
+        let numel: usize = shape.iter().product();
+        let _ = writeln!(text, "  {name:<36}{:<24}{:>16}", format!("{shape:?}"), grouped(numel as f64, 0));
+    }
+    text + "\n"
+}
+
+/// `0, 2-4, 6`: of a few numbers that do not follow one another each, of many the first, second and last.
+fn ranges(layers: &[usize]) -> String {
+    let runs: Vec<String> = layers
+        .chunk_by(|a, b| a + 1 == *b)
+        .map(|run| if run.len() == 1 { run[0].to_string() } else { format!("{}-{}", run[0], run[run.len() - 1]) })
+        .collect();
+    match &runs[..] {
+        [first, second, .., last] if runs.len() > 8 => format!("{first}, {second}, ..., {last}"),
+        _ => runs.join(", "),
+    }
+}
+
+/// Of a run with the default types.
+fn precision() -> Precision {
+    let Training { dtype, mixed_precision_param, .. } = Training::default();
+    Precision { storage: dtype.into(), compute: mixed_precision_param.into() }
+}
+
+fn training_memory(model: &Decoder) -> String {
+    let gib = (model.n_params() * precision().training_bytes()) as f64 / GIB;
+    format!("{} GiB", grouped(gib, if gib < 10.0 { 2 } else { 0 }))
+}
+
+fn what_is_counted() -> String {
+    format!(
+        "to train: {} bytes per parameter, for weights, gradients and optimizer state in float32, and the bfloat16 copy \
+         that is computed with;\nactivations come on top, by batch and sequence.",
+        precision().training_bytes()
+    )
+}
+
+/// With three digits or four, and a letter for the power of a thousand.
+fn short(number: f64) -> String {
+    let (unit, name) = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]
+        .into_iter()
+        .find(|(unit, _)| number >= *unit)
+        .unwrap_or((1.0, ""));
+    let value = number / unit;
+    format!("{value:.*} {name}", if value < 100.0 { 2 } else { 1 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_named_shortly() {
+        assert_eq!(ranges(&[0]), "0");
+        assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0-2, 5, 7-8");
+        assert_eq!(ranges(&(0..24).map(|i| 2 * i).collect::<Vec<_>>()), "0, 2, ..., 46");
+    }
+
+    #[test]
+    fn every_model_can_be_listed_and_shown() -> Result<()> {
+        for (family, flavors) in models::FAMILIES {
+            let text = list(std::iter::once((*family, *flavors)), 2048)?;
+            for flavor in *flavors {
+                assert!(text.contains(&format!("  {flavor} ")), "{text}");
+                let args = models::flavor(family, flavor).expect("a known flavor");
+                let shown = structure(flavor, &args, 2048)?;
+                let model = describe(&args)?;
+                // What is shown adds up to the model: each kind of layer, as often as it is there.
+                let mut sum = 0;
+                let mut times = 1;
+                for line in shown.lines().skip_while(|line| !line.starts_with("tok_embeddings")) {
+                    let number = |text: &str| text.replace(',', "").parse::<usize>().ok();
+                    if let (Some(n), false) = (line.split_whitespace().last().and_then(number), line.starts_with("  "))
+                    {
+                        let alike = line.split(", ").find_map(|part| part.split(" alike").next().and_then(number));
+                        times = if line.contains(" alike") { alike.expect("a number") } else { 1 };
+                        sum += n * times;
+                    }
+                }
+                assert!(times == 1 && sum == model.n_params(), "{sum} of {}:\n{shown}", model.n_params());
+            }
+        }
+        Ok(())
+    }
+}

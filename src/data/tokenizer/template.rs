@@ -1,0 +1,216 @@
+//! How a conversation becomes text: the tokenizer's own chat template, which is Jinja.
+
+use std::ops::Range;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde};
+use minijinja::{Environment, ErrorKind, Value, context};
+use serde::Serialize;
+use serde_json::Map;
+use serde_json::ser::Formatter;
+use tracing::{info, warn};
+
+use super::{Tokenizer, load};
+use crate::data::chat::Message;
+use crate::{Error, Result};
+
+/// The file that a template has to itself; it wins over `chat_template` in `tokenizer_config.json`.
+pub(super) const FILE: &str = "chat_template.jinja";
+
+/// ChatML, for tokenizers without a template.
+const CHATML: &str = "{{ bos_token }}{% for message in messages %}\
+    {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + end_of_turn + '\n' }}{% endfor %}\
+    {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+const CHATML_END: &str = "<|im_end|>";
+
+/// Stand around what a template marks by `{% generation %}`: characters that Unicode keeps for such inner use, so that no
+/// text has them.
+const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
+
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    /// `bos_token`, `eos_token` and the others that `tokenizer_config.json` names.
+    special_tokens: Map<String, serde_json::Value>,
+    /// Whether it says itself what an assistant writes.
+    marks_generation: bool,
+}
+
+impl ChatTemplate {
+    /// # Errors
+    /// [`Error::Tokenizer`] if the template is malformed, or there is neither a template nor a token that could end a turn.
+    pub(super) fn of(tokenizer: &Tokenizer) -> Result<Self> {
+        let (config, mut special_tokens) = load::config_and_special_tokens(&tokenizer.files)?;
+        let file = tokenizer.files.iter().find(|file| file.name == FILE);
+        let (source, origin) = match (file, template_in(&config)) {
+            (Some(file), _) => (String::from_utf8_lossy(&file.bytes).into_owned(), FILE),
+            (None, Some(source)) => (source.to_owned(), "tokenizer_config.json"),
+            (None, None) => {
+                let known = tokenizer.token_id(CHATML_END).map(|_| CHATML_END.into());
+                let Some(end) = known.or_else(|| special_tokens.get("eos_token").cloned()) else {
+                    return Err(Error::Tokenizer(
+                        "the tokenizer has no chat template, and no token that could end a turn\n   = put the model's \
+                         chat_template.jinja beside its tokenizer.json, or name an eos_token in tokenizer_config.json"
+                            .into(),
+                    ));
+                };
+                warn!(
+                    "The tokenizer has no chat template: conversations are written as ChatML, with turns that end in {end}"
+                );
+                special_tokens.entry("bos_token").or_insert_with(|| "".into());
+                special_tokens.insert("end_of_turn".into(), end);
+                (CHATML.to_owned(), "ChatML")
+            }
+        };
+        let explain = |error: minijinja::Error| Error::Tokenizer(format!("chat template of {origin}: {error:#}"));
+        let marked = generation_as_filter(&source);
+        let marks_generation = marked != source;
+        let mut environment = environment();
+        environment.add_template_owned("chat", marked).map_err(explain)?;
+        info!(
+            "Chat template: {origin}; learned is {}",
+            if marks_generation {
+                "what it marks as generation"
+            } else {
+                "what each message of the assistant adds to it"
+            }
+        );
+        Ok(Self { environment, special_tokens, marks_generation })
+    }
+
+    /// The text of a conversation; with `add_generation_prompt` up to where the assistant's next message begins.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let mut text = self.render_marked(messages, add_generation_prompt)?;
+        text.retain(|c| !MARKS.contains(&c));
+        Ok(text)
+    }
+
+    /// The text of a conversation, and which of its bytes the assistant wrote, the ends of its turns included.
+    ///
+    /// # Errors
+    /// [`Error::Data`] in the template's own words where it refuses the conversation, or where it rewrites earlier
+    /// messages and does not mark what is the assistant's.
+    pub fn render_learned(&self, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
+        let whole = self.render_marked(messages, false)?;
+        if self.marks_generation {
+            return Ok(unmark(&whole));
+        }
+        let learned = (0..messages.len()).filter(|i| messages[*i].is_learned());
+        let spans = learned.map(|i| {
+            let start = self.render(&messages[..i], true)?;
+            let end = self.render(&messages[..=i], false)?;
+            if !whole.starts_with(&end) || !end.starts_with(&start) {
+                return Err(Error::Data(format!(
+                    "the chat template writes messages differently when others follow, so that what message {} adds cannot \
+                     be told\n   = mark what the assistant writes by {{% generation %}} and {{% endgeneration %}} in a {FILE} \
+                     beside the tokenizer",
+                    i + 1
+                )));
+            }
+            Ok(start.len()..end.len())
+        });
+        let spans = spans.collect::<Result<_>>()?;
+        Ok((whole, spans))
+    }
+
+    fn render_marked(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let template = self.environment.get_template("chat").expect("added when it was made");
+        let given = context! {
+            messages => Serde(messages),
+            add_generation_prompt,
+            ..Serde(&self.special_tokens)
+        };
+        template.render(given).map_err(|error| {
+            // What `raise_exception` says is for the user; where in the template it was raised is not.
+            let words = error.detail().unwrap_or_default();
+            Error::Data(match error.kind() {
+                ErrorKind::InvalidOperation if !words.is_empty() => format!("the chat template refuses it: {words}"),
+                _ => format!("the chat template fails: {error:#}"),
+            })
+        })
+    }
+}
+
+/// Jinja as `transformers` sets it up for chat templates. `strftime_now` is not there: what is learned would depend on the
+/// day, and templates that use it have a date for that case.
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.expect("the delimiters are Jinja's own"));
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_filter("tojson", python_json);
+    environment.add_filter("generation", |text: String| format!("{}{text}{}", MARKS[0], MARKS[1]));
+    environment
+}
+
+/// `chat_template` in `tokenizer_config.json`: a template, or several with names.
+fn template_in(config: &Map<String, serde_json::Value>) -> Option<&str> {
+    match config.get("chat_template")? {
+        serde_json::Value::Array(named) => named.iter().find(|it| it["name"] == "default")?["template"].as_str(),
+        one => one.as_str(),
+    }
+}
+
+/// `{% generation %}`, a tag of `transformers`, as the block of a filter.
+fn generation_as_filter(source: &str) -> String {
+    let mut tags = source.split("{%");
+    let mut text = tags.next().unwrap_or_default().to_owned();
+    for tag in tags {
+        let inside = tag.split("%}").next().unwrap_or_default();
+        text += "{%";
+        text += &match inside.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace()) {
+            "generation" => tag.replacen("generation", "filter generation", 1),
+            "endgeneration" => tag.replacen("endgeneration", "endfilter", 1),
+            _ => tag.to_owned(),
+        };
+    }
+    text
+}
+
+/// Takes out the marks, and says what was between them.
+fn unmark(marked: &str) -> (String, Vec<Range<usize>>) {
+    let (mut text, mut spans, mut start) = (String::with_capacity(marked.len()), Vec::new(), 0);
+    for c in marked.chars() {
+        if c == MARKS[0] {
+            start = text.len();
+        } else if c == MARKS[1] {
+            spans.push(start..text.len());
+        } else {
+            text.push(c);
+        }
+    }
+    (text, spans)
+}
+
+/// As Python's `json.dumps` with `ensure_ascii=False`, which templates are written for.
+fn python_json(value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
+    struct Spaced;
+    impl Formatter for Spaced {
+        fn begin_array_value<W: std::io::Write + ?Sized>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+            if first { Ok(()) } else { out.write_all(b", ") }
+        }
+
+        fn begin_object_key<W: std::io::Write + ?Sized>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+            if first { Ok(()) } else { out.write_all(b", ") }
+        }
+
+        fn begin_object_value<W: std::io::Write + ?Sized>(&mut self, out: &mut W) -> std::io::Result<()> {
+            out.write_all(b": ")
+        }
+    }
+    let indent: Option<usize> = options.get("indent")?;
+    options.assert_all_used()?;
+    let mut json = Vec::new();
+    let written = match indent.map(|n| " ".repeat(n)) {
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, Spaced)),
+        Some(indent) => {
+            let pretty = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, pretty))
+        }
+    };
+    written.map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    Ok(Value::from_safe_string(String::from_utf8(json).expect("JSON is UTF-8")))
+}
