@@ -222,6 +222,7 @@ fn every_parameter_has_the_distribution_it_should() {
                     assert!(bound == limit || (bound / limit - 1.0).abs() < 1e-12, "{name} {}", parameter.fqn());
                     assert_eq!(mean, 0.0);
                 }
+                Init::Uniform { .. } => panic!("{name} {}: no weight of a base is uniform", parameter.fqn()),
             }
         }
     }

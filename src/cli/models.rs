@@ -93,7 +93,8 @@ fn structure(name: &str, args: &DecoderArgs, seq_len: usize) -> Result<String> {
         training_memory(&model)
     );
     text += "[model.args]\n";
-    let (tables, values): (Vec<_>, Vec<_>) = ModelArgs::all(args).0.into_iter().partition(|(_, value)| value.is_table());
+    let (tables, values): (Vec<_>, Vec<_>) =
+        ModelArgs::all(args).0.into_iter().partition(|(_, value)| value.is_table());
     for (key, value) in values.into_iter().chain(tables) {
         let _ = writeln!(text, "{key} = {value}");
     }
@@ -208,7 +209,8 @@ mod tests {
                 let mut times = 1;
                 for line in shown.lines().skip_while(|line| !line.starts_with("tok_embeddings")) {
                     let number = |text: &str| text.replace(',', "").parse::<usize>().ok();
-                    if let (Some(n), false) = (line.split_whitespace().last().and_then(number), line.starts_with("  ")) {
+                    if let (Some(n), false) = (line.split_whitespace().last().and_then(number), line.starts_with("  "))
+                    {
                         let alike = line.split(", ").find_map(|part| part.split(" alike").next().and_then(number));
                         times = if line.contains(" alike") { alike.expect("a number") } else { 1 };
                         sum += n * times;

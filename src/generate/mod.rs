@@ -67,9 +67,12 @@ impl Generator {
         let device = Device::Cpu;
         // As trained; to generate, nothing more precise need be kept.
         let dtype = job.training.mixed_precision_param.into();
-        model.adapt(&job.model.lora, 0)?;
+        let base = checkpoint.base()?;
+        if base.is_some() {
+            model.adapt(&job.model.lora, 0)?;
+        }
         model.allocate(Precision { storage: dtype, compute: dtype }, &device, false)?;
-        if let Some(base) = checkpoint.base()? {
+        if let Some(base) = base {
             let weights = base.open(&job.model.name, &args)?;
             weights.load(&model.base_shapes(), |name, tensor| model.set(name, &tensor))?;
         }

@@ -325,7 +325,7 @@ impl CheckpointManager {
 
     /// Adds what every checkpoint carries, the manifest last.
     fn seal(&self, mut folder: Staged, step: usize, kind: Kind) -> Result<()> {
-        if let Some(base) = &self.base {
+        if let (Kind::Full, Some(base)) = (kind, &self.base) {
             folder.write_bytes(BASE, &json_text(base))?;
         }
         folder.write_bytes(step_folder::CONFIG, self.assets.config_toml.as_bytes())?;

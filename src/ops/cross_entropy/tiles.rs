@@ -369,7 +369,7 @@ mod tests {
                 let mut head = Head::new(*isa, &x, &weight, dim, &targets);
                 head.part = part.unwrap_or(head.part);
                 let (mut dx, mut grad) = (vec![0f32; rows * dim], vec![0f32; vocab_size * dim]);
-                let loss = head.loss_grad(0.01, &mut dx, &mut grad);
+                let loss = head.loss_grad(0.01, &mut dx, Some(&mut grad));
                 assert_eq!(loss, head.loss());
                 (loss, dx, grad)
             };
