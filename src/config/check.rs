@@ -9,7 +9,7 @@ use crate::models::{
 };
 
 /// Families that TorchTitan has and titan does not have yet.
-const FAMILIES_TO_COME: [&str; 4] = ["qwen3", "deepseek_v3", "llama3_ft", "flux"];
+const FAMILIES_TO_COME: [&str; 3] = ["qwen3", "deepseek_v3", "flux"];
 
 /// Datasets that are nowhere until `dataset_path` says where.
 const DATASETS_OF_FILES: [&str; 6] = ["text", "json", "parquet", "tokens", "chat", "instruct"];

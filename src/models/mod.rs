@@ -17,12 +17,14 @@ pub use init::initialize;
 use args::DecoderArgs;
 
 /// Each family with its flavors.
-pub const FAMILIES: &[(&str, &[&str])] = &[("llama3", llama3::FLAVORS), ("llama4", llama4::FLAVORS)];
+/// `llama3_ft` is TorchTitan's second name of `llama3`.
+pub const FAMILIES: &[(&str, &[&str])] =
+    &[("llama3", llama3::FLAVORS), ("llama3_ft", llama3::FLAVORS), ("llama4", llama4::FLAVORS)];
 
 /// The arguments of a flavor, `None` if there is no such family or flavor.
 pub fn flavor(family: &str, flavor: &str) -> Option<DecoderArgs> {
     match family {
-        "llama3" => llama3::flavor(flavor),
+        "llama3" | "llama3_ft" => llama3::flavor(flavor),
         "llama4" => llama4::flavor(flavor),
         _ => None,
     }

@@ -1,5 +1,6 @@
 //! How a conversation becomes text: the tokenizer's own chat template, which is Jinja.
 
+use std::fmt::Write;
 use std::ops::Range;
 
 use minijinja::syntax::SyntaxConfig;
@@ -66,6 +67,10 @@ impl ChatTemplate {
         let marked = generation_as_filter(&source);
         let marks_generation = marked != source;
         let mut environment = environment();
+        // Without it, templates that ask for it fall back to a date of their own: what is learned does not depend on the day.
+        if !source.contains("strftime_now is defined") {
+            environment.add_function("strftime_now", strftime_now);
+        }
         environment.add_template_owned("chat", marked).map_err(explain)?;
         info!(
             "Chat template: {origin}; learned is {}",
@@ -131,8 +136,7 @@ impl ChatTemplate {
     }
 }
 
-/// Jinja as `transformers` sets it up for chat templates. `strftime_now` is not there: what is learned would depend on the
-/// day, and templates that use it have a date for that case.
+/// Jinja as `transformers` sets it up for chat templates.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -144,6 +148,14 @@ fn environment() -> Environment<'static> {
     environment.add_filter("tojson", python_json);
     environment.add_filter("generation", |text: String| format!("{}{text}{}", MARKS[0], MARKS[1]));
     environment
+}
+
+fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
+    let mut now = String::new();
+    // An unknown directive is an error of `write!`, but a panic of `to_string`.
+    write!(now, "{}", chrono::Local::now().format(format))
+        .map_err(|_| minijinja::Error::new(ErrorKind::InvalidOperation, format!("no format of dates: {format:?}")))?;
+    Ok(now)
 }
 
 /// `chat_template` in `tokenizer_config.json`: a template, or several with names.
@@ -293,7 +305,8 @@ U: {{ message.content }}
     #[test]
     fn what_a_template_marks_is_learned_and_the_marks_leave_no_trace() {
         let tokenizer = tokenizer(Some(MARKED));
-        assert_eq!(learned(&tokenizer, &conversation()[1..]), ["Tom fell.<|eot|>", "No problem.<|eot|>"]);
+        // The space before the mark is one token with the word behind it.
+        assert_eq!(learned(&tokenizer, &conversation()[1..]), [" Tom fell.<|eot|>", " No problem.<|eot|>"]);
         let text = tokenizer.chat_template().unwrap().render(&conversation()[1..], false).unwrap();
         assert_eq!(text, "U: Who fell?\nA: Tom fell.<|eot|>\nU: Thanks\nA: No problem.<|eot|>\n");
     }
