@@ -12,8 +12,10 @@ use crate::{Error, Result};
 /// Continue text with a checkpoint.
 ///
 /// Needs nothing but the checkpoint, which holds its config and tokenizer:
-/// `titan generate --checkpoint latest --prompt "Once upon a time"`. `titan generate --chat` talks with a model that was
-/// trained on conversations.
+/// `titan generate --checkpoint latest --prompt "Once upon a time"`. Computes in the type that the run was trained in, its
+/// `training.mixed_precision_param`.
+///
+/// `titan generate --chat` talks with a model that was trained on conversations.
 #[derive(clap::Args)]
 pub struct Args {
     /// A checkpoint's folder, the name of a step (`step-9500`), or `latest`.

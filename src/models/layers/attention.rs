@@ -67,7 +67,8 @@ impl Attention {
 /// The keys and values of one layer for the tokens so far.
 #[derive(Debug, Default)]
 pub struct LayerCache {
-    /// `(b, capacity, kv, hd)` each, filled up to `len`; grown by doubling.
+    /// `(b, capacity, kv, hd)` each, filled up to `len`; grown by doubling. Of a single sequence, what is held is
+    /// contiguous, and attention reads it where it lies.
     buffers: Option<(Tensor, Tensor)>,
     len: usize,
 }

@@ -193,7 +193,7 @@ impl<T: Number> Forward<T> {
                 multiply(isa, k, self.q.all(), &mut self.scores, QUERIES, false);
                 let scores = &mut self.scores[..n_keys * QUERIES];
                 masked.hide(scores, keys.clone(), groups);
-                self.p.resize(groups, n_keys / T::STEP);
+                self.p.resize(groups, n_keys / T::STEP, 1);
                 for g in 0..groups {
                     let at = |i: usize| scores[i * QUERIES + g * TILE..].as_ptr();
                     let mut maxima = [_mm512_set1_ps(HIDDEN); 4];
@@ -421,9 +421,9 @@ impl<T: Number> Backward<T> {
                 multiply(isa, k, self.q.all(), &mut self.scores, QUERIES, false);
                 multiply(isa, self.v.part(key_tiles, hd_steps), self.dy.all(), &mut self.dp, QUERIES, false);
                 masked.hide(&mut self.scores, keys.clone(), groups);
-                self.p.resize(n_keys / TILE, q_steps);
-                self.ds.resize(n_keys / TILE, q_steps);
-                self.ds_columns.resize(groups, n_keys / T::STEP);
+                self.p.resize(n_keys / TILE, q_steps, 1);
+                self.ds.resize(n_keys / TILE, q_steps, 1);
+                self.ds_columns.resize(groups, n_keys / T::STEP, 1);
                 let row_stride = self.p.strides().0;
                 for g in 0..groups {
                     let (lse, d) = (_mm512_loadu_ps(lse[g * TILE..].as_ptr()), _mm512_loadu_ps(d[g * TILE..].as_ptr()));

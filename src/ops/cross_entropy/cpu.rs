@@ -1,5 +1,4 @@
-use candle_core::{DType, Device, Tensor};
-use half::bf16;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
@@ -10,13 +9,17 @@ use crate::ops::host::{
 };
 use crate::ops::matmul::{Dst, Mat, Operand, Product};
 #[cfg(target_arch = "x86_64")]
-use crate::ops::tiles::Number;
+use crate::ops::tiles::{Number, Source};
 
 /// Logits that exist at a time: 128 MiB of f32.
 const LOGITS: usize = 1 << 25;
 
 /// The sum of the losses of all tokens.
 pub fn forward(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(loss) = typed!(T = weight.dtype(); in_tiles::<T>(x, weight, targets))? {
+        return Ok(loss);
+    }
     typed!(T = weight.dtype(); forward_in::<T>(x, weight, targets))
 }
 
@@ -28,19 +31,47 @@ pub fn forward_backward(
     targets: &Tensor,
     mean: f32,
 ) -> Result<(f64, Tensor)> {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(result) = typed!(T = weight.dtype(); in_tiles_backward::<T>(x, weight, grad, targets, mean))? {
+        return Ok(result);
+    }
     typed!(T = weight.dtype(); forward_backward_in::<T>(x, weight, grad, targets, mean))
+}
+
+/// [`forward`] on matrix instructions, where the processor has them.
+#[cfg(target_arch = "x86_64")]
+fn in_tiles<S: Source + Number>(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
+    let Some(isa) = Head::<S>::isa() else { return Ok(None) };
+    let (vocab_size, dim) = weight.dims2()?;
+    let (x, weight) = (elements::<S>(x)?, elements::<S>(weight)?);
+    with_indices(targets, |targets| {
+        check_tokens(targets, vocab_size)?;
+        Ok(Some(Head::new(isa, &x, &weight, dim, targets).loss()))
+    })?
+}
+
+/// As [`in_tiles`], of [`forward_backward`].
+#[cfg(target_arch = "x86_64")]
+fn in_tiles_backward<S: Source + Number>(
+    x: &Tensor,
+    weight: &Tensor,
+    grad: Option<&Tensor>,
+    targets: &Tensor,
+    mean: f32,
+) -> Result<Option<(f64, Tensor)>> {
+    let Some(isa) = Head::<S>::isa() else { return Ok(None) };
+    let (vocab_size, dim) = weight.dims2()?;
+    let (values, weight) = (elements::<S>(x)?, elements::<S>(weight)?);
+    let mut dx = vec![0f32; values.len()];
+    let sum = with_indices(targets, |targets| {
+        check_tokens(targets, vocab_size)?;
+        update_if(grad, |grad| Head::new(isa, &values, &weight, dim, targets).loss_grad(mean, &mut dx, grad))
+    })??;
+    Ok(Some((sum, tensor(dx, x.shape(), x.dtype())?)))
 }
 
 fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
     let (vocab_size, dim) = weight.dims2()?;
-    #[cfg(target_arch = "x86_64")]
-    if let (Some(isa), DType::BF16) = (bf16::isas().first(), T::DTYPE) {
-        let (x, w) = (elements::<bf16>(x)?, elements::<bf16>(weight)?);
-        return with_indices(targets, |targets| {
-            check_tokens(targets, vocab_size)?;
-            Ok(Head::new(*isa, &x, &w, dim, targets).loss())
-        })?;
-    }
     let (x, w) = (elements::<T>(x)?, elements::<T>(weight)?);
     with_indices(targets, |targets| {
         let mut sum = 0.0;
@@ -59,16 +90,6 @@ fn forward_backward_in<T: Operand>(
     mean: f32,
 ) -> Result<(f64, Tensor)> {
     let (vocab_size, dim) = weight.dims2()?;
-    #[cfg(target_arch = "x86_64")]
-    if let (Some(isa), DType::BF16) = (bf16::isas().first(), T::DTYPE) {
-        let (values, w) = (elements::<bf16>(x)?, elements::<bf16>(weight)?);
-        let mut dx = vec![0f32; values.len()];
-        let sum = with_indices(targets, |targets| {
-            check_tokens(targets, vocab_size)?;
-            update_if(grad, |grad| Head::new(*isa, &values, &w, dim, targets).loss_grad(mean, &mut dx, grad))
-        })??;
-        return Ok((sum, tensor(dx, x.shape(), x.dtype())?));
-    }
     let (values, w) = (elements::<T>(x)?, elements::<T>(weight)?);
     let w = Mat::new(&w, vocab_size, dim);
     let mut dx = Vec::with_capacity(values.len());

@@ -1,5 +1,5 @@
-//! Head and loss in bf16 on matrix instructions. Logits live in the cache only: they are computed once for the statistics
-//! of their rows and, because a product costs less than memory, again for the gradient.
+//! Head and loss on matrix instructions. Logits live in the cache only: they are computed once for the statistics of their
+//! rows and, because a product costs less than memory, again for the gradient.
 
 use std::arch::x86_64::*;
 
@@ -7,8 +7,10 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::ops::matmul::Mat;
-use crate::ops::tiles::vector::{EXP2_BF16, exp2, lanes, paired, rounded_rows, transpose};
-use crate::ops::tiles::{Isa, Packing, STEP, Shared, TILE, TILE_LEN, Tiles, multiply, pack_all, pairs_of_tiles};
+use crate::ops::tiles::vector::{lanes, paired, transpose};
+use crate::ops::tiles::{
+    Isa, Number, Packing, STEP, Shared, Source, TILE, TILE_LEN, Tiles, multiply, pack_all, pairs_of_tiles, take_bf16,
+};
 
 /// Rows of `x`, and columns of logits, of a block that is in the cache.
 const ROWS: usize = 128;
@@ -22,12 +24,12 @@ const NO_ROW: f32 = 1e30;
 const NO_LOGIT: f32 = -1e30;
 
 /// The output layer, and rows with targets.
-pub struct Head<'a> {
+pub struct Head<'a, S> {
     isa: Isa,
     /// `(rows, dim)`.
-    x: Mat<'a, bf16>,
+    x: Mat<'a, S>,
     /// `(vocab_size, dim)`.
-    weight: Mat<'a, bf16>,
+    weight: Mat<'a, S>,
     targets: &'a [u32],
     /// Rows of the vocabulary whose logits are gone through at a time.
     part: usize,
@@ -51,14 +53,19 @@ impl Statistics {
 /// What a task works in.
 #[derive(Default)]
 struct Scratch {
-    x: Tiles,
     logits: Vec<f32>,
     gradient: Tiles,
 }
 
-impl<'a> Head<'a> {
+impl<'a, S: Source + Number> Head<'a, S> {
+    /// What this processor has for a head of such numbers.
+    pub fn isa() -> Option<Isa> {
+        let isa = bf16::isas().first().copied();
+        isa.filter(|isa| S::PARTS == 1 || *isa == Isa::Amx)
+    }
+
     /// Of rows of `dim` numbers.
-    pub fn new(isa: Isa, x: &'a [bf16], weight: &'a [bf16], dim: usize, targets: &'a [u32]) -> Self {
+    pub fn new(isa: Isa, x: &'a [S], weight: &'a [S], dim: usize, targets: &'a [u32]) -> Self {
         let (x, weight) = (Mat::new(x, targets.len(), dim), Mat::new(weight, weight.len() / dim, dim));
         Self { isa, x, weight, targets, part: PART }
     }
@@ -73,13 +80,14 @@ impl<'a> Head<'a> {
     }
 
     /// The rows `first..first + part` of the weight.
-    fn weight_part(&self, first: usize) -> Mat<'_, bf16> {
+    fn weight_part(&self, first: usize) -> Mat<'_, S> {
         let n = self.part.min(self.weight.rows - first);
         Mat::new(&self.weight.data[first * self.weight.cols..], n, self.weight.cols)
     }
 
     fn statistics(&self) -> Vec<Statistics> {
         let mut statistics = vec![Statistics { max: f32::MIN, sum: 0.0, target: 0.0 }; self.x.rows];
+        let x = &pack_all(vec![(self.x, Packing::Left)])[0];
         for first in (0..self.weight.rows).step_by(self.part) {
             let weight = self.weight_part(first);
             let [tiles] = &pack_all(vec![(weight, Packing::Right)])[..] else { unreachable!("one in, one out") };
@@ -87,11 +95,11 @@ impl<'a> Head<'a> {
             blocks.for_each_init(Scratch::default, |scratch, (block, statistics)| {
                 // SAFETY: an `isa` means AVX-512.
                 self.isa.with(|| unsafe {
-                    scratch.logits(self, block, tiles, weight.rows, |columns, logits| {
+                    scratch.logits(self.isa, x, block, tiles, weight.rows, |columns, logits| {
                         let targets = &self.targets[block * ROWS..];
                         let rows = logits.as_chunks::<COLUMNS>().0;
                         for ((row, target), logits) in statistics.iter_mut().zip(targets).zip(rows) {
-                            row.update(logits);
+                            row.update::<S>(logits);
                             if let Some(target) = in_block(*target, first + columns) {
                                 row.target = logits[target];
                             }
@@ -112,28 +120,29 @@ impl<'a> Head<'a> {
         let steps = rows.div_ceil(STEP);
         let mut sums = vec![0f32; rows.next_multiple_of(ROWS) * width];
         let mut gradient = Tiles::<bf16>::default();
-        let mut packed = pack_all(vec![(self.x.t(), Packing::Left)]);
-        let x_columns = packed.remove(0);
+        let packed = pack_all(vec![(self.x, Packing::Left), (self.x.t(), Packing::Left)]);
+        let [x, x_columns] = &packed[..] else { unreachable!("two in, two out") };
         for first in (0..self.weight.rows).step_by(self.part) {
             let weight = self.weight_part(first);
             let packed = pack_all(vec![(weight, Packing::Right), (weight.t(), Packing::Right)]);
             let [weight_rows, weight_columns] = &packed[..] else { unreachable!("two in, two out") };
             // A block of rows writes its own steps: they lie together, lest each vector fall into a page of its own.
-            gradient.resize_by_step(pairs_of_tiles(weight.rows), steps);
+            gradient.resize_by_step(pairs_of_tiles(weight.rows), steps, S::PARTS);
             let step_stride = gradient.strides().1;
             let pairs = Shared(gradient.at_mut(0, 0).as_mut_ptr());
             let blocks = sums.par_chunks_mut(ROWS * width).zip(statistics.par_chunks(ROWS)).enumerate();
             blocks.for_each_init(Scratch::default, |scratch, (block, (dx, statistics))| {
                 let mut gradient = std::mem::take(&mut scratch.gradient);
-                gradient.resize(ROWS / TILE, COLUMNS / STEP);
+                gradient.resize(ROWS / TILE, COLUMNS / STEP, S::PARTS);
                 // SAFETY: an `isa` means AVX-512. The tiles of these rows in `pairs` are this task's alone.
                 self.isa.with(|| unsafe {
-                    scratch.logits(self, block, weight_rows, weight.rows, |columns, logits| {
+                    scratch.logits(self.isa, x, block, weight_rows, weight.rows, |columns, logits| {
                         let tiles = pairs_of_tiles(COLUMNS.min(weight.rows - columns));
-                        let pairs = pairs.get().add(block * ROWS / STEP * step_stride + columns / TILE * TILE_LEN);
+                        let pairs =
+                            pairs.get().add(block * ROWS / STEP * step_stride + columns / TILE * S::PARTS * TILE_LEN);
                         let out = Gradient { left: &mut gradient, pairs: Shared(pairs), step_stride };
                         let targets = &self.targets[block * ROWS..];
-                        out.write(logits, tiles, statistics, mean, |row| in_block(targets[row], first + columns));
+                        out.write::<S>(logits, tiles, statistics, mean, |row| in_block(targets[row], first + columns));
                         let k = columns / STEP..columns / STEP + tiles / 2;
                         let weight = weight_columns.part(0..weight_columns.rows(), k.clone());
                         let gradient = gradient.part(0..ROWS / TILE, 0..k.len());
@@ -143,7 +152,7 @@ impl<'a> Head<'a> {
                 scratch.gradient = gradient;
             });
             if let Some(grad) = grad.as_deref_mut() {
-                self.add_products(&x_columns, &gradient, &mut grad[first * dim..(first + weight.rows) * dim]);
+                self.add_products(x_columns, &gradient, &mut grad[first * dim..(first + weight.rows) * dim]);
             }
         }
         for (dx, sums) in dx.chunks_exact_mut(dim).zip(sums.chunks_exact(width)) {
@@ -191,27 +200,25 @@ impl Scratch {
     /// As for [`Isa::block`].
     unsafe fn logits(
         &mut self,
-        head: &Head,
+        isa: Isa,
+        x: &Tiles,
         block: usize,
         weight: &Tiles,
         n: usize,
         mut body: impl FnMut(usize, &mut [f32]),
     ) {
-        let rows = ROWS.min(head.x.rows - block * ROWS);
-        let x = Mat::new(&head.x.data[block * ROWS * head.x.cols..], rows, head.x.cols);
+        let rows = block * ROWS / TILE..x.rows().min((block + 1) * ROWS / TILE);
+        let x = x.part(rows, 0..x.steps());
         self.logits.resize(ROWS * COLUMNS, 0.0);
-        // SAFETY: promised by the caller.
-        unsafe {
-            self.x.pack(&x, ROWS / TILE, x.cols(), Packing::Left);
-            for tile in (0..weight.rows()).step_by(COLUMNS / TILE) {
-                let tiles = tile..weight.rows().min(tile + COLUMNS / TILE);
-                let weight = weight.part(tiles, 0..weight.steps());
-                multiply(head.isa, self.x.all(), weight, &mut self.logits, COLUMNS, false);
-                if n - tile * TILE < COLUMNS {
-                    self.logits.chunks_exact_mut(COLUMNS).for_each(|row| row[n - tile * TILE..].fill(NO_LOGIT));
-                }
-                body(tile * TILE, &mut self.logits);
+        for tile in (0..weight.rows()).step_by(COLUMNS / TILE) {
+            let tiles = tile..weight.rows().min(tile + COLUMNS / TILE);
+            let weight = weight.part(tiles, 0..weight.steps());
+            // SAFETY: promised by the caller.
+            unsafe { multiply(isa, x.clone(), weight, &mut self.logits, COLUMNS, false) };
+            if n - tile * TILE < COLUMNS {
+                self.logits.chunks_exact_mut(COLUMNS).for_each(|row| row[n - tile * TILE..].fill(NO_LOGIT));
             }
+            body(tile * TILE, &mut self.logits);
         }
     }
 }
@@ -222,7 +229,7 @@ impl Statistics {
     /// # Safety
     /// The processor has AVX-512.
     #[target_feature(enable = "avx512f,avx512dq")]
-    unsafe fn update(&mut self, logits: &[f32; COLUMNS]) {
+    unsafe fn update<S: Number>(&mut self, logits: &[f32; COLUMNS]) {
         const LANES: usize = 4;
         // SAFETY: inside the array.
         let at = |i: usize| unsafe { _mm512_loadu_ps(logits.as_ptr().add(i * TILE)) };
@@ -239,7 +246,9 @@ impl Statistics {
         let mut sums = [_mm512_setzero_ps(); LANES];
         for first in (0..COLUMNS / TILE).step_by(LANES) {
             for (i, sum) in sums.iter_mut().enumerate() {
-                *sum = _mm512_add_ps(*sum, exp2(_mm512_fmsub_ps(at(first + i), factor, shift), EXP2_BF16));
+                // SAFETY: promised by the caller.
+                let p = unsafe { S::exp2(_mm512_fmsub_ps(at(first + i), factor, shift)) };
+                *sum = _mm512_add_ps(*sum, p);
             }
         }
         let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
@@ -264,7 +273,7 @@ impl Gradient<'_> {
     /// # Safety
     /// The processor has AVX-512, and no one else uses these tiles of `pairs`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    unsafe fn write(
+    unsafe fn write<S: Source + Number>(
         self,
         logits: &[f32],
         tiles: usize,
@@ -293,16 +302,21 @@ impl Gradient<'_> {
                 let gradients = |tile: usize| {
                     let p = |i: usize| {
                         let logits = _mm512_loadu_ps(from.add(i * COLUMNS + tile * TILE));
-                        exp2(_mm512_fmsub_ps(logits, factor, shifts[i]), EXP2_BF16)
+                        S::exp2(_mm512_fmsub_ps(logits, factor, shifts[i]))
                     };
                     [p(0), p(1)]
                 };
                 let store = |tile: usize, gradients: [__m512; 2]| {
-                    let rows = rounded_rows(gradients[0], gradients[1]);
                     let left = left.add(tile / 2 * left_step + tile % 2 * TILE);
-                    _mm256_storeu_si256(left.cast(), _mm512_castsi512_si256(rows));
-                    _mm256_storeu_si256(left.add(STEP).cast(), _mm512_extracti64x4_epi64::<1>(rows));
-                    _mm512_storeu_si512(pairs.add(tile * TILE_LEN).cast(), paired(rows));
+                    let pairs = pairs.add(tile * S::PARTS * TILE_LEN);
+                    let [mut first, mut second] = gradients;
+                    for part in 0..S::PARTS {
+                        let (left, pairs) = (left.add(part * TILE_LEN), pairs.add(part * TILE_LEN));
+                        let rows = take_bf16(&mut first, &mut second);
+                        _mm256_storeu_si256(left.cast(), _mm512_castsi512_si256(rows));
+                        _mm256_storeu_si256(left.add(STEP).cast(), _mm512_extracti64x4_epi64::<1>(rows));
+                        _mm512_storeu_si512(pairs.cast(), paired(rows));
+                    }
                 };
                 for tile in 0..tiles {
                     store(tile, gradients(tile));
@@ -356,19 +370,22 @@ mod tests {
     use super::*;
     use crate::ops::host::convert;
     use crate::ops::testing::{on_threads, random};
-    use crate::ops::tiles::Number;
 
     #[test]
     fn losses_and_gradients_do_not_depend_on_the_parts_of_the_vocabulary_or_the_threads() {
         let (rows, dim, vocab_size) = (300, 40, 1100);
-        let x = convert::<_, bf16>(&random("x", rows * dim));
-        let weight = convert::<_, bf16>(&random("weight", vocab_size * dim));
+        let (x, weight) = (random("x", rows * dim), random("weight", vocab_size * dim));
         let targets: Vec<u32> = (0..rows).map(|i| (i * 131 % vocab_size) as u32).collect();
-        for isa in bf16::isas().iter() {
+        check(bf16::isas(), &convert::<_, bf16>(&x), &convert::<_, bf16>(&weight), &targets);
+        check(Head::<f32>::isa().as_slice(), &x, &weight, &targets);
+    }
+
+    fn check<S: Source + Number>(isas: &[Isa], x: &[S], weight: &[S], targets: &[u32]) {
+        for isa in isas {
             let run = |part: Option<usize>| {
-                let mut head = Head::new(*isa, &x, &weight, dim, &targets);
+                let mut head = Head::new(*isa, x, weight, x.len() / targets.len(), targets);
                 head.part = part.unwrap_or(head.part);
-                let (mut dx, mut grad) = (vec![0f32; rows * dim], vec![0f32; vocab_size * dim]);
+                let (mut dx, mut grad) = (vec![0f32; x.len()], vec![0f32; weight.len()]);
                 let loss = head.loss_grad(0.01, &mut dx, Some(&mut grad));
                 assert_eq!(loss, head.loss());
                 (loss, dx, grad)

@@ -95,7 +95,7 @@ impl<S: Source> Task<'_, S> {
     /// As for [`Isa::block`].
     unsafe fn run(&self, isa: Isa, scratch: &mut Scratch) {
         // A step is one tile of `k`, or as many as its numbers have parts.
-        let steps = self.b.steps() / S::PARTS;
+        let steps = self.b.steps();
         let step_len = S::PARTS * TILE_LEN;
         let most_steps = K_STEPS / S::PARTS;
         let (m, n) = (self.rows.len().div_ceil(TILE), self.columns.len());
@@ -134,9 +134,13 @@ impl<S: Source> Task<'_, S> {
                     Left { data, row: STEP, step: step_len, tile: a_steps * step_len }
                 }
             };
+            let packed_steps = first..first + block_steps;
             for j in (0..n).step_by(2) {
+                let column = |j: usize| self.columns.start + j.min(n);
+                let next = self.b.part(column(j + 2)..column(j + 4), packed_steps.clone());
                 let mut i = 0;
                 while i < m {
+                    next.fetch(i / 2, m.div_ceil(2));
                     let at = if waiting { i * TILE * c_stride + j * TILE } else { 0 };
                     let block_m = if i < direct { (direct - i).min(2) } else { (m - i).min(2) };
                     let block_n = (n - j).min(2);
@@ -146,7 +150,7 @@ impl<S: Source> Task<'_, S> {
                     unsafe {
                         isa.block(Block {
                             a: left(i),
-                            b: self.b.at(self.columns.start + j, first * S::PARTS).as_ptr(),
+                            b: self.b.at(self.columns.start + j, first).as_ptr(),
                             b_stride: steps * step_len,
                             b_step: step_len,
                             steps: block_steps,

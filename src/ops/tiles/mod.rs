@@ -17,8 +17,8 @@ use std::sync::LazyLock;
 use half::bf16;
 use rayon::prelude::*;
 
-pub use self::pack::Packing;
 use self::pack::pack_tile;
+pub use self::pack::{Packing, take_bf16};
 use self::vector::{EXP2_BF16, EXP2_F32, exp2, lanes, paired, rounded, rounded_rows};
 use crate::ops::host::Element;
 use crate::ops::matmul::Mat;
@@ -29,6 +29,9 @@ pub const TILE: usize = 16;
 pub const STEP: usize = 32;
 /// Numbers in a tile of bf16.
 pub const TILE_LEN: usize = TILE * STEP;
+
+/// Tiles of a right operand beyond which it does not stay in the first-level cache.
+const FETCHED: usize = 64;
 
 /// Instructions that multiply matrices.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -291,17 +294,18 @@ impl Number for f32 {
     }
 }
 
-/// Packed tiles: `rows` of `steps` tiles each.
+/// Packed tiles: `rows` of `steps` each. A step's numbers may be the sums of so many `parts`, which lie together.
 pub struct Tiles<T = bf16> {
     data: Vec<T>,
     steps: usize,
+    parts: usize,
     /// Whether the tiles of a step follow one another, instead of those of a row.
     by_step: bool,
 }
 
 impl<T> Default for Tiles<T> {
     fn default() -> Self {
-        Self { data: Vec::new(), steps: 0, by_step: false }
+        Self { data: Vec::new(), steps: 0, parts: 1, by_step: false }
     }
 }
 
@@ -315,7 +319,7 @@ impl<T: Number> Tiles<T> {
     /// The processor has AVX-512.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub unsafe fn pack(&mut self, matrix: &Mat<T>, rows: usize, columns: usize, packing: Packing) {
-        self.steps = columns.div_ceil(T::STEP);
+        (self.steps, self.parts, self.by_step) = (columns.div_ceil(T::STEP), 1, false);
         let len = rows * self.steps * Tiles::<T>::LEN;
         self.data.clear();
         self.data.reserve(len);
@@ -328,27 +332,28 @@ impl<T: Number> Tiles<T> {
     }
 
     /// `rows` of tiles, to be written before they are read.
-    pub fn resize(&mut self, rows: usize, steps: usize) {
-        (self.steps, self.by_step) = (steps, false);
-        self.data.resize(rows * steps * Tiles::<T>::LEN, T::default());
+    pub fn resize(&mut self, rows: usize, steps: usize, parts: usize) {
+        (self.steps, self.parts, self.by_step) = (steps, parts, false);
+        self.data.resize(rows * steps * parts * Tiles::<T>::LEN, T::default());
     }
 
     /// As [`Tiles::resize`], with the tiles of a step one after another.
-    pub fn resize_by_step(&mut self, rows: usize, steps: usize) {
-        self.resize(rows, steps);
+    pub fn resize_by_step(&mut self, rows: usize, steps: usize, parts: usize) {
+        self.resize(rows, steps, parts);
         self.by_step = true;
     }
 
     /// Numbers from one row of tiles to the next, and from one step to the next.
     pub fn strides(&self) -> (usize, usize) {
+        let tile = self.parts * Self::LEN;
         match self.by_step {
-            true => (Self::LEN, self.rows() * Self::LEN),
-            false => (self.steps * Self::LEN, Self::LEN),
+            true => (tile, self.rows() * tile),
+            false => (self.steps * tile, tile),
         }
     }
 
     pub fn rows(&self) -> usize {
-        self.data.len() / (self.steps * Tiles::<T>::LEN).max(1)
+        self.data.len() / (self.steps * self.parts * Tiles::<T>::LEN).max(1)
     }
 
     pub fn steps(&self) -> usize {
@@ -419,7 +424,7 @@ pub fn pack_all<S: Source>(matrices: Vec<(Mat<S>, Packing)>) -> Vec<Tiles> {
     for (matrix, packing) in &matrices {
         let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(STEP));
         let mut tiles =
-            Tiles { data: Vec::with_capacity(rows * steps * step_len), steps: steps * S::PARTS, by_step: false };
+            Tiles { data: Vec::with_capacity(rows * steps * step_len), steps, parts: S::PARTS, by_step: false };
         let to = Shared(tiles.data.as_mut_ptr());
         packed.push(tiles);
         for row in (0..rows).step_by(ROWS) {
@@ -443,7 +448,7 @@ pub fn pack_all<S: Source>(matrices: Vec<(Mat<S>, Packing)>) -> Vec<Tiles> {
     });
     for (tiles, (matrix, _)) in packed.iter_mut().zip(&matrices) {
         // SAFETY: every tile was written above.
-        unsafe { tiles.data.set_len(matrix.rows.div_ceil(TILE) * tiles.steps * TILE_LEN) };
+        unsafe { tiles.data.set_len(matrix.rows.div_ceil(TILE) * tiles.steps * S::PARTS * TILE_LEN) };
     }
     packed
 }
@@ -475,6 +480,21 @@ impl<T: Number> Part<'_, T> {
     fn at(&self, row: usize) -> *const T {
         self.tiles.at(self.rows.start + row, self.steps.start).as_ptr()
     }
+
+    /// Asks for the `i`-th of `n` shares of these tiles, which are needed soon, to come to the second-level cache.
+    #[inline]
+    pub fn fetch(&self, i: usize, n: usize) {
+        const LINE: usize = 64;
+        let tiles = self.rows.len() * self.steps.len();
+        for tile in i * tiles / n..(i + 1) * tiles / n {
+            let (row, step) = (tile / self.steps.len(), tile % self.steps.len());
+            let at = self.tiles.at(self.rows.start + row, self.steps.start + step).as_ptr().cast::<i8>();
+            for line in 0..self.tiles.parts * Tiles::<T>::LEN * size_of::<T>() / LINE {
+                // SAFETY: any address will do; nothing is read.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line * LINE)) };
+            }
+        }
+    }
 }
 
 /// `c = a b`, or `c += a b`. Rows of `c` are `c_stride` apart.
@@ -484,27 +504,38 @@ impl<T: Number> Part<'_, T> {
 #[inline]
 pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32], c_stride: usize, add: bool) {
     let (m, n, steps) = (a.rows.len(), b.rows.len(), a.steps.len());
-    assert!(steps == b.steps.len() && n * TILE <= c_stride && m * TILE * c_stride <= c.len(), "room for a product");
+    let parts = a.tiles.parts;
+    assert!(steps == b.steps.len() && parts == b.tiles.parts, "operands of one inner size");
+    assert!(n * TILE <= c_stride && m * TILE * c_stride <= c.len(), "room for a product");
     if steps == 0 || m == 0 {
         return;
     }
     let ((a_stride, a_step), (b_stride, b_step)) = (a.tiles.strides(), b.tiles.strides());
+    // A right operand beyond the first-level cache comes from afar: its next columns are fetched meanwhile.
+    let rows = if n * steps * parts > FETCHED { 2 } else { m };
     for j in (0..n).step_by(2) {
-        // SAFETY: inside the three buffers by the assertions of `part` and above.
-        unsafe {
-            isa.block(Block {
-                a: Left { data: a.at(0), row: T::STEP, step: a_step, tile: a_stride },
-                b: b.at(j),
-                b_stride,
-                b_step,
-                steps,
-                parts: 1,
-                c: c.as_mut_ptr().add(j * TILE),
-                c_stride,
-                m,
-                n: (n - j).min(2),
-                add,
-            });
+        let next = b.rows.start + (j + 2).min(n)..b.rows.start + (j + 4).min(n);
+        let next = Part { rows: next, ..b.clone() };
+        for i in (0..m).step_by(rows) {
+            if rows < m {
+                next.fetch(i / rows, m.div_ceil(rows));
+            }
+            // SAFETY: inside the three buffers by the assertions of `part` and above.
+            unsafe {
+                isa.block(Block {
+                    a: Left { data: a.at(i), row: T::STEP, step: a_step, tile: a_stride },
+                    b: b.at(j),
+                    b_stride,
+                    b_step,
+                    steps,
+                    parts,
+                    c: c.as_mut_ptr().add(i * TILE * c_stride + j * TILE),
+                    c_stride,
+                    m: rows.min(m - i),
+                    n: (n - j).min(2),
+                    add,
+                });
+            }
         }
     }
 }

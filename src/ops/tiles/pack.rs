@@ -3,7 +3,7 @@ use std::mem::MaybeUninit;
 
 use half::bf16;
 
-use super::vector::{rounded, transpose};
+use super::vector::{paired, rounded_rows, transpose};
 use super::{Number, STEP, TILE, TILE_LEN};
 use crate::ops::matmul::Mat;
 
@@ -59,26 +59,32 @@ pub unsafe fn pack_tile<T: Number>(
 pub unsafe fn pack_parts(tiles: &mut [MaybeUninit<bf16>], matrix: &Mat<f32>, row: usize, k: usize, packing: Packing) {
     assert!(tiles.len() == 3 * TILE_LEN, "room for three tiles");
     assert!(matrix.col_stride == 1 || matrix.row_stride == 1, "rows or columns are dense");
-    // The tile's two halves along `k`: their rows, or their `k`.
-    let half = |k: usize| match row < matrix.rows && k < matrix.cols {
-        // SAFETY: the matrix has this row and column.
-        true => unsafe { f32::vectors(matrix, row, k) },
-        false => [_mm512_setzero_si512(); TILE],
-    };
-    let mut rest = [half(k), half(k + TILE)].map(|half| half.map(|v| _mm512_castsi512_ps(v)));
+    // The tile's two halves along `k`: their rows, or their `k`. Loops, because closures that are handed to other functions
+    // are not compiled for these instructions.
+    let mut rest = [[_mm512_setzero_ps(); TILE]; 2];
+    for (half, rest) in rest.iter_mut().enumerate() {
+        let k = k + half * TILE;
+        if row < matrix.rows && k < matrix.cols {
+            // SAFETY: the matrix has this row and column.
+            let vectors = unsafe { f32::vectors(matrix, row, k) };
+            for (rest, vector) in rest.iter_mut().zip(vectors) {
+                *rest = _mm512_castsi512_ps(vector);
+            }
+        }
+    }
+    let [low, high] = &mut rest;
     for part in tiles.chunks_exact_mut(TILE_LEN) {
         let mut vectors = [_mm512_setzero_si512(); TILE];
         if matrix.col_stride == 1 {
-            for (i, vector) in vectors.iter_mut().enumerate() {
-                let [low, high] = [0, 1].map(|half: usize| take_bf16(&mut rest[half][i]));
-                *vector = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            for i in 0..TILE {
+                vectors[i] = take_bf16(&mut low[i], &mut high[i]);
             }
         } else {
-            for (pair, vector) in vectors.iter_mut().enumerate() {
-                let half = &mut rest[pair / (TILE / 2)];
-                let [even, odd] =
-                    [0, 1].map(|i| _mm512_cvtepu16_epi32(take_bf16(&mut half[pair % (TILE / 2) * 2 + i])));
-                *vector = _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd));
+            for i in 0..TILE / 2 {
+                let [even, odd] = &mut low[2 * i..2 * i + 2] else { unreachable!("two of sixteen") };
+                vectors[i] = paired(take_bf16(even, odd));
+                let [even, odd] = &mut high[2 * i..2 * i + 2] else { unreachable!("two of sixteen") };
+                vectors[TILE / 2 + i] = paired(take_bf16(even, odd));
             }
         }
         if (matrix.col_stride == 1) == (packing == Packing::Right) {
@@ -91,12 +97,14 @@ pub unsafe fn pack_parts(tiles: &mut [MaybeUninit<bf16>], matrix: &Mat<f32>, row
     }
 }
 
-/// Rounds numbers to bf16, and leaves in their place what that has cut off.
+/// Rounds two rows of numbers to bf16, and leaves in their place what that has cut off.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn take_bf16(values: &mut __m512) -> __m256i {
-    let taken = rounded(*values);
-    let wide = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(taken)));
-    *values = _mm512_sub_ps(*values, wide);
+pub fn take_bf16(first: &mut __m512, second: &mut __m512) -> __m512i {
+    let taken = rounded_rows(*first, *second);
+    let low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(taken));
+    let high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(taken));
+    *first = _mm512_sub_ps(*first, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(low)));
+    *second = _mm512_sub_ps(*second, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(high)));
     taken
 }
