@@ -7,7 +7,7 @@ use crate::models::args::DecoderArgs;
 use crate::models::{self, Clash};
 
 /// Families that TorchTitan has and titan does not have yet.
-const FAMILIES_TO_COME: [&str; 2] = ["llama3_ft", "flux"];
+const FAMILIES_TO_COME: [&str; 1] = ["flux"];
 
 /// Datasets that are nowhere until `dataset_path` says where.
 const DATASETS_OF_FILES: [&str; 6] = ["text", "json", "parquet", "tokens", "chat", "instruct"];

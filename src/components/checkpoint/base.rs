@@ -43,7 +43,8 @@ impl Base {
     pub fn open(&self, model_name: &str, args: &DecoderArgs) -> Result<Weights> {
         if !self.path.exists() {
             return Err(Error::Checkpoint(format!(
-                "{} is gone: it holds the weights that this checkpoint's adapters were trained for",
+                "{} is gone: it holds the weights that this checkpoint's adapters were trained for\n   = move it back; or run \
+                 the training again with checkpoint.initial_load_path where it is now, which exports the merged model",
                 self.path.display()
             )));
         }
