@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use titan::autograd::{Init, Parameter, Precision, StageBuilder, Value};
-use titan::models::args::ScoreFunc;
+use titan::models::args::{RopeArgs, RopeLayout, ScoreFunc, Stretch};
 use titan::ops::{self, AdamStep, AttentionMask, Experts, RopeTable, Router};
 
 #[global_allocator]
@@ -181,7 +181,9 @@ impl Bench {
         for (dtype, head_dim) in product(DTYPES, [16, 64, 128]) {
             let dims = [B, S, DIM / head_dim, head_dim];
             let x = tensor(&dims, dtype);
-            let table = RopeTable::new(head_dim, 5e5, None, S, &Device::Cpu).unwrap();
+            let (layout, stretch) = (RopeLayout::Pairs, Stretch::None);
+            let args = RopeArgs { dim: head_dim, theta: 5e5, layout, stretch };
+            let table = RopeTable::new(&args, S, &Device::Cpu).unwrap();
             let work = [Bytes(2 * n * dtype.size_in_bytes()); 2];
             self.both(&Op::new("rope", shape(&dims), dtype), work, &x, &x, |x| ops::rope(x, &table).unwrap());
         }
@@ -267,6 +269,7 @@ impl Bench {
             top_k: 1,
             route_norm: false,
             route_scale: 1.0,
+            groups: None,
             force_load_balance: false,
         };
         let logits = Value::constant(tensor(&[N, n_experts], DType::F32));

@@ -132,7 +132,7 @@ const MISTAKES: &[Mistake] = &[
     file("[checkpoint]\nload_step = -2", &["`checkpoint.load_step` cannot be -2", "an integer of at least -1"]),
     file("[validation]\nenable = true\nfreq = 0", &["`validation.freq` cannot be 0"]),
     file("[model]\nname = \"lama3\"", &["`model.name` cannot be \"lama3\"", "did you mean \"llama3\"?"]),
-    file("[model]\nname = \"qwen3\"", &["titan does not have this family yet", "\"llama3\", \"llama4\""]),
+    file("[model]\nname = \"flux\"", &["titan does not have this family yet", "\"llama3\", \"llama4\", \"qwen3\""]),
     file(
         "[model]\nflavor = \"8b\"",
         &["`model.flavor` cannot be \"8b\"", "did you mean \"8B\"?", "flavors of llama3: "],
@@ -424,22 +424,49 @@ fn golden_configs_are_model_args_and_come_out_as_they_went_in() {
     let read = |name: &str| -> Json {
         serde_json::from_slice(&std::fs::read(format!("tests/golden/{name}.json")).unwrap()).unwrap()
     };
-    let cases =
-        ["llama3_base", "llama3_gqa_doc", "llama4_base", "llama4_gqa_top2", "llama4_irope", "llama4_softmax_after"];
-    let mut configs: Vec<Json> = cases.iter().map(|name| read(name)["config"].clone()).collect();
-    let flops = read("flops");
-    for family in ["llama3", "llama4"] {
-        configs.extend(flops[family].as_object().unwrap().values().map(|flavor| flavor["config"].clone()));
+    let cases = [
+        "llama3_base",
+        "llama3_gqa_doc",
+        "llama4_base",
+        "llama4_gqa_top2",
+        "llama4_irope",
+        "llama4_softmax_after",
+        "qwen3_dense",
+        "qwen3_dense_tied",
+        "deepseek_v3_base",
+        "deepseek_v3_yarn",
+    ];
+    let of_case = |case: Json| (case["model"].as_str().unwrap().to_owned(), case["config"].clone());
+    let mut configs: Vec<_> = cases.iter().map(|name| of_case(read(name))).collect();
+    for (family, flavors) in read("flops").as_object().unwrap() {
+        configs.extend(flavors.as_object().unwrap().values().map(|it| (family.clone(), it["config"].clone())));
     }
-    // What the golden config leaves out must stay, and what it sets to null must go.
-    let base = DecoderArgs { every_n_layers_nope: Some(3), n_kv_heads: Some(1), ..DecoderArgs::default() };
-    for golden in configs {
-        let args = config::parse("golden", &as_model_args(&golden)).unwrap().config.model.args;
+    for (family, golden) in configs {
+        let job = format!("[model]\nname = {family:?}\n{}", as_model_args(&golden));
+        let args = config::parse("golden", &job).unwrap().config.model.args;
+        // What the golden config leaves out must stay, and what it sets to null must go.
+        let base = DecoderArgs { every_n_layers_nope: Some(3), n_kv_heads: Some(1), ..DecoderArgs::default() };
         let applied = serde_json::to_value(args.apply(&base).unwrap()).unwrap();
-        let untouched = serde_json::to_value(&base).unwrap();
-        for (key, value) in applied.as_object().unwrap() {
-            assert_eq!(value, golden.get(key).unwrap_or(&untouched[key]), "{key}");
+        let mut expected = serde_json::to_value(&base).unwrap();
+        if golden.get("moe_args").is_some() {
+            expected["moe_args"] = serde_json::to_value(MoeArgs::default()).unwrap();
         }
+        for (key, value) in golden.as_object().unwrap() {
+            match (expected[key].as_object_mut(), value.as_object()) {
+                (Some(expected), Some(value)) => expected.extend(value.clone()),
+                _ => expected[key] = value.clone(),
+            }
+        }
+        assert_eq!(with_numbers_as_floats(applied), with_numbers_as_floats(expected), "{family}");
+    }
+}
+
+/// Numbers as floats: a golden config may write 32 where an argument is 32.0.
+fn with_numbers_as_floats(json: Json) -> Json {
+    match json {
+        Json::Number(number) => number.as_f64().into(),
+        Json::Object(table) => table.into_iter().map(|(key, value)| (key, with_numbers_as_floats(value))).collect(),
+        other => other,
     }
 }
 

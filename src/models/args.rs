@@ -13,15 +13,29 @@ pub struct DecoderArgs {
     /// Number of transformer blocks.
     #[schemars(range(min = 1))]
     pub n_layers: usize,
-    /// Number of query heads; must divide `dim`.
+    /// Number of query heads; must divide `dim`, unless `head_dim` is given.
     #[schemars(range(min = 1))]
     pub n_heads: usize,
     /// Number of key/value heads, each shared by `n_heads / n_kv_heads` query heads. "none": as many as `n_heads`.
     #[schemars(range(min = 1))]
     pub n_kv_heads: Option<usize>,
+    /// Width of a head. "none": `dim / n_heads`.
+    #[schemars(range(min = 1))]
+    pub head_dim: Option<usize>,
     /// Rows of the embedding table and of the output layer. Left alone, the tokenizer's size is taken where that is larger.
     #[schemars(range(min = 1))]
     pub vocab_size: usize,
+    /// One table for the embedding and the output layer.
+    pub enable_weight_tying: bool,
+    /// Width of a dense feed-forward. "none": made from `dim`, `ffn_dim_multiplier` and `multiple_of`.
+    #[schemars(range(min = 1))]
+    pub hidden_dim: Option<usize>,
+    /// DeepSeek's name of `hidden_dim`.
+    #[schemars(range(min = 1))]
+    pub inter_dim: Option<usize>,
+    /// Width of one expert. "none": that of a dense feed-forward, shared as `auto_scale_hidden_dim` says.
+    #[schemars(range(min = 1))]
+    pub moe_inter_dim: Option<usize>,
     /// The feed-forward width is rounded up to a multiple of this.
     #[schemars(range(min = 1))]
     pub multiple_of: usize,
@@ -31,9 +45,17 @@ pub struct DecoderArgs {
     /// Epsilon inside RMSNorm's square root.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub norm_eps: f64,
+    /// Epsilon of the norm before the output layer. "none": `norm_eps`.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub final_norm_eps: Option<f64>,
+    /// RMSNorm of each query and key head, before they rotate.
+    pub qk_norm: bool,
     /// Base of the rotary frequencies.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub rope_theta: f64,
+    /// Which numbers of a head rotate together: "pairs" (0, 1), (2, 3), ..., or "halves": number i of the first half with
+    /// number i of the second.
+    pub rope_layout: RopeLayout,
     /// Longest sequence that the model takes. Training sets it to `training.seq_len`.
     #[schemars(range(min = 1))]
     pub max_seq_len: usize,
@@ -46,6 +68,35 @@ pub struct DecoderArgs {
     pub attn_mask_type: AttnMaskType,
     /// Stretching of rotary wavelengths for long contexts. "none": none.
     pub rope_scaling_args: Option<RopeScalingArgs>,
+    /// YaRN: long wavelengths are multiplied by this where `max_seq_len` is above `original_seq_len`. "none": no YaRN.
+    #[schemars(range(min = 1))]
+    pub rope_factor: Option<f64>,
+    /// YaRN: context length before the stretching.
+    #[schemars(range(min = 1))]
+    pub original_seq_len: usize,
+    /// YaRN: wavelengths that turn more often than this in `original_seq_len` are left alone.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub beta_fast: f64,
+    /// YaRN: wavelengths that turn less often than this in `original_seq_len` are stretched in full.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub beta_slow: f64,
+    /// YaRN: scores are multiplied by the square of `0.1 * mscale * ln(rope_factor) + 1`.
+    #[schemars(range(min = 0))]
+    pub mscale: f64,
+    /// Multi-head latent attention: keys and values are made from a latent of this width. "none": grouped-query attention.
+    #[schemars(range(min = 1))]
+    pub kv_lora_rank: Option<usize>,
+    /// Width of the latent that queries are made from. 0: they are made from the residual stream.
+    pub q_lora_rank: usize,
+    /// With `kv_lora_rank`: width of a head's part without rotary positions.
+    #[schemars(range(min = 1))]
+    pub qk_nope_head_dim: usize,
+    /// With `kv_lora_rank`: width of a head's rotary part, whose key all heads share.
+    #[schemars(range(min = 1))]
+    pub qk_rope_head_dim: usize,
+    /// With `kv_lora_rank`: width of a head's value.
+    #[schemars(range(min = 1))]
+    pub v_head_dim: usize,
     /// Let `top_k` routed and the shared experts together be as wide as one dense feed-forward.
     pub auto_scale_hidden_dim: bool,
     /// Layers 0, n, 2n, ... have no rotary positions and attend without blocks. "none": all layers rotate.
@@ -56,18 +107,13 @@ pub struct DecoderArgs {
     pub fixed_attn_block_size: Option<usize>,
     /// The mixture of experts. "none": every feed-forward is dense.
     pub moe_args: Option<MoeArgs>,
+    /// Whether there is a mixture of experts, where `moe_args` describes one.
+    pub moe_enabled: bool,
+    /// The first layers are dense, this many.
+    pub n_dense_layers: usize,
     /// Every n-th layer is a mixture of experts (layers n - 1, 2n - 1, ...).
     #[schemars(range(min = 1))]
     pub interleave_moe_layer_step: usize,
-}
-
-/// Arguments that contradict each other, or that nothing can be built with.
-#[derive(Debug)]
-pub struct Clash {
-    /// Paths within [`DecoderArgs`].
-    pub keys: &'static [&'static str],
-    pub what: String,
-    pub remedy: String,
 }
 
 /// Llama 3 and Llama 4's stretching of rotary wavelengths.
@@ -86,6 +132,33 @@ pub struct RopeScalingArgs {
     /// Context length before the stretching.
     #[schemars(range(min = 1))]
     pub original_max_position_embeddings: usize,
+}
+
+/// The rotary positions of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeArgs {
+    /// Numbers of a head that rotate.
+    pub dim: usize,
+    pub theta: f64,
+    pub layout: RopeLayout,
+    pub stretch: Stretch,
+}
+
+/// What becomes of the wavelengths that `theta` gives.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Stretch {
+    None,
+    ByWavelength(RopeScalingArgs),
+    Yarn(YarnArgs),
+}
+
+/// YaRN's arguments, as in [`DecoderArgs`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct YarnArgs {
+    pub factor: f64,
+    pub original_seq_len: usize,
+    pub beta_fast: f64,
+    pub beta_slow: f64,
 }
 
 /// Token-choice mixture of experts.
@@ -107,6 +180,13 @@ pub struct MoeArgs {
     /// Factor on the chosen scores.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub route_scale: f64,
+    /// Experts fall into this many groups, and a token's experts come from its `num_limited_groups` best groups: those
+    /// whose two highest scores sum to most. "none": a token's experts come from anywhere.
+    #[schemars(range(min = 1))]
+    pub num_expert_groups: Option<usize>,
+    /// Groups that a token's experts come from.
+    #[schemars(range(min = 1))]
+    pub num_limited_groups: Option<usize>,
     /// Multiply by the score before the expert (else after it).
     pub score_before_experts: bool,
     /// Step by which each expert's bias follows its load. "none": no bias.
@@ -133,94 +213,16 @@ pub enum AttnMaskType {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+pub enum RopeLayout {
+    Pairs,
+    Halves,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum ScoreFunc {
     Sigmoid,
     Softmax,
-}
-
-impl DecoderArgs {
-    /// Every clash between arguments; none in a model that can be built.
-    pub fn clashes(&self) -> Vec<Clash> {
-        let mut clashes = Vec::new();
-        let mut clash = |keys, what: String, remedy: String| clashes.push(Clash { keys, what, remedy });
-        let Self { dim, n_layers, n_heads, vocab_size, multiple_of, .. } = *self;
-        let n_kv_heads = self.n_kv_heads.unwrap_or(n_heads);
-        let sizes = [dim, n_layers, n_heads, n_kv_heads, vocab_size, multiple_of, self.interleave_moe_layer_step];
-        if sizes.contains(&0) || self.every_n_layers_nope == Some(0) || self.fixed_attn_block_size == Some(0) {
-            clash(&[], "a size is 0".into(), "sizes must be at least 1".into());
-            return clashes;
-        }
-        if sizes.iter().any(|size| *size >= 1 << 32) {
-            clash(&[], "a size is beyond any machine".into(), "sizes must be below 2^32".into());
-            return clashes;
-        }
-        if !dim.is_multiple_of(n_heads) {
-            clash(
-                &["dim", "n_heads"],
-                format!("`dim` {dim} does not divide into {n_heads} heads"),
-                format!("`dim` must be a multiple of `n_heads`; nearest: {}", dim.div_ceil(n_heads) * n_heads),
-            );
-        } else if (dim / n_heads) % 2 == 1 {
-            clash(
-                &["dim", "n_heads"],
-                format!("heads of {} numbers cannot rotate in pairs", dim / n_heads),
-                "`dim / n_heads` must be even".into(),
-            );
-        }
-        if !n_heads.is_multiple_of(n_kv_heads) {
-            // No model has more heads; a slip of twelve digits should not take minutes.
-            let allowed = (1..=n_heads.min(1000)).filter(|n| n_heads.is_multiple_of(*n)).map(|n| n.to_string());
-            clash(
-                &["n_kv_heads", "n_heads"],
-                format!("{n_heads} query heads cannot share {n_kv_heads} key/value heads equally"),
-                format!("`n_kv_heads` must divide `n_heads`; allowed: {}", allowed.collect::<Vec<_>>().join(", ")),
-            );
-        }
-        if self.ffn_hidden_dim() == 0 {
-            clash(
-                &["ffn_dim_multiplier"],
-                "the feed-forward would have no width".into(),
-                "raise `ffn_dim_multiplier`".into(),
-            );
-        }
-        if let Some(moe) = &self.moe_args
-            && !(1..=moe.num_experts).contains(&moe.top_k)
-        {
-            clash(
-                &["moe_args.top_k", "moe_args.num_experts"],
-                format!("a token cannot go to {} of {} experts", moe.top_k, moe.num_experts),
-                "`top_k` must be at least 1 and at most `num_experts`".into(),
-            );
-        }
-        clashes
-    }
-
-    /// Width of a dense feed-forward: two thirds of `4 * dim`, times `ffn_dim_multiplier`, up to a multiple of `multiple_of`.
-    pub fn ffn_hidden_dim(&self) -> usize {
-        self.unrounded_hidden_dim().next_multiple_of(self.multiple_of)
-    }
-
-    /// Width of one expert: that of a dense feed-forward, shared among the active experts if `auto_scale_hidden_dim`.
-    pub fn moe_hidden_dim(&self) -> usize {
-        let active = match &self.moe_args {
-            Some(moe) if self.auto_scale_hidden_dim => moe.top_k + moe.num_shared_experts,
-            _ => 1,
-        };
-        (self.unrounded_hidden_dim() / active).next_multiple_of(self.multiple_of)
-    }
-
-    /// Layers `n - 1, 2n - 1, ...` of an `interleave_moe_layer_step` of `n`, where there are experts at all.
-    pub fn is_moe_layer(&self, layer: usize) -> bool {
-        self.moe_args.is_some() && (layer + 1).is_multiple_of(self.interleave_moe_layer_step)
-    }
-
-    fn unrounded_hidden_dim(&self) -> usize {
-        let hidden_dim = 8 * self.dim / 3;
-        match self.ffn_dim_multiplier {
-            Some(factor) => (factor * hidden_dim as f64) as usize,
-            None => hidden_dim,
-        }
-    }
 }
 
 impl Default for DecoderArgs {
@@ -231,20 +233,40 @@ impl Default for DecoderArgs {
             n_layers: 32,
             n_heads: 32,
             n_kv_heads: None,
+            head_dim: None,
             vocab_size: 128_256,
+            enable_weight_tying: false,
+            hidden_dim: None,
+            inter_dim: None,
+            moe_inter_dim: None,
             multiple_of: 256,
             ffn_dim_multiplier: None,
             norm_eps: 1e-5,
+            final_norm_eps: None,
+            qk_norm: false,
             rope_theta: 10_000.0,
+            rope_layout: RopeLayout::Pairs,
             max_seq_len: 131_072,
             depth_init: true,
             attn_type: AttnType::Sdpa,
             attn_mask_type: AttnMaskType::Causal,
             rope_scaling_args: None,
+            rope_factor: None,
+            original_seq_len: 4096,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            mscale: 1.0,
+            kv_lora_rank: None,
+            q_lora_rank: 0,
+            qk_nope_head_dim: 128,
+            qk_rope_head_dim: 64,
+            v_head_dim: 128,
             auto_scale_hidden_dim: false,
             every_n_layers_nope: None,
             fixed_attn_block_size: None,
             moe_args: None,
+            moe_enabled: true,
+            n_dense_layers: 0,
             interleave_moe_layer_step: 1,
         }
     }
@@ -270,30 +292,11 @@ impl Default for MoeArgs {
             score_func: ScoreFunc::Sigmoid,
             route_norm: false,
             route_scale: 1.0,
+            num_expert_groups: None,
+            num_limited_groups: None,
             score_before_experts: true,
             load_balance_coeff: Some(1e-3),
             force_load_balance: false,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn feed_forward_widths_are_those_of_the_published_models() {
-        let llama3_8b = DecoderArgs { multiple_of: 1024, ffn_dim_multiplier: Some(1.3), ..Default::default() };
-        assert_eq!(llama3_8b.ffn_hidden_dim(), 14_336);
-
-        let llama4_scout = DecoderArgs {
-            dim: 5120,
-            multiple_of: 2048,
-            ffn_dim_multiplier: Some(1.2),
-            auto_scale_hidden_dim: true,
-            moe_args: Some(MoeArgs { num_experts: 16, ..Default::default() }),
-            ..Default::default()
-        };
-        assert_eq!((llama4_scout.ffn_hidden_dim(), llama4_scout.moe_hidden_dim()), (16_384, 8192));
     }
 }

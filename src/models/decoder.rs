@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::args::{AttnMaskType, AttnType, DecoderArgs};
-use super::layers::{Attention, ExpertLoad, FeedForward, LayerCache, Moe};
+use super::args::{DecoderArgs, RopeArgs};
+use super::layer::Span;
+use super::layers::{Block, ExpertLoad, LayerCache};
 use super::lora::{self, Adapters, Lora};
 use crate::autograd::{Init, Parameter, Precision, StageBuilder, Value};
 use crate::engine::{Pass, Stages};
@@ -23,45 +24,39 @@ const PROMPT_CHUNK: usize = 2048;
 pub struct Decoder {
     args: DecoderArgs,
     tok_embeddings: Arc<Parameter>,
-    blocks: Vec<Block>,
+    layers: Vec<Layer>,
     norm: Arc<Parameter>,
+    /// The embedding itself, where the two are tied.
     output: Arc<Parameter>,
     /// Memory of the embedding, of each block, of norm and output.
     stages: Vec<StageBuilder>,
     /// The token that ends a document, where masks separate documents.
     eos_id: Option<u32>,
-    rope: RopeTable,
+    /// The kinds of rotary positions among the layers, and their tables once the model is allocated.
+    ropes: Vec<RopeArgs>,
+    rope_tables: Vec<RopeTable>,
+    /// The spans of attention among the layers.
+    spans: Vec<Span>,
     /// Adapters of the weights, which then are frozen.
     adapters: Option<Adapters>,
 }
 
-/// `h = x + attention(norm(x))`, `y = h + feed_forward(norm(h))`.
+/// A block, and which of the rope tables and masks of a [`Sequence`] are its.
 #[derive(Debug)]
-struct Block {
-    attention_norm: Arc<Parameter>,
-    attention: Attention,
-    ffn_norm: Arc<Parameter>,
-    ffn: Ffn,
-    uses_rope: bool,
-    norm_eps: f64,
-}
-
-#[derive(Debug)]
-enum Ffn {
-    Dense(FeedForward),
-    Moe(Moe),
+struct Layer {
+    block: Block,
+    rope: Option<usize>,
+    mask: usize,
 }
 
 /// What the blocks of one forward pass share: where its tokens stand and what they see.
 #[derive(Debug)]
 pub struct Sequence {
-    rope: RopeTable,
-    /// Of layers that see the whole sequence, and of those that see their block of it.
-    mask: AttentionMask,
-    block_mask: AttentionMask,
+    ropes: Vec<RopeTable>,
+    masks: Vec<AttentionMask>,
 }
 
-/// Keys and values of the tokens so far, for generation.
+/// What the layers keep of the tokens so far, for generation.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<LayerCache>,
@@ -88,20 +83,39 @@ impl Decoder {
         let block_names = (0..args.n_layers).map(|layer| format!("layers.{layer}"));
         let names = iter::once("tok_embeddings".into()).chain(block_names).chain(iter::once("head".into()));
         let mut stages: Vec<StageBuilder> = names.map(StageBuilder::named).collect();
-        let tok_embeddings = stages[0].parameter(
-            "tok_embeddings.weight",
-            &[args.vocab_size, args.dim],
-            Init::Normal { std: 1.0, limit: f64::INFINITY },
-        );
-        let blocks = (0..args.n_layers).map(|layer| Block::new(&mut stages[layer + 1], layer, args)).collect();
+        let shape = [args.vocab_size, args.dim];
+        let std = (args.dim as f64).powf(-0.5);
+        let of_output = Init::Normal { std, limit: 3.0 * std };
+        let of_embedding = Init::Normal { std: 1.0, limit: f64::INFINITY };
+        let tied = args.enable_weight_tying;
+        let init = if tied { of_output } else { of_embedding };
+        let tok_embeddings = stages[0].parameter("tok_embeddings.weight", &shape, init);
+        let (mut ropes, mut spans) = (Vec::new(), Vec::new());
+        let layers = (0..args.n_layers).map(|index| {
+            let layer = args.layer(index);
+            Layer {
+                block: Block::new(&mut stages[index + 1], index, args, &layer),
+                rope: layer.rope.map(|rope| index_of(&mut ropes, rope)),
+                mask: index_of(&mut spans, layer.span),
+            }
+        });
+        let layers = layers.collect();
         let head = &mut stages[args.n_layers + 1];
         let norm = head.parameter("norm.weight", &[args.dim], Init::Constant(1.0));
-        let std = (args.dim as f64).powf(-0.5);
-        let output =
-            head.parameter("output.weight", &[args.vocab_size, args.dim], Init::Normal { std, limit: 3.0 * std });
-        // Filled by `allocate`, when it is known where and whether this model will run.
-        let rope = RopeTable::new(args.head_dim(), args.rope_theta, None, 0, &Device::Cpu)?;
-        Ok(Self { args: args.clone(), tok_embeddings, blocks, norm, output, stages, eos_id, rope, adapters: None })
+        let output = if tied { tok_embeddings.clone() } else { head.parameter("output.weight", &shape, of_output) };
+        Ok(Self {
+            args: args.clone(),
+            tok_embeddings,
+            layers,
+            norm,
+            output,
+            stages,
+            eos_id,
+            ropes,
+            rope_tables: Vec::new(),
+            spans,
+            adapters: None,
+        })
     }
 
     /// Freezes the weights, and gives adapters to those that `lora` names; nothing happens without a rank. `seed` decides
@@ -150,9 +164,8 @@ impl Decoder {
     /// Takes the memory for weights, and for gradients if the model is to be trained. Frozen weights are held in the compute
     /// dtype only.
     pub fn allocate(&mut self, precision: Precision, device: &Device, with_grads: bool) -> Result<()> {
-        let args = &self.args;
-        let scaling = args.rope_scaling_args.as_ref();
-        self.rope = RopeTable::new(args.head_dim(), args.rope_theta, scaling, args.max_seq_len, device)?;
+        let tables = self.ropes.iter().map(|rope| RopeTable::new(rope, self.args.max_seq_len, device));
+        self.rope_tables = tables.collect::<Result<_>>()?;
         let Some(adapters) = &self.adapters else {
             return self.stages.iter().try_for_each(|stage| stage.allocate(precision, device, with_grads));
         };
@@ -171,11 +184,8 @@ impl Decoder {
 
     /// The expert loads, by layer.
     pub fn expert_loads(&self) -> BTreeMap<usize, &Arc<ExpertLoad>> {
-        let moes = self.blocks.iter().enumerate().filter_map(|(layer, block)| match &block.ffn {
-            Ffn::Moe(moe) => Some((layer, moe.load())),
-            Ffn::Dense(_) => None,
-        });
-        moes.collect()
+        let layers = self.layers.iter().enumerate();
+        layers.filter_map(|(index, layer)| Some((index, layer.block.expert_load()?))).collect()
     }
 
     /// Everything that a checkpoint of the model holds: parameters, and the biases of experts. With adapters, these alone.
@@ -244,15 +254,16 @@ impl Decoder {
     }
 
     /// Floating-point operations to train on one token, forward and backward: 6 per weight that a token meets (an
-    /// expert counts as often as it is chosen, the embedding not at all; a frozen weight 4, as it has no gradient), and `6 · n_layers · n_heads · 2 head_dim ·
-    /// seq_len` for attention.
+    /// expert counts as often as it is chosen, the embedding only where it is the output layer too; a frozen weight 4, as
+    /// it has no gradient), and `6 · n_layers · n_heads · (width of a key + width of a value) · seq_len` for attention.
     ///
     /// # Source
     /// Chowdhery et al., arXiv:2204.02311, appendix B.
     pub fn flops_per_token(&self, seq_len: usize) -> u64 {
-        let weights = self.parameters().filter(|p| !Arc::ptr_eq(p, &self.tok_embeddings));
-        let active: usize = weights.map(|p| self.n_active(p)).sum();
-        let attention = self.args.n_layers * self.args.n_heads * 2 * self.args.head_dim() * seq_len;
+        let is_used = |p: &Parameter| self.args.enable_weight_tying || !std::ptr::eq(p, &*self.tok_embeddings);
+        let active: usize = self.parameters().filter(|p| is_used(p)).map(|p| self.n_active(p)).sum();
+        let head_dims = self.args.qk_head_dim() + self.args.value_head_dim();
+        let attention = self.args.n_layers * self.args.n_heads * head_dims * seq_len;
         let of_weights = match &self.adapters {
             None => 6 * active,
             Some(adapters) => 4 * active + 6 * adapters.stages().iter().map(StageBuilder::numel).sum::<usize>(),
@@ -272,7 +283,7 @@ impl Decoder {
 
     /// An empty cache.
     pub fn cache(&self) -> KvCache {
-        KvCache { layers: self.blocks.iter().map(|_| LayerCache::default()).collect(), len: 0 }
+        KvCache { layers: self.layers.iter().map(|_| LayerCache::default()).collect(), len: 0 }
     }
 
     /// The logits that follow `tokens`, `(b, s)`, which continue what `cache` holds: `(b, vocab_size)`, in f32.
@@ -300,30 +311,42 @@ impl Decoder {
         let sequence = self.positions(AttentionMask::causal(), b, positions.clone())?;
         cache.len = positions.end;
         let mut x = self.embed(tokens)?;
-        for (block, cache) in self.blocks.iter().zip(&mut cache.layers) {
-            x = block.forward(&Value::constant(x), &sequence, Pass::Evaluation, Some(cache))?.tensor().clone();
+        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+            x = layer.forward(&Value::constant(x), &sequence, Pass::Evaluation, Some(cache))?.tensor().clone();
         }
         Ok(x)
     }
 
     fn output(&self, x: Tensor) -> Result<Tensor> {
-        let x = ops::rms_norm(&Value::constant(x), &self.norm, self.args.norm_eps)?;
-        ops::logits(x.tensor(), &self.output)
+        ops::logits(self.normed(&Value::constant(x))?.tensor(), &self.output)
+    }
+
+    fn normed(&self, x: &Value) -> Result<Value> {
+        ops::rms_norm(x, &self.norm, self.args.final_norm_eps.unwrap_or(self.args.norm_eps))
     }
 
     fn positions(&self, mask: AttentionMask, rows: usize, positions: Range<usize>) -> Result<Sequence> {
-        if positions.end > self.rope.positions() {
+        let max_seq_len = self.args.max_seq_len;
+        if positions.end > max_seq_len {
             return Err(Error::Model(format!(
-                "{} positions are more than this model's max_seq_len of {}",
-                positions.end,
-                self.rope.positions()
+                "{} positions are more than this model's max_seq_len of {max_seq_len}",
+                positions.end
             )));
         }
-        let block_mask = match self.args.attn_block_size() {
-            Some(size) => mask.clone().within_blocks(size, rows, positions.clone()),
-            None => mask.clone(),
-        };
-        Ok(Sequence { rope: self.rope.narrow(positions.start, positions.len())?, mask, block_mask })
+        let masks = self.spans.iter().map(|span| match *span {
+            Span::Full => mask.clone(),
+            Span::Chunked(size) => mask.clone().within_blocks(size, rows, positions.clone()),
+        });
+        let masks = masks.collect();
+        let ropes = self.rope_tables.iter().map(|table| table.narrow(positions.start, positions.len()));
+        Ok(Sequence { ropes: ropes.collect::<Result<_>>()?, masks })
+    }
+}
+
+impl Layer {
+    fn forward(&self, x: &Value, sequence: &Sequence, pass: Pass, cache: Option<&mut LayerCache>) -> Result<Value> {
+        let rope = self.rope.map(|rope| &sequence.ropes[rope]);
+        self.block.forward(x, rope, &sequence.masks[self.mask], pass, cache)
     }
 }
 
@@ -355,120 +378,65 @@ impl Stages for Decoder {
     }
 
     fn n_blocks(&self) -> usize {
-        self.blocks.len()
+        self.layers.len()
     }
 
     fn block(&self, layer: usize, x: &Value, sequence: &Sequence, pass: Pass) -> Result<Value> {
-        self.blocks[layer].forward(x, sequence, pass, None)
+        self.layers[layer].forward(x, sequence, pass, None)
     }
 
     fn loss(&self, x: Tensor, labels: &Tensor) -> Result<f32> {
-        let x = ops::rms_norm(&Value::constant(x), &self.norm, self.args.norm_eps)?;
+        let x = self.normed(&Value::constant(x))?;
         ops::cross_entropy_loss(x.tensor(), &self.output, labels)
     }
 
     fn loss_grad(&self, x: Tensor, labels: &Tensor, scale: f64) -> Result<LossAndGrad> {
-        let x = ops::rms_norm(&Value::input(x), &self.norm, self.args.norm_eps)?;
+        let x = self.normed(&Value::input(x))?;
         let LossAndGrad { loss, dx } = ops::cross_entropy_grad(x.tensor(), &self.output, labels, scale)?;
         Ok(LossAndGrad { loss, dx: x.backward(dx)? })
     }
 }
 
-impl Block {
-    fn new(stage: &mut StageBuilder, layer: usize, args: &DecoderArgs) -> Self {
-        let prefix = format!("layers.{layer}");
-        let out_std = 0.02 / (2.0 * if args.depth_init { layer + 1 } else { args.n_layers } as f64).sqrt();
-        let norm = |stage: &mut StageBuilder, name| {
-            stage.parameter(format!("{prefix}.{name}.weight"), &[args.dim], Init::Constant(1.0))
-        };
-        Self {
-            attention: Attention::new(stage, &format!("{prefix}.attention"), args, out_std),
-            ffn: match &args.moe_args {
-                Some(moe) if args.is_moe_layer(layer) => {
-                    let hidden_dim = args.moe_hidden_dim();
-                    Ffn::Moe(Moe::new(stage, &format!("{prefix}.moe"), moe, args.dim, hidden_dim, out_std))
-                }
-                _ => {
-                    let hidden_dim = args.ffn_hidden_dim();
-                    let prefix = format!("{prefix}.feed_forward");
-                    Ffn::Dense(FeedForward::new(stage, &prefix, args.dim, hidden_dim, out_std))
-                }
-            },
-            attention_norm: norm(stage, "attention_norm"),
-            ffn_norm: norm(stage, "ffn_norm"),
-            uses_rope: args.uses_rope(layer),
-            norm_eps: args.norm_eps,
-        }
-    }
-
-    /// `(b, s, dim) -> (b, s, dim)`.
-    fn forward(&self, x: &Value, sequence: &Sequence, pass: Pass, cache: Option<&mut LayerCache>) -> Result<Value> {
-        let (rope, mask) = match self.uses_rope {
-            true => (Some(&sequence.rope), &sequence.block_mask),
-            false => (None, &sequence.mask),
-        };
-        let attended =
-            self.attention.forward(&ops::rms_norm(x, &self.attention_norm, self.norm_eps)?, rope, mask, cache)?;
-        let h = ops::add(x, &attended)?;
-        let normed = ops::rms_norm(&h, &self.ffn_norm, self.norm_eps)?;
-        let y = match &self.ffn {
-            Ffn::Dense(feed_forward) => feed_forward.forward(&normed)?,
-            Ffn::Moe(moe) => moe.forward(&normed, pass == Pass::Training)?,
-        };
-        ops::add(&h, &y)
-    }
-}
-
-impl DecoderArgs {
-    /// Width of a head.
-    pub fn head_dim(&self) -> usize {
-        self.dim / self.n_heads
-    }
-
-    /// Number of key/value heads.
-    pub fn n_kv_heads(&self) -> usize {
-        self.n_kv_heads.unwrap_or(self.n_heads)
-    }
-
-    /// Whether attention stays inside documents.
-    pub fn masks_documents(&self) -> bool {
-        self.attn_type != AttnType::Sdpa && self.attn_mask_type == AttnMaskType::BlockCausal
-    }
-
-    /// The blocks of positions that rotary layers attend within.
-    pub fn attn_block_size(&self) -> Option<usize> {
-        self.fixed_attn_block_size.filter(|_| self.attn_type == AttnType::Flex)
-    }
-
-    fn uses_rope(&self, layer: usize) -> bool {
-        self.every_n_layers_nope.is_none_or(|n| !layer.is_multiple_of(n))
-    }
+/// The index of `item` in `items`, to which it is added if it is new.
+fn index_of<T: PartialEq>(items: &mut Vec<T>, item: T) -> usize {
+    items.iter().position(|it| *it == item).unwrap_or_else(|| {
+        items.push(item);
+        items.len() - 1
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::args::{AttnMaskType, AttnType};
     use crate::models::{self, initialize};
     use crate::ops::testing::assert_close;
 
     /// Prompts on both sides of the sizes at which kernels change, then single tokens.
     #[test]
     fn tokens_that_come_bit_by_bit_have_the_logits_of_the_whole_sequence() -> Result<()> {
-        for (family, flavor) in [("llama3", "debugmodel"), ("llama4", "debugmodel_irope")] {
-            let moe_args = models::flavor(family, flavor).expect("a known flavor").moe_args;
+        for (family, flavor) in [
+            ("llama3", "debugmodel"),
+            ("llama4", "debugmodel_irope"),
+            ("qwen3", "debugmodel"),
+            ("deepseek_v3", "debugmodel"),
+        ] {
+            let base = models::flavor(family, flavor).expect("a known flavor");
             let args = DecoderArgs {
                 dim: 64,
                 n_layers: 4,
                 n_heads: 4,
-                n_kv_heads: Some(2),
+                n_kv_heads: base.kv_lora_rank.is_none().then_some(2),
+                head_dim: base.head_dim.map(|_| 24),
+                kv_lora_rank: base.kv_lora_rank.map(|_| 40),
+                qk_rope_head_dim: 16,
                 vocab_size: 500,
                 max_seq_len: PROMPT_CHUNK + 20,
                 fixed_attn_block_size: Some(50),
-                moe_args,
                 attn_type: AttnType::Flex,
                 attn_mask_type: AttnMaskType::Causal,
                 every_n_layers_nope: Some(4),
-                ..models::flavor(family, flavor).expect("a known flavor")
+                ..base
             };
             for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 5e-2)] {
                 let mut model = Decoder::new(&args, None)?;
@@ -485,6 +453,10 @@ mod tests {
                         let logits = model.next_logits(&tokens.narrow(1, end, n)?, &mut cache)?;
                         end += n;
                         let what = format!("{family} in {dtype:?}, token {end} after a prompt of {prompt}");
+                        if let Some(latent) = args.kv_lora_rank {
+                            let width = latent + args.qk_rope_head_dim;
+                            assert!(cache.layers.iter().all(|layer| layer.width() == width), "{what}");
+                        }
                         assert_close(&what, &logits, &expected.narrow(1, end - 1, 1)?.squeeze(1)?, tolerance)?;
                     }
                 }

@@ -6,8 +6,8 @@ use super::args::{AttnMaskType, AttnType, DecoderArgs, MoeArgs, RopeScalingArgs}
 pub const FLAVORS: &[&str] =
     &["debugmodel", "17bx16e", "17bx128e", "debugmodel_irope", "17bx16e_irope", "17bx128e_irope"];
 
-pub fn flavor(name: &str) -> Option<DecoderArgs> {
-    let family = DecoderArgs {
+pub fn family() -> DecoderArgs {
+    DecoderArgs {
         vocab_size: 202_048,
         rope_theta: 500_000.0,
         max_seq_len: 1_048_576,
@@ -16,7 +16,10 @@ pub fn flavor(name: &str) -> Option<DecoderArgs> {
         moe_args: Some(MoeArgs::default()),
         interleave_moe_layer_step: 2,
         ..Default::default()
-    };
+    }
+}
+
+pub fn flavor(name: &str) -> Option<DecoderArgs> {
     let stretched = RopeScalingArgs { scaling_factor: 16.0, high_freq_factor: 1.0, ..Default::default() };
     let large = DecoderArgs {
         dim: 5120,
@@ -25,10 +28,10 @@ pub fn flavor(name: &str) -> Option<DecoderArgs> {
         n_kv_heads: Some(8),
         ffn_dim_multiplier: Some(1.2),
         multiple_of: 2048,
-        ..family.clone()
+        ..family()
     };
     let experts = |num_experts| Some(MoeArgs { num_experts, ..Default::default() });
-    let debug = DecoderArgs { dim: 256, n_layers: 6, n_heads: 16, vocab_size: 2048, ..family };
+    let debug = DecoderArgs { dim: 256, n_layers: 6, n_heads: 16, vocab_size: 2048, ..family() };
     let base = match name.strip_suffix("_irope").unwrap_or(name) {
         "debugmodel" => DecoderArgs { rope_scaling_args: Some(stretched), ..debug },
         "17bx16e" => DecoderArgs {

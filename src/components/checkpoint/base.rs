@@ -11,7 +11,6 @@ use super::manifest::MANIFEST;
 use super::staged::hex;
 use super::{StepFolder, Use, Weights};
 use crate::models::args::DecoderArgs;
-use crate::models::hf::Family;
 use crate::{Error, Result};
 
 /// In the folder of a checkpoint that holds adapters only.
@@ -51,7 +50,8 @@ impl Base {
         }
         self.check(&Self::new(&self.path, self.hugging_face)?)?;
         if self.hugging_face {
-            return Weights::open_hugging_face(&self.path, Family::of(model_name)?, args);
+            // That 8-bit weights are wanted, the run has found out.
+            return Weights::open_hugging_face(&self.path, model_name, args, true);
         }
         if self.path.join(MANIFEST).is_file() {
             let folder = StepFolder::open(&self.path, Use::Model)

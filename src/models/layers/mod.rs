@@ -1,11 +1,17 @@
 //! What a block is made of.
 
-mod attention;
+mod block;
+mod cache;
 mod feed_forward;
+mod grouped_attention;
+mod latent_attention;
 mod moe;
 
-pub use attention::{Attention, LayerCache};
+pub use block::Block;
+pub use cache::LayerCache;
 pub use feed_forward::FeedForward;
+pub use grouped_attention::GroupedAttention;
+pub use latent_attention::LatentAttention;
 pub use moe::{ExpertLoad, Moe};
 
 use crate::autograd::Init;

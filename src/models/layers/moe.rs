@@ -4,7 +4,7 @@ use super::{FeedForward, STD, normal};
 use crate::Result;
 use crate::autograd::{Parameter, StageBuilder, Value};
 use crate::models::args::MoeArgs;
-use crate::ops::{self, Experts, Router};
+use crate::ops::{self, ExpertGroups, Experts, Router};
 
 /// Token-choice mixture of experts, with shared experts that see every token.
 #[derive(Debug)]
@@ -42,6 +42,7 @@ impl Moe {
             top_k: args.top_k,
             route_norm: args.route_norm,
             route_scale: args.route_scale as f32,
+            groups: args.num_expert_groups.zip(args.num_limited_groups).map(|(n, limit)| ExpertGroups { n, limit }),
             force_load_balance: args.force_load_balance,
         };
         Self { gate, router, experts, shared_experts, load: Arc::new(ExpertLoad::new(prefix, args)) }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::autograd::Value;
+use crate::ops::narrow::with_width;
 use crate::tools::profiler;
 
 /// Which keys each query sees: those from its own lower bound up to its own position.
@@ -72,23 +73,27 @@ impl AttentionMask {
 /// per query; backward recomputes the probabilities from it, block by block.
 ///
 /// # Shapes
-/// `q`: `(b, sq, h, hd)`. `k`, `v`: `(b, sk, kv, hd)`. Returns `(b, sq, h, hd)`.
+/// `q`: `(b, sq, h, hd)`. `k`: `(b, sk, kv, hd)`. `v`: `(b, sk, kv, vd)`. Returns `(b, sq, h, vd)`.
 ///
 /// # Source
 /// Dao, arXiv:2307.08691, algorithms 1 and 2.
 pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scale: f32) -> Result<Value> {
     let _span = profiler::span("attention").shapes(&[q.tensor().dims(), k.tensor().dims(), v.tensor().dims()]);
     let has_gradient = [q, k, v].iter().any(|input| input.is_tracked());
-    if !has_gradient && decode::suits(q.tensor(), k.tensor())? {
-        return Ok(Value::constant(decode::forward(q.tensor(), k.tensor(), v.tensor(), mask, scale)?));
+    let (hd, vd) = (q.tensor().dims4()?.3, v.tensor().dims4()?.3);
+    // Zeros at the end of queries and keys add nothing to scores, and those of values nothing to the rest of the result.
+    let width = hd.max(vd);
+    let (q_wide, k_wide) = (with_width(q.tensor(), width)?, with_width(k.tensor(), width)?);
+    let v_wide = with_width(v.tensor(), width)?;
+    if !has_gradient && decode::suits(&q_wide, &k_wide)? {
+        return Ok(Value::constant(with_width(&decode::forward(&q_wide, &k_wide, &v_wide, mask, scale)?, vd)?));
     }
-    let (y, logsumexp) = cpu::forward(q.tensor(), k.tensor(), v.tensor(), mask, scale)?;
-    let (saved_q, saved_k, saved_v) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
+    let (y, logsumexp) = cpu::forward(&q_wide, &k_wide, &v_wide, mask, scale)?;
     let (saved_y, mask) = (y.clone(), mask.clone());
-    Ok(Value::record("attention", y, [q, k, v], move |dy| {
-        let saved = cpu::Saved { q: &saved_q, k: &saved_k, v: &saved_v, y: &saved_y, logsumexp: &logsumexp };
-        let (dq, dk, dv) = cpu::backward(saved, &dy, &mask, scale)?;
-        Ok([Some(dq), Some(dk), Some(dv)])
+    Ok(Value::record("attention", with_width(&y, vd)?, [q, k, v], move |dy| {
+        let saved = cpu::Saved { q: &q_wide, k: &k_wide, v: &v_wide, y: &saved_y, logsumexp: &logsumexp };
+        let (dq, dk, dv) = cpu::backward(saved, &with_width(&dy, width)?, &mask, scale)?;
+        Ok([Some(with_width(&dq, hd)?), Some(with_width(&dk, hd)?), Some(with_width(&dv, vd)?)])
     }))
 }
 
@@ -123,12 +128,21 @@ mod tests {
         Ok(probabilities.matmul(&v)?.transpose(1, 2)?.contiguous()?)
     }
 
-    fn check(dtype: DType, [b, sq, sk, h, kv, hd]: [usize; 6], mask: &AttentionMask) -> Result<()> {
+    fn check(dtype: DType, sizes: [usize; 6], mask: &AttentionMask) -> Result<()> {
+        check_with_values_of(sizes[5], dtype, sizes, mask)
+    }
+
+    fn check_with_values_of(
+        vd: usize,
+        dtype: DType,
+        [b, sq, sk, h, kv, hd]: [usize; 6],
+        mask: &AttentionMask,
+    ) -> Result<()> {
         let scale = 0.3;
         Case::new("attention")
             .input(random_tensor("q", &[b, sq, h, hd])?.to_dtype(dtype)?)
             .input(random_tensor("k", &[b, sk, kv, hd])?.to_dtype(dtype)?)
-            .input(random_tensor("v", &[b, sk, kv, hd])?.to_dtype(dtype)?)
+            .input(random_tensor("v", &[b, sk, kv, vd])?.to_dtype(dtype)?)
             .check(|x| attention(&x[0], &x[1], &x[2], mask, scale), |t| reference(t, mask, f64::from(scale)))
     }
 
@@ -141,6 +155,15 @@ mod tests {
             check(dtype, [2, 150, 150, 6, 2, 10], &AttentionMask::causal())?;
             check(dtype, [1, 290, 290, 2, 1, 40], &AttentionMask::causal())?;
             check(dtype, [1, 65, 577, 1, 1, 64], &AttentionMask::causal())?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn values_may_be_narrower_or_wider_than_keys() -> Result<()> {
+        for dtype in [DType::F32, DType::BF16] {
+            check_with_values_of(10, dtype, [2, 70, 70, 3, 3, 20], &AttentionMask::causal())?;
+            check_with_values_of(24, dtype, [1, 3, 40, 4, 2, 16], &AttentionMask::causal())?;
         }
         Ok(())
     }

@@ -1,8 +1,10 @@
+use std::ops::Range;
+
 use candle_core::{D, Device, Tensor};
 
 use crate::Result;
 use crate::ops::host::{Element, elements, typed, update};
-use crate::ops::matmul::{Mat, Operand, add_product, product, wide_product};
+use crate::ops::matmul::{Dst, Mat, Operand, Product, add_product, product, wide_product};
 
 pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     typed!(T = weight.dtype(); apply::<T, T>(x, weight, product))
@@ -40,4 +42,27 @@ fn backward_in<T: Operand>(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, d
     }
     let dx = product(dy, Mat::new(&weight, outer, inner));
     Ok(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?)
+}
+
+pub fn by_head(x: &Tensor, weight: &Tensor, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
+    typed!(T = weight.dtype(); by_head_in::<T>(x, weight, rows, transposed))
+}
+
+fn by_head_in<T: Operand>(x: &Tensor, weight: &Tensor, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
+    let (b, s, h, inner) = x.dims4()?;
+    let (all_rows, cols) = weight.dims2()?;
+    let outer = if transposed { cols } else { rows.len() };
+    let (x, weight) = (elements::<T>(x)?, elements::<T>(weight)?);
+    let mut y = Vec::with_capacity(b * s * h * outer); // (h, b, s, outer)
+    let heads = y.spare_capacity_mut()[..b * s * h * outer].chunks_exact_mut(b * s * outer).enumerate();
+    let products = heads.map(|(head, y)| {
+        let own = Mat::new(&weight[(head * all_rows / h + rows.start) * cols..], rows.len(), cols);
+        let x = Mat::strided(&x[head * inner..], b * s, inner, h * inner);
+        Product::new(x, if transposed { own } else { own.t() }, Dst::Rounded(y))
+    });
+    T::multiply(products.collect());
+    // SAFETY: a product writes all of its destination.
+    unsafe { y.set_len(b * s * h * outer) };
+    let y = Tensor::from_vec(y, (h, b, s, outer), &Device::Cpu)?;
+    Ok(y.permute((1, 2, 0, 3))?.contiguous()?)
 }

@@ -3,6 +3,7 @@
 mod adapter;
 mod cpu;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -51,12 +52,42 @@ pub fn logits(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
     cpu::logits(x, &weight.compute()?)
 }
 
+/// For each head its own product, without a gradient: with `Wₕ` the rows `rows` of the head's part of `weight`,
+/// `x Wₕᵀ`, or `x Wₕ` if `transposed`.
+///
+/// # Shapes
+/// `x`: `(b, s, h, in)`. `weight`: `(h · n, m)`. Returns `(b, s, h, out)`, where `in` and `out` are `m` and `rows.len()`,
+/// or the other way round.
+pub fn by_head(x: &Tensor, weight: &Parameter, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
+    let _span = profiler::span("by_head").shapes(&[x.dims(), weight.shape()]);
+    cpu::by_head(x, &weight.compute()?, rows, transposed)
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::DType;
 
     use super::*;
-    use crate::ops::testing::{Case, random_tensor};
+    use crate::ops::testing::{Case, assert_close, parameters, random_tensor};
+
+    #[test]
+    fn each_head_is_multiplied_by_its_own_rows() -> Result<()> {
+        let (b, s, h, n, m) = (2, 3, 4, 7, 10);
+        let weight = random_tensor("w", &[h * n, m])?;
+        for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 2e-2)] {
+            let parameter = &parameters(std::slice::from_ref(&weight), dtype)?[0];
+            for (rows, transposed) in [(0..5, true), (5..7, false), (0..7, false)] {
+                let x = random_tensor("x", &[b, s, h, if transposed { rows.len() } else { m }])?;
+                let own = weight.reshape((h, n, m))?.narrow(1, rows.start, rows.len())?;
+                let own = if transposed { own } else { own.transpose(1, 2)? };
+                let by_head = x.reshape((b * s, h, ()))?.transpose(0, 1)?.contiguous()?;
+                let expected = by_head.matmul(&own.contiguous()?)?.transpose(0, 1)?.reshape((b, s, h, ()))?;
+                let ours = super::by_head(&x.to_dtype(dtype)?, parameter, rows, transposed)?;
+                assert_close("by_head", &ours, &expected, tolerance)?;
+            }
+        }
+        Ok(())
+    }
 
     #[test]
     fn linear_matches_its_reference() -> Result<()> {

@@ -1,7 +1,7 @@
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use super::{Experts, Router, Routing};
+use super::{ExpertGroups, Experts, Router, Routing};
 use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
@@ -41,7 +41,7 @@ pub fn route(logits: &Tensor, bias: Option<&[f32]>, router: &Router) -> Result<(
     let outputs = experts.par_chunks_mut(rows * top_k).zip(weights.par_chunks_mut(rows * top_k));
     outputs.zip(logits.par_chunks(rows * n_experts)).enumerate().for_each(|(task, ((experts, weights), logits))| {
         vectorized!({
-            let mut scored = vec![0f32; n_experts];
+            let (mut scored, mut choice) = (vec![0f32; n_experts], vec![0f32; n_experts]);
             let mut ranked = Vec::with_capacity(n_experts);
             let outputs = experts.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k));
             for (i, ((experts, weights), logits)) in outputs.zip(logits.chunks_exact(n_experts)).enumerate() {
@@ -50,10 +50,16 @@ pub fn route(logits: &Tensor, bias: Option<&[f32]>, router: &Router) -> Result<(
                     let first = (task * rows + i) * top_k;
                     experts.iter_mut().enumerate().for_each(|(j, e)| *e = ((first + j) % n_experts) as u32);
                 } else {
-                    let choice = |e: u32| scored[e as usize] + bias.map_or(0.0, |bias| bias[e as usize]);
+                    choice.copy_from_slice(&scored);
+                    if let Some(bias) = bias {
+                        choice.iter_mut().zip(bias).for_each(|(choice, bias)| *choice += bias);
+                    }
+                    if let Some(groups) = router.groups {
+                        limit_to_groups(&mut choice, groups);
+                    }
                     ranked.clear();
                     ranked.extend(0..n_experts as u32);
-                    ranked.sort_by(|a, b| choice(*b).total_cmp(&choice(*a)));
+                    ranked.sort_by(|a, b| choice[*b as usize].total_cmp(&choice[*a as usize]));
                     experts.copy_from_slice(&ranked[..top_k]);
                 }
                 experts.iter().zip(&mut *weights).for_each(|(e, w)| *w = scored[*e as usize]);
@@ -63,6 +69,23 @@ pub fn route(logits: &Tensor, bias: Option<&[f32]>, router: &Router) -> Result<(
         },);
     });
     Ok((Tensor::from_vec(weights, (n, top_k), &Device::Cpu)?, Routing::new(experts, n_experts, top_k)))
+}
+
+/// Takes the experts outside a token's best groups out of the choice.
+fn limit_to_groups(choice: &mut [f32], groups: ExpertGroups) {
+    let size = choice.len() / groups.n;
+    let sum_of_two = |group: &[f32]| {
+        let (first, second) = group.iter().fold((f32::NEG_INFINITY, f32::NEG_INFINITY), |(first, second), score| {
+            if *score > first { (*score, first) } else { (first, second.max(*score)) }
+        });
+        if group.len() > 1 { first + second } else { first }
+    };
+    let sums: Vec<f32> = choice.chunks_exact(size).map(sum_of_two).collect();
+    let mut ranked: Vec<usize> = (0..groups.n).collect();
+    ranked.sort_by(|a, b| sums[*b].total_cmp(&sums[*a]));
+    for group in &ranked[groups.limit..] {
+        choice[group * size..(group + 1) * size].fill(f32::NEG_INFINITY);
+    }
 }
 
 pub fn route_backward(logits: &Tensor, routing: &Routing, router: &Router, dweights: &Tensor) -> Result<Tensor> {

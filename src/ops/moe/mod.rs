@@ -18,8 +18,18 @@ pub struct Router {
     pub route_norm: bool,
     /// Factor on the chosen scores.
     pub route_scale: f32,
+    /// A token's experts come from its best groups. `None`: from anywhere.
+    pub groups: Option<ExpertGroups>,
     /// Choice `j` of token `t` is expert `(t · top_k + j) mod n_experts`, whatever the scores.
     pub force_load_balance: bool,
+}
+
+/// Experts in groups of equal size, by their order.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertGroups {
+    pub n: usize,
+    /// How many of them a token's experts come from: those whose two highest scores, with bias, sum to most.
+    pub limit: usize,
 }
 
 /// Who goes where. A slot is one choice of one token: slot `t · top_k + j` is choice `j` of token `t`.
@@ -61,11 +71,14 @@ impl Routing {
 /// Chooses `top_k` experts for each token and weighs them.
 ///
 /// Scores are `sigmoid` or `softmax` of the logits, in f32. The experts with the largest `score + bias` are chosen (of
-/// equals the first); the weight of each is its score without the bias, normalised and scaled as `router` says.
+/// equals the first), from the groups that a token is limited to; the weight of each is its score without the bias, normalised and scaled as `router` says.
 /// Returns the weights, `(n, top_k)` f32, and the choices. Gradients flow through the weights, not the choices.
 ///
 /// # Shapes
 /// `logits`: `(n, n_experts)`. `bias`: `n_experts`.
+///
+/// # Source
+/// Groups: DeepSeek-V3, arXiv:2412.19437, as its own inference code chooses them.
 pub fn route(logits: &Value, bias: Option<&[f32]>, router: &Router) -> Result<(Value, Arc<Routing>)> {
     let _span = profiler::span("route").shapes(&[logits.tensor().dims()]);
     let (weights, routing) = cpu::route(logits.tensor(), bias, router)?;
@@ -117,7 +130,7 @@ mod tests {
     use crate::ops::testing::{Case, on_threads, parameters, random_tensor};
 
     fn router(score_func: ScoreFunc, top_k: usize, route_norm: bool) -> Router {
-        Router { score_func, top_k, route_norm, route_scale: 2.5, force_load_balance: false }
+        Router { score_func, top_k, route_norm, route_scale: 2.5, groups: None, force_load_balance: false }
     }
 
     #[test]
@@ -154,6 +167,26 @@ mod tests {
         assert_eq!(routing.experts, [0, 2]);
         assert_eq!(weights.tensor().to_vec2::<f32>()?, [[0.5, 1.0 / (1.0 + (-2f32).exp())]]);
         assert_eq!(routing.tokens_per_expert().collect::<Vec<_>>(), [1, 0, 1]);
+        Ok(())
+    }
+
+    #[test]
+    fn experts_outside_the_best_groups_are_not_chosen() -> Result<()> {
+        // Groups (0, 1), (2, 3), (4, 5): expert 2 scores highest, but its group's two sum to least.
+        let logits = Value::constant(Tensor::new(&[[0f32, 1., 1.2, -9., 0.5, 0.]], &Device::Cpu)?);
+        let grouped =
+            |n, limit| Router { groups: Some(ExpertGroups { n, limit }), ..router(ScoreFunc::Sigmoid, 3, false) };
+        let choices = |router: Router, bias: &[f32]| -> Result<Vec<u32>> {
+            Ok(route(&logits, Some(bias), &router)?.1.experts.clone())
+        };
+        let none = [0.0; 6];
+        assert_eq!(choices(router(ScoreFunc::Sigmoid, 3, false), &none)?, [2, 1, 4]);
+        assert_eq!(choices(grouped(3, 2), &none)?, [1, 4, 0]);
+        // A bias counts in the sums.
+        assert_eq!(choices(grouped(3, 2), &[0., 0., 0., 2., 0., 0.])?, [3, 2, 1]);
+        // Groups of one expert compete by it alone.
+        let one = Router { top_k: 2, ..grouped(6, 2) };
+        assert_eq!(choices(one, &none)?, [2, 1]);
         Ok(())
     }
 
