@@ -35,7 +35,7 @@ fn model_name(config: &JobConfig) -> Option<Fault> {
         |word, names: &[&str]| nearest(word, names.iter().copied()).map(|name| format!("did you mean {name:?}?"));
     let (name, flavor) = (config.model.name.as_str(), config.model.flavor.as_str());
 
-    let Some((_, flavors)) = models::FAMILIES.iter().find(|(family, _)| *family == name) else {
+    let Some((_, flavors)) = models::FAMILIES.iter().find(|(family, _)| *family == models::family_name(name)) else {
         let names: Vec<_> = models::FAMILIES.iter().map(|(family, _)| *family).collect();
         let hint = if FAMILIES_TO_COME.contains(&name) {
             Some("titan does not have this family yet".to_owned())

@@ -21,19 +21,23 @@ pub use init::initialize;
 
 use args::DecoderArgs;
 
-/// Each family with its flavors. `llama3_ft` is TorchTitan's second name of `llama3`.
+/// Each family with its flavors.
 pub const FAMILIES: &[(&str, &[&str])] = &[
     ("llama3", llama3::FLAVORS),
-    ("llama3_ft", llama3::FLAVORS),
     ("llama4", llama4::FLAVORS),
     ("qwen3", qwen3::FLAVORS),
     ("deepseek_v3", deepseek_v3::FLAVORS),
 ];
 
+/// The family that a name stands for: `llama3_ft` is TorchTitan's second name of `llama3`.
+pub fn family_name(name: &str) -> &str {
+    if name == "llama3_ft" { "llama3" } else { name }
+}
+
 /// What the flavors of a family have in common, before their sizes; `None` if there is no such family.
 pub fn family(name: &str) -> Option<DecoderArgs> {
-    match name {
-        "llama3" | "llama3_ft" => Some(llama3::family()),
+    match family_name(name) {
+        "llama3" => Some(llama3::family()),
         "llama4" => Some(llama4::family()),
         "qwen3" => Some(qwen3::family()),
         "deepseek_v3" => Some(deepseek_v3::family()),
@@ -50,8 +54,8 @@ pub fn flavor(family: &str, flavor: &str) -> Option<DecoderArgs> {
     if flavor == FLAVOR_OF_CONFIG_JSON {
         return self::family(family);
     }
-    match family {
-        "llama3" | "llama3_ft" => llama3::flavor(flavor),
+    match family_name(family) {
+        "llama3" => llama3::flavor(flavor),
         "llama4" => llama4::flavor(flavor),
         "qwen3" => qwen3::flavor(flavor),
         "deepseek_v3" => deepseek_v3::flavor(flavor),

@@ -28,15 +28,15 @@ struct Counts {
 }
 
 impl Packing {
-    /// As [`Packing::run`]. The last batch of data that ends is filled up.
+    /// As [`Packing::run`], whose `whole` is `from_start` here. The last batch of data that ends is filled up.
     pub(super) fn run_whole(
         &self,
         documents: Tokenized,
-        whole: bool,
+        from_start: bool,
         repeat: bool,
         output: &SyncSender<Result<Positioned>>,
     ) {
-        if let Err(error) = self.pack(documents, whole, repeat, output) {
+        if let Err(error) = self.pack(documents, from_start, repeat, output) {
             // Whoever is gone does not need it.
             let _ = output.send(Err(error));
         }
@@ -45,7 +45,7 @@ impl Packing {
     fn pack(
         &self,
         documents: Tokenized,
-        whole: bool,
+        from_start: bool,
         repeat: bool,
         output: &SyncSender<Result<Positioned>>,
     ) -> Result<()> {
@@ -53,7 +53,7 @@ impl Packing {
         let mut rows: Vec<Row> = Vec::new();
         let mut behind = Position::default();
         // Of the pass, where it is known from its beginning.
-        let mut counts = whole.then(Counts::default);
+        let mut counts = from_start.then(Counts::default);
         let mut epoch = None;
 
         for document in documents {

@@ -61,7 +61,7 @@ impl Family {
 
     /// Whether it is that of a `model.name`.
     pub fn is_named(self, model_name: &str) -> bool {
-        self.name() == if model_name == "llama3_ft" { "llama3" } else { model_name }
+        self.name() == crate::models::family_name(model_name)
     }
 
     /// What a `config.json` calls it.
