@@ -4,6 +4,7 @@
 
 pub mod args;
 mod clashes;
+mod custom;
 pub mod decoder;
 mod deepseek_v3;
 pub mod hf;
@@ -27,6 +28,7 @@ pub const FAMILIES: &[(&str, &[&str])] = &[
     ("llama4", llama4::FLAVORS),
     ("qwen3", qwen3::FLAVORS),
     ("deepseek_v3", deepseek_v3::FLAVORS),
+    ("decoder", custom::FLAVORS),
 ];
 
 /// What the flavors of a family have in common, before their sizes; `None` if there is no such family.
@@ -36,6 +38,7 @@ pub fn family(name: &str) -> Option<DecoderArgs> {
         "llama4" => Some(llama4::family()),
         "qwen3" => Some(qwen3::family()),
         "deepseek_v3" => Some(deepseek_v3::family()),
+        "decoder" => Some(custom::family()),
         _ => None,
     }
 }
@@ -47,6 +50,7 @@ pub fn flavor(family: &str, flavor: &str) -> Option<DecoderArgs> {
         "llama4" => llama4::flavor(flavor),
         "qwen3" => qwen3::flavor(flavor),
         "deepseek_v3" => deepseek_v3::flavor(flavor),
+        "decoder" => custom::flavor(flavor),
         _ => None,
     }
 }
