@@ -9,7 +9,6 @@ use titan::components::checkpoint::Weights;
 use titan::components::optimizer::{Optimizer, OptimizerKind};
 use titan::engine::{self, MicroBatch, Pass, Recompute, Stages};
 use titan::models::args::DecoderArgs;
-use titan::models::hf::Family;
 use titan::models::{self, Decoder};
 
 const F32: Precision = Precision { storage: DType::F32, compute: DType::F32 };
@@ -262,8 +261,7 @@ fn checkpoints_of_hugging_face_give_the_logits_of_transformers() {
         let mut model = Decoder::new(&args, None).unwrap();
         model.allocate(F32, &Device::Cpu, false).unwrap();
         let folder = std::path::PathBuf::from(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR")));
-        let family = Family::of(case["model"].as_str().unwrap()).unwrap();
-        let weights = Weights::open_hugging_face(&folder, family, &args).unwrap();
+        let weights = Weights::open_hugging_face(&folder, case["model"].as_str().unwrap(), &args, false).unwrap();
         weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor)).unwrap();
 
         let expected = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();

@@ -59,6 +59,7 @@ impl Asset {
                 "vocab.json",
                 "merges.txt",
                 "special_tokens_map.json",
+                "chat_template.jinja",
             ],
             Self::Config => &["config.json", "generation_config.json"],
             Self::Index => &["model.safetensors.index.json"],

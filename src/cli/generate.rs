@@ -3,20 +3,20 @@ use std::path::PathBuf;
 
 use tracing::info;
 
-use crate::components::checkpoint::open_step;
 use crate::config;
-use crate::generate::{Chat, Generator, Sampling};
+use crate::generate::{Chat, Generator, Pretrained, Sampling};
 use crate::tools::random::keyed;
 use crate::{Error, Result};
 
 /// Continue text with a checkpoint.
 ///
 /// Needs nothing but the checkpoint, which holds its config and tokenizer:
-/// `titan generate --checkpoint latest --prompt "Once upon a time"`. `titan generate --chat` talks with a model that was
-/// trained on conversations.
+/// `titan generate --checkpoint latest --prompt "Once upon a time"`. A folder of the Hugging Face hub will do as well.
+/// `titan generate --chat` talks with a model that was trained on conversations. Computes in the type that the run was
+/// trained in, its `training.mixed_precision_param`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A checkpoint's folder, the name of a step (`step-9500`), or `latest`.
+    /// A checkpoint's folder, titan's or Hugging Face's, the name of a step (`step-9500`), or `latest`.
     #[arg(long, value_name = "CHECKPOINT", default_value = "latest")]
     checkpoint: String,
     /// Where a run wrote its checkpoints: looked through for names of steps [default: ./outputs].
@@ -68,7 +68,7 @@ fn probability(text: &str) -> Result<f32, String> {
 pub fn run(args: Args) -> Result<()> {
     let job = config::load(args.config.as_deref(), &[])?.config;
     let dump_folder = args.dump_folder.as_deref().unwrap_or(&job.job.dump_folder);
-    let checkpoint = open_step(&args.checkpoint, dump_folder, &job.checkpoint.folder)?;
+    let checkpoint = Pretrained::open(&args.checkpoint, dump_folder, &job.checkpoint.folder)?;
     let prompts = if args.chat { Vec::new() } else { prompts(&args)? };
     let generator = Generator::load(&checkpoint, |tokenizer, trained| {
         if args.chat {
@@ -77,7 +77,7 @@ pub fn run(args: Args) -> Result<()> {
         let lengths = prompts.iter().map(|prompt| Ok(tokenizer.encode(prompt, true, false)?.len()));
         Ok(lengths.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0) + args.max_new_tokens)
     })?;
-    info!("Checkpoint: {}", checkpoint.path().display());
+    info!("Checkpoint: {}", checkpoint.path.display());
 
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k.map(|k| k as usize), top_p: args.top_p };
     let mut out = std::io::stdout().lock();

@@ -9,6 +9,7 @@ use crate::config::{Override, split_overrides};
 use crate::tools::{logging, signals};
 
 pub mod config;
+pub mod convert;
 pub mod download_tokenizer;
 pub mod generate;
 pub mod models;
@@ -31,6 +32,7 @@ enum Command {
     Generate(generate::Args),
     Models(models::Args),
     Config(config::Args),
+    Convert(convert::Args),
     DownloadTokenizer(download_tokenizer::Args),
     TrainTokenizer(train_tokenizer::Args),
     Tokenize(tokenize::Args),
@@ -48,6 +50,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Train(args) => train::run(args, &overrides),
         Command::Config(args) => config::run(args, &overrides),
         _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
+        Command::Convert(args) => convert::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Models(args) => models::run(args),
         Command::DownloadTokenizer(args) => download_tokenizer::run(args),

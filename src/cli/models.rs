@@ -65,9 +65,9 @@ fn list<'a>(families: impl Iterator<Item = (&'a str, &'a [&'a str])>, seq_len: u
             let _ = writeln!(
                 text,
                 "  {flavor:<24}{:>12}{:>12}{:>12}{:>14}",
-                short(model.n_params() as f64),
-                short(model.n_active_params() as f64),
-                short(model.flops_per_token(seq_len) as f64),
+                parameters(model.n_params()),
+                parameters(model.n_active_params()),
+                flops(model.flops_per_token(seq_len)),
                 training_memory(&model)
             );
         }
@@ -85,11 +85,11 @@ fn list<'a>(families: impl Iterator<Item = (&'a str, &'a [&'a str])>, seq_len: u
 fn structure(name: &str, args: &DecoderArgs, seq_len: usize) -> Result<String> {
     let model = describe(args)?;
     let mut text = format!(
-        "{name}: {} parameters, {} of which a token meets; {} FLOP to train on a token in sequences of {seq_len}; {} to \
+        "{name}: {} parameters, {} of which a token meets; {}FLOP to train on a token in sequences of {seq_len}; {} to \
          train\n\n",
         grouped(model.n_params() as f64, 0),
         grouped(model.n_active_params() as f64, 0),
-        short(model.flops_per_token(seq_len) as f64),
+        flops(model.flops_per_token(seq_len)),
         training_memory(&model)
     );
     text += "[model.args]\n";
@@ -114,7 +114,7 @@ fn structure(name: &str, args: &DecoderArgs, seq_len: usize) -> Result<String> {
         }
     }
     for (layers, block) in kinds {
-        let times = if layers.len() == 1 { String::new() } else { format!(", {} alike", layers.len()) };
+        let times = if layers.len() == 1 { String::new() } else { format!(" ({} alike)", layers.len()) };
         let turns = if rotates(args, layers[0]) { "" } else { ", without rotary positions" };
         text += &stage_lines(&format!("layers {}{times}{turns}", ranges(&layers)), block);
     }
@@ -174,14 +174,20 @@ fn what_is_counted() -> String {
     )
 }
 
-/// With three digits or four, and a letter for the power of a thousand.
-fn short(number: f64) -> String {
-    let (unit, name) = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]
-        .into_iter()
-        .find(|(unit, _)| number >= *unit)
-        .unwrap_or((1.0, ""));
-    let value = number / unit;
-    format!("{value:.*} {name}", if value < 100.0 { 2 } else { 1 })
+/// 8030261248 as `8.03 B`.
+fn parameters(number: usize) -> String {
+    short(number as f64, ["", " k", " M", " B", " T"])
+}
+
+fn flops(number: u64) -> String {
+    short(number as f64, ["", " k", " M", " G", " T"])
+}
+
+/// With three digits or four, and a unit for the power of a thousand.
+fn short(number: f64, units: [&str; 5]) -> String {
+    let power = ((number.max(1.0).log10() / 3.0) as usize).min(4);
+    let value = number / 1000f64.powi(power as i32);
+    format!("{value:.*}{}", if value < 100.0 { 2 } else { 1 }, units[power])
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use crate::models::args::DecoderArgs;
 use crate::models::{self, Clash};
 
 /// Families that TorchTitan has and titan does not have yet.
-const FAMILIES_TO_COME: [&str; 2] = ["llama3_ft", "flux"];
+const FAMILIES_TO_COME: [&str; 1] = ["flux"];
 
 /// Datasets that are nowhere until `dataset_path` says where.
 const DATASETS_OF_FILES: [&str; 6] = ["text", "json", "parquet", "tokens", "chat", "instruct"];
@@ -45,11 +45,11 @@ fn model_name(config: &JobConfig) -> Option<Fault> {
         let fault = Fault::new(format!("`model.name` cannot be {name:?}"), &["model.name"]);
         return Some(fault.hint(hint).note(format!("allowed: {}", quoted(&names))));
     };
-    (!flavors.contains(&flavor)).then(|| {
+    (!flavors.contains(&flavor) && flavor != models::FLAVOR_OF_CONFIG_JSON).then(|| {
         Fault::new(format!("`model.flavor` cannot be {flavor:?}"), &["model.flavor", "model.name"])
             .hint(meant(flavor, flavors))
             .note(format!("flavors of {name}: {}", quoted(flavors)))
-            .note("[model.args] makes any other size of the nearest flavor")
+            .note("[model.args] makes any other size of the nearest flavor; \"hf\" takes that of a Hugging Face folder")
     })
 }
 

@@ -27,8 +27,8 @@ pub struct Checkpoint {
     pub initial_load_model_only: bool,
     /// `initial_load_path` is a Hugging Face checkpoint (`model.hf_assets_path` if that path is "none").
     pub initial_load_in_hf: bool,
-    /// The Hugging Face checkpoint is quantized.
-    #[schemars(extend("x-not-yet" = "titan does not read quantized Hugging Face checkpoints yet"))]
+    /// The Hugging Face checkpoint holds 8-bit weights with a scale for each block of 128 x 128, as DeepSeek's do: they
+    /// are dequantized. A `config.json` that says so makes up for this key.
     pub initial_load_in_hf_quantized: bool,
     /// Export the last step as weights alone, in `export_dtype`. A resumable checkpoint of it stays as well.
     pub last_save_model_only: bool,
@@ -55,7 +55,7 @@ pub struct Checkpoint {
     pub load_only: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ExportDtype {
     Float16,

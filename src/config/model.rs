@@ -16,7 +16,8 @@ use crate::{Error, Result};
 pub struct Model {
     /// Family, such as "llama3"; `titan models` lists all.
     pub name: String,
-    /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it.
+    /// Size within the family, such as "debugmodel" or "8B". `[model.args]` changes any part of it. "hf": what the
+    /// `config.json` says that lies beside the Hugging Face weights to start from, or else in `hf_assets_path`.
     pub flavor: String,
     /// Folder with `tokenizer.json`, `tokenizer_config.json` and, to start from Hugging Face weights, the safetensors.
     /// `titan download-tokenizer` fills one. titan ships the tokenizer of the default.
@@ -57,7 +58,13 @@ pub struct ModelArgs(pub toml::Table);
 impl ModelArgs {
     /// All of `args`, so that no flavor shows through.
     pub fn all(args: &DecoderArgs) -> Self {
-        Self(none::to_table(args, &schema::keys_of::<DecoderArgs>()))
+        let keys = schema::keys_of::<DecoderArgs>();
+        let mut table = none::to_table(args, &keys);
+        for key in keys {
+            // What is absent is a table of its own that there is none of.
+            table.entry(key.name).or_insert_with(|| "none".into());
+        }
+        Self(table)
     }
 
     /// `base`, with what the job sets in place of its values. Where `base` has no `moe_args` or `rope_scaling_args`, a

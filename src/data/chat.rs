@@ -71,7 +71,8 @@ impl Message {
 /// The messages of a conversation to learn from, or what is wrong with them.
 pub fn parse_messages(value: Value) -> Result<Vec<Message>, String> {
     let Value::Array(messages) = value else { return Err("is not an array of messages".into()) };
-    let parse = |(i, message)| Message::parse(message).map_err(|fault| format!("message {} {fault}", i + 1));
+    let parse =
+        |(i, message)| Message::parse(message).map_err(|fault| format!("holds message {}, which {fault}", i + 1));
     let messages = messages.into_iter().enumerate().map(parse).collect::<Result<Vec<_>, _>>()?;
     if !messages.iter().any(Message::is_learned) {
         return Err("has no message of the assistant, so there is nothing to learn".into());

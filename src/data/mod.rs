@@ -2,7 +2,8 @@
 //!
 //! A [`Dataset`](datasets::Dataset) deals documents from files; [`Tokenized`](pipeline::Tokenized) encodes them on
 //! other threads, in their order; [`Loader`] packs their tokens into batches and knows the position of
-//! each. [`ShardWriter`](shards::ShardWriter) writes the same tokens to files instead.
+//! each. Conversations go through the tokenizer's [`ChatTemplate`](tokenizer::ChatTemplate), and stay whole.
+//! [`ShardWriter`](shards::ShardWriter) writes the same tokens to files instead.
 
 pub mod chat;
 pub mod datasets;

@@ -70,12 +70,13 @@ impl<'a> Chat<'a> {
         Ok(pace)
     }
 
-    /// The tokens of the conversation, with room for an answer.
+    /// The tokens of the conversation, with room for an answer, or for a good part of one.
     fn fitting_prompt(&mut self, max_new_tokens: usize) -> Result<Vec<u32>> {
         let longest = self.generator.max_seq_len();
+        let room = max_new_tokens.min(longest / 4);
         loop {
             let ids = self.generator.tokenizer.encode_chat_prompt(&self.messages)?;
-            if ids.len() + max_new_tokens <= longest {
+            if ids.len() + room <= longest {
                 return Ok(ids);
             }
             let first = usize::from(self.messages[0].role() == "system");

@@ -1,6 +1,7 @@
 //! Continuing text, one token at a time.
 
 mod chat;
+mod pretrained;
 mod sampling;
 
 use std::time::{Duration, Instant};
@@ -9,14 +10,13 @@ use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 pub use chat::Chat;
+pub use pretrained::Pretrained;
 pub use sampling::Sampling;
 
 use crate::autograd::Precision;
-use crate::components::checkpoint::StepFolder;
-use crate::config;
-use crate::data::tokenizer::{Tokenizer, TokenizerFile};
+use crate::data::tokenizer::Tokenizer;
+use crate::models::Decoder;
 use crate::models::decoder::KvCache;
-use crate::models::{self, Decoder};
 use crate::{Error, Result};
 
 /// A trained model with its tokenizer, from a checkpoint alone.
@@ -38,42 +38,33 @@ pub struct Pace {
 }
 
 impl Generator {
-    /// `longest`: positions that will be asked for, given those that the model was trained with. Adapters are merged.
-    pub fn load(checkpoint: &StepFolder, longest: impl Fn(&Tokenizer, usize) -> Result<usize>) -> Result<Self> {
-        let origin = checkpoint.path().display().to_string();
-        let job = config::parse(&format!("{origin}/config.toml"), &checkpoint.config_toml()?)?.config;
-        let files: Vec<_> =
-            checkpoint.tokenizer_files()?.into_iter().map(|(name, bytes)| TokenizerFile { name, bytes }).collect();
-        if files.is_empty() {
-            return Err(Error::Tokenizer(format!(
-                "{origin} holds no tokenizer: the run was trained on token shards and named none\n   = train with \
-                 model.hf_assets_path set to the tokenizer that made the shards"
-            )));
-        }
-        let tokenizer = Tokenizer::from_files(files, &origin)?;
-
-        let base = models::flavor(&job.model.name, &job.model.flavor)
-            .ok_or_else(|| Error::Model(format!("there is no model {} {}", job.model.name, job.model.flavor)))?;
-        let mut args = job.model.args.apply(&base)?;
+    /// `longest`: the most positions that will be asked for, given those that the model was trained with. Adapters are
+    /// merged.
+    pub fn load(pretrained: &Pretrained, longest: impl Fn(&Tokenizer, usize) -> Result<usize>) -> Result<Self> {
+        let tokenizer = pretrained.tokenizer()?;
+        let mut args = pretrained.args.clone();
         let longest = longest(&tokenizer, args.max_seq_len)?;
         if longest > args.max_seq_len {
             tracing::warn!(
                 "{longest} positions are more than the {} that the model was trained with: the text may fall apart",
                 args.max_seq_len
             );
-            args.max_seq_len = longest;
         }
+        // No table for the millions of positions that a model could have; but where YaRN applies, it must go on to.
+        args.rope_factor = args.rope_factor.filter(|_| args.max_seq_len > args.original_seq_len);
+        args.max_seq_len = longest.max(args.rope_factor.map_or(1, |_| args.original_seq_len + 1));
         let mut model = Decoder::new(&args, tokenizer.eos_id())?;
         let device = Device::Cpu;
-        // As trained; to generate, nothing more precise need be kept.
-        let dtype = job.training.mixed_precision_param.into();
-        model.adapt(&job.model.lora, 0)?;
-        model.allocate(Precision { storage: dtype, compute: dtype }, &device, false)?;
-        if let Some(base) = checkpoint.base()? {
-            let weights = base.open(&job.model.name, &args)?;
-            weights.load(&model.base_shapes(), |name, tensor| model.set(name, &tensor))?;
+        if let Some((lora, _)) = &pretrained.adapters {
+            model.adapt(lora, 0)?;
         }
-        checkpoint.model()?.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))?;
+        // To generate, nothing more precise need be kept.
+        let precision = Precision { storage: pretrained.compute, compute: pretrained.compute };
+        model.allocate(precision, &device, false)?;
+        if let Some((_, base)) = &pretrained.adapters {
+            base.load(&model.base_shapes(), |name, tensor| model.set(name, &tensor))?;
+        }
+        pretrained.weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor))?;
         model.merge()?;
         Ok(Self { model, tokenizer, device })
     }

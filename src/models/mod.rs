@@ -22,9 +22,10 @@ pub use init::initialize;
 
 use args::DecoderArgs;
 
-/// Each family with its flavors.
+/// Each family with its flavors. `llama3_ft` is TorchTitan's second name of `llama3`.
 pub const FAMILIES: &[(&str, &[&str])] = &[
     ("llama3", llama3::FLAVORS),
+    ("llama3_ft", llama3::FLAVORS),
     ("llama4", llama4::FLAVORS),
     ("qwen3", qwen3::FLAVORS),
     ("deepseek_v3", deepseek_v3::FLAVORS),
@@ -34,7 +35,7 @@ pub const FAMILIES: &[(&str, &[&str])] = &[
 /// What the flavors of a family have in common, before their sizes; `None` if there is no such family.
 pub fn family(name: &str) -> Option<DecoderArgs> {
     match name {
-        "llama3" => Some(llama3::family()),
+        "llama3" | "llama3_ft" => Some(llama3::family()),
         "llama4" => Some(llama4::family()),
         "qwen3" => Some(qwen3::family()),
         "deepseek_v3" => Some(deepseek_v3::family()),
@@ -43,10 +44,17 @@ pub fn family(name: &str) -> Option<DecoderArgs> {
     }
 }
 
-/// The arguments of a flavor, `None` if there is no such family or flavor.
+/// The flavor of any family whose sizes stand in the `config.json` of Hugging Face's format.
+pub const FLAVOR_OF_CONFIG_JSON: &str = "hf";
+
+/// The arguments of a flavor, `None` if there is no such family or flavor. Of [`FLAVOR_OF_CONFIG_JSON`], what its family
+/// has in common.
 pub fn flavor(family: &str, flavor: &str) -> Option<DecoderArgs> {
+    if flavor == FLAVOR_OF_CONFIG_JSON {
+        return self::family(family);
+    }
     match family {
-        "llama3" => llama3::flavor(flavor),
+        "llama3" | "llama3_ft" => llama3::flavor(flavor),
         "llama4" => llama4::flavor(flavor),
         "qwen3" => qwen3::flavor(flavor),
         "deepseek_v3" => deepseek_v3::flavor(flavor),

@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use super::Trainer;
 use super::profile::StepProfiler;
 use crate::autograd::Precision;
-use crate::components::checkpoint::{Assets, CheckpointManager, Weights};
+use crate::components::checkpoint::{Assets, CheckpointManager, Weights, holds_hugging_face, read_config};
 use crate::components::lr_scheduler::LrScheduler;
 use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
 use crate::components::optimizer::{Optimizer, OptimizerKind};
@@ -20,6 +20,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::data::{Encode, Loader, LoaderOptions, hub};
 use crate::engine::Recompute;
 use crate::models::args::{AttnMaskType, AttnType, DecoderArgs};
+use crate::models::hf;
 use crate::models::{self, Decoder};
 use crate::tools::device::{DeviceFacts, GIB};
 use crate::{Error, Result};
@@ -208,8 +209,11 @@ impl Text {
 /// The flavor's arguments with `[model.args]` over them, fitted to the vocabulary and to the sequences.
 fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderArgs> {
     let model = &config.model;
-    let base = models::flavor(&model.name, &model.flavor)
-        .ok_or_else(|| Error::Model(format!("there is no model {} {}", model.name, model.flavor)))?;
+    let base = match model.flavor.as_str() {
+        models::FLAVOR_OF_CONFIG_JSON => args_of_config_json(config)?,
+        flavor => models::flavor(&model.name, flavor)
+            .ok_or_else(|| Error::Model(format!("there is no model {} {flavor}", model.name)))?,
+    };
     let mut args = model.args.apply(&base)?;
 
     let (vocab_size, needed) = (args.vocab_size, vocabulary.vocab_size);
@@ -252,6 +256,29 @@ fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderAr
     }
     if let Some(moe) = &mut args.moe_args {
         moe.force_load_balance |= config.debug.moe_force_load_balance;
+    }
+    Ok(args)
+}
+
+/// What `model.flavor = "hf"` stands for.
+fn args_of_config_json(config: &JobConfig) -> Result<DecoderArgs> {
+    let initial = config.checkpoint.initial_load_path.as_ref().filter(|_| config.checkpoint.initial_load_in_hf);
+    let folder = initial.unwrap_or(&config.model.hf_assets_path);
+    if !holds_hugging_face(folder) {
+        return Err(Error::Model(format!(
+            "model.flavor = \"hf\" takes the model's sizes from a config.json, and {} holds none\n   = set \
+             model.hf_assets_path to a folder with one, or choose another flavor",
+            folder.display()
+        )));
+    }
+    let (family, args) = hf::args_from_config(&read_config(folder)?)?;
+    if !family.is_named(&config.model.name) {
+        return Err(Error::Model(format!(
+            "{} describes a {} model, and model.name is {:?}",
+            folder.join("config.json").display(),
+            family.name(),
+            config.model.name
+        )));
     }
     Ok(args)
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tempfile::TempDir;
+use titan::data::chat::{Example, Message};
 use titan::data::datasets::{self, Position};
 use titan::data::pipeline::{Plan, Tokenized};
 use titan::data::remote::RemoteFiles;
@@ -21,6 +22,19 @@ impl Encode for Bytes {
     fn encode(&self, text: &str, add_bos: bool, add_eos: bool) -> Result<Vec<u32>> {
         let bos = add_bos.then_some(BOS);
         Ok(bos.into_iter().chain(text.bytes().map(u32::from)).chain(add_eos.then_some(EOS)).collect())
+    }
+
+    /// Each message is its role's first letter, its content and EOS.
+    fn encode_chat(&self, messages: &[Message]) -> Result<Example> {
+        let mut example = Example { tokens: vec![BOS], learned: vec![false] };
+        for message in messages {
+            let role = message.role().as_bytes()[0];
+            let content = message.text().bytes().map(u32::from).chain([EOS]);
+            example.tokens.extend([u32::from(role)].into_iter().chain(content));
+            example.learned.push(false);
+            example.learned.resize(example.tokens.len(), message.is_learned());
+        }
+        Ok(example)
     }
 
     fn vocab_size(&self) -> usize {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tempfile::TempDir;
+use titan::data::chat::{Example, Message};
 use titan::data::{DatasetSpec, Encode, Loader, LoaderOptions};
 use titan::{Error, Result};
 
@@ -166,6 +167,10 @@ impl Encode for Faulty {
             return Err(Error::Tokenizer("cannot".to_owned()));
         }
         Bytes.encode(text, add_bos, add_eos)
+    }
+
+    fn encode_chat(&self, messages: &[Message]) -> Result<Example> {
+        Bytes.encode_chat(messages)
     }
 
     fn vocab_size(&self) -> usize {

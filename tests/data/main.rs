@@ -1,6 +1,7 @@
 //! Datasets through the loader: formats, packing, resuming, shuffling, the hub, faults.
 
 mod common;
+mod examples;
 mod faults;
 mod formats;
 mod hub;

@@ -11,7 +11,6 @@ use super::manifest::MANIFEST;
 use super::staged::hex;
 use super::{StepFolder, Use, Weights};
 use crate::models::args::DecoderArgs;
-use crate::models::hf::Family;
 use crate::{Error, Result};
 
 /// In the folder of a checkpoint that holds adapters only.
@@ -44,13 +43,15 @@ impl Base {
     pub fn open(&self, model_name: &str, args: &DecoderArgs) -> Result<Weights> {
         if !self.path.exists() {
             return Err(Error::Checkpoint(format!(
-                "{} is gone: it holds the weights that this checkpoint's adapters were trained for",
+                "{} is gone: it holds the weights that this checkpoint's adapters were trained for\n   = move it back; or run \
+                 the training again with checkpoint.initial_load_path where it is now, which exports the merged model",
                 self.path.display()
             )));
         }
         self.check(&Self::new(&self.path, self.hugging_face)?)?;
         if self.hugging_face {
-            return Weights::open_hugging_face(&self.path, Family::of(model_name)?, args);
+            // That 8-bit weights are wanted, the run has found out.
+            return Weights::open_hugging_face(&self.path, model_name, args, true);
         }
         if self.path.join(MANIFEST).is_file() {
             let folder = StepFolder::open(&self.path, Use::Model)

@@ -29,11 +29,11 @@ use tracing::{info, warn};
 
 use crate::config::{self, CheckpointState};
 use crate::models::args::DecoderArgs;
-use crate::models::hf::Family;
 use crate::{Error, Result};
 
 mod base;
 mod export;
+mod fp8;
 mod lock;
 pub mod manifest;
 mod staged;
@@ -42,10 +42,12 @@ mod tensors;
 mod weights;
 
 pub use base::Base;
+pub use export::{Export, HuggingFaceModel};
 pub use lock::DumpFolderLock;
 pub use manifest::Kind;
 pub use step_folder::{Progress, StepFolder, TrainState, Use, open_step, step_name, step_of, steps_in};
-pub use weights::{Parameter, Weights};
+pub use tensors::SHARD_BYTES;
+pub use weights::{Fitted, Parameter, Parameters, Weights, holds_hugging_face, read_config};
 
 use base::BASE;
 use manifest::{Damage, MANIFEST, Manifest};
@@ -133,7 +135,7 @@ impl CheckpointManager {
             staged::sync_folder(dump_folder)?;
             staged::recover(&manager.folder)?;
             if manager.keys.last_save_in_hf {
-                manager.hf_config()?;
+                manager.hugging_face_model()?.config()?;
             }
         }
         Ok(manager)
@@ -237,8 +239,9 @@ impl CheckpointManager {
             return Err(Error::Checkpoint(format!("{key}: there is no {}", path.display())));
         }
         if keys.initial_load_in_hf {
-            let family = Family::of(&self.assets.model_name)?;
-            return Ok(Some(weights_alone(path, Weights::open_hugging_face(path, family, &self.assets.args)?)));
+            let Assets { model_name, args, .. } = &self.assets;
+            let weights = Weights::open_hugging_face(path, model_name, args, keys.initial_load_in_hf_quantized)?;
+            return Ok(Some(weights_alone(path, weights)));
         }
         if path.join(BASE).is_file() {
             return Err(Error::Checkpoint(format!(
@@ -317,24 +320,14 @@ impl CheckpointManager {
 
     fn write_step(&self, step: usize, state: &State) -> Result<()> {
         let mut folder = Staged::new(&self.folder, &step_name(step))?;
-        tensors::write(&mut folder, "model", tensors::entries(state.model, None))?;
-        tensors::write(&mut folder, "optimizer", tensors::entries(state.optimizer, None))?;
-        folder.write_bytes(step_folder::TRAIN_STATE, &json_text(state.progress))?;
-        self.seal(folder, step, Kind::Full)
-    }
-
-    /// Adds what every checkpoint carries, the manifest last.
-    fn seal(&self, mut folder: Staged, step: usize, kind: Kind) -> Result<()> {
+        for (stem, tensors) in [("model", state.model), ("optimizer", state.optimizer)] {
+            tensors::write(&mut folder, stem, tensors::entries(tensors), tensors::SHARD_BYTES, &|_| ())?;
+        }
         if let Some(base) = &self.base {
             folder.write_bytes(BASE, &json_text(base))?;
         }
-        folder.write_bytes(step_folder::CONFIG, self.assets.config_toml.as_bytes())?;
-        for (name, bytes) in &self.assets.tokenizer_files {
-            folder.write_bytes(&format!("{}{name}", step_folder::TOKENIZER), bytes)?;
-        }
-        let manifest = Manifest::new(step, kind, folder.files().clone());
-        folder.write_bytes(MANIFEST, &manifest.to_json())?;
-        folder.commit().map(drop)
+        folder.write_bytes(step_folder::TRAIN_STATE, &json_text(state.progress))?;
+        seal(folder, step, Kind::Full, &self.assets.config_toml, &self.assets.tokenizer_files)
     }
 
     /// Removes all but the `keep_latest_k` newest steps. The one just saved stays in any case, so does one that is
@@ -371,6 +364,23 @@ impl Why {
             Self::Seed => "seed",
         }
     }
+}
+
+/// Adds what every checkpoint carries, the manifest last, and gives the folder its name.
+fn seal(
+    mut folder: Staged,
+    step: usize,
+    kind: Kind,
+    config_toml: &str,
+    tokenizer_files: &[(String, Vec<u8>)],
+) -> Result<()> {
+    folder.write_bytes(step_folder::CONFIG, config_toml.as_bytes())?;
+    for (name, bytes) in tokenizer_files {
+        folder.write_bytes(&format!("{}{name}", step_folder::TOKENIZER), bytes)?;
+    }
+    let manifest = Manifest::new(step, kind, folder.files().clone());
+    folder.write_bytes(MANIFEST, &manifest.to_json())?;
+    folder.commit().map(drop)
 }
 
 /// A folder from which training can go on.

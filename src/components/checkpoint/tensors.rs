@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -15,42 +16,56 @@ use super::manifest::is_plain;
 use super::staged::{Sink, Staged};
 use crate::{Error, Result};
 
-/// A file of weights is split where it would grow beyond this.
-const SHARD_BYTES: u64 = 5_000_000_000;
+/// A file of weights is split where it would grow beyond this, unless the user says otherwise.
+pub const SHARD_BYTES: u64 = 5_000_000_000;
 /// Of the safetensors format.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Tensors are read, converted and written in pieces of about this size.
+const PIECE_BYTES: usize = 32 << 20;
 
-/// A tensor to be written, made when its turn comes.
+/// A tensor to be written, made piece by piece when its turn comes.
 pub struct Entry<'a> {
     pub name: String,
     pub dtype: DType,
     pub shape: Vec<usize>,
-    pub make: Box<dyn Fn() -> Result<Tensor> + 'a>,
+    /// `rows` is asked for ranges that begin and end at multiples of this.
+    pub rows_together: usize,
+    /// Some rows (indices of the first dimension), of any type.
+    pub rows: Box<dyn Fn(Range<usize>) -> Result<Tensor> + 'a>,
 }
 
 impl<'a> Entry<'a> {
-    /// `tensor` as it is, or converted to `dtype`.
-    fn new(name: &str, tensor: &'a Tensor, dtype: Option<DType>) -> Self {
-        let dtype = dtype.unwrap_or(tensor.dtype());
-        let make = Box::new(move || Ok(tensor.to_dtype(dtype)?));
-        Self { name: name.to_owned(), dtype, shape: tensor.dims().to_vec(), make }
+    fn new(name: &str, tensor: &'a Tensor) -> Self {
+        let rows = Box::new(|rows: Range<usize>| Ok(tensor.narrow(0, rows.start, rows.len())?));
+        Self { name: name.to_owned(), dtype: tensor.dtype(), shape: tensor.dims().to_vec(), rows_together: 1, rows }
     }
 
     fn bytes(&self) -> u64 {
         (self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()) as u64
     }
+
+    /// Ranges of rows, each of about [`PIECE_BYTES`].
+    fn pieces(&self) -> impl Iterator<Item = Range<usize>> {
+        let row_bytes = self.shape[1..].iter().product::<usize>() * self.dtype.size_in_bytes();
+        let n = (PIECE_BYTES / row_bytes.max(1) / self.rows_together).max(1) * self.rows_together;
+        let end = self.shape[0];
+        (0..end).step_by(n).map(move |start| start..(start + n).min(end))
+    }
 }
 
-pub fn entries(tensors: &[(String, Tensor)], dtype: Option<DType>) -> Vec<Entry<'_>> {
-    tensors.iter().map(|(name, tensor)| Entry::new(name, tensor, dtype)).collect()
+pub fn entries(tensors: &[(String, Tensor)]) -> Vec<Entry<'_>> {
+    tensors.iter().map(|(name, tensor)| Entry::new(name, tensor)).collect()
 }
 
-/// Writes `{stem}.safetensors`, or where that would be large, shards and `{stem}.safetensors.index.json`.
-pub fn write(folder: &mut Staged, stem: &str, entries: Vec<Entry>) -> Result<()> {
-    write_in_shards(folder, stem, entries, SHARD_BYTES)
-}
-
-fn write_in_shards(folder: &mut Staged, stem: &str, entries: Vec<Entry>, shard_bytes: u64) -> Result<()> {
+/// Writes `{stem}.safetensors`, or where that would be larger than `shard_bytes`, shards and
+/// `{stem}.safetensors.index.json`. `progress` hears of the bytes as they are written.
+pub fn write(
+    folder: &mut Staged,
+    stem: &str,
+    entries: Vec<Entry>,
+    shard_bytes: u64,
+    progress: &dyn Fn(u64),
+) -> Result<()> {
     let total: u64 = entries.iter().map(Entry::bytes).sum();
     let mut shards: Vec<Vec<Entry>> = vec![Vec::new()];
     let mut filled = 0;
@@ -64,20 +79,20 @@ fn write_in_shards(folder: &mut Staged, stem: &str, entries: Vec<Entry>, shard_b
     }
     if shards.len() == 1 {
         let name = format!("{stem}.safetensors");
-        return folder.write(&name, |sink| write_file(sink, shards.remove(0)));
+        return folder.write(&name, |sink| write_file(sink, shards.remove(0), progress));
     }
     let count = shards.len();
     let mut weight_map = BTreeMap::new();
     for (i, shard) in shards.into_iter().enumerate() {
         let name = format!("{stem}-{:05}-of-{count:05}.safetensors", i + 1);
         weight_map.extend(shard.iter().map(|entry| (entry.name.clone(), name.clone())));
-        folder.write(&name, |sink| write_file(sink, shard))?;
+        folder.write(&name, |sink| write_file(sink, shard, progress))?;
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
     folder.write_bytes(&format!("{stem}.safetensors.index.json"), format!("{index:#}\n").as_bytes())
 }
 
-fn write_file(sink: &mut Sink, mut entries: Vec<Entry>) -> Result<()> {
+fn write_file(sink: &mut Sink, mut entries: Vec<Entry>, progress: &dyn Fn(u64)) -> Result<()> {
     // Wide types first, so that every tensor starts aligned.
     entries.sort_by(|a, b| b.dtype.size_in_bytes().cmp(&a.dtype.size_in_bytes()).then_with(|| a.name.cmp(&b.name)));
     let mut offset = 0;
@@ -95,11 +110,16 @@ fn write_file(sink: &mut Sink, mut entries: Vec<Entry>) -> Result<()> {
 
     sink.write(&(header.len() as u64).to_le_bytes())?;
     sink.write(&header)?;
-    entries.iter().try_for_each(|entry| write_tensor(sink, &(entry.make)()?))
+    for entry in &entries {
+        for rows in entry.pieces() {
+            progress(write_tensor(sink, &(entry.rows)(rows)?.to_dtype(entry.dtype)?)?);
+        }
+    }
+    Ok(())
 }
 
-/// Writes the elements; without a copy where they lie contiguous in host memory.
-fn write_tensor(sink: &mut Sink, tensor: &Tensor) -> Result<()> {
+/// Writes the elements; without a copy where they lie contiguous in host memory. Returns their bytes.
+fn write_tensor(sink: &mut Sink, tensor: &Tensor) -> Result<u64> {
     let tensor = match tensor.device() {
         Device::Cpu => tensor.contiguous()?,
         // Of a view into a large buffer, only the view comes to the host.
@@ -114,7 +134,8 @@ fn write_tensor(sink: &mut Sink, tensor: &Tensor) -> Result<()> {
         Storage::Cpu(CpuStorage::BF16(data)) => bytemuck::cast_slice(&data[start..end]),
         _ => return Err(Error::Checkpoint(format!("weights of type {:?} cannot be saved", tensor.dtype()))),
     };
-    sink.write(bytes)
+    sink.write(bytes)?;
+    Ok(bytes.len() as u64)
 }
 
 /// Safetensors files, opened and their headers checked; tensors are read when asked for.
@@ -170,17 +191,19 @@ impl TensorFiles {
         self.tensors.get(name).map(|(_, info)| info)
     }
 
-    /// Reads one tensor, in the type it was stored in, to host memory.
-    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+    /// Reads rows of a tensor (all of them for `None`), in the type it was stored in, to host memory. 8-bit floats come
+    /// as the bytes that they are.
+    pub fn read(&self, name: &str, rows: Option<Range<usize>>) -> Result<Tensor> {
         let Some((file, info)) = self.tensors.get(name) else {
             return Err(fault(&self.path, format!("has no tensor `{name}`")));
         };
         let file = &self.files[*file];
         match info.dtype {
-            safetensors::Dtype::F64 => file.read::<f64>(info),
-            safetensors::Dtype::F32 => file.read::<f32>(info),
-            safetensors::Dtype::F16 => file.read::<f16>(info),
-            safetensors::Dtype::BF16 => file.read::<bf16>(info),
+            safetensors::Dtype::F64 => file.read::<f64>(info, rows),
+            safetensors::Dtype::F32 => file.read::<f32>(info, rows),
+            safetensors::Dtype::F16 => file.read::<f16>(info, rows),
+            safetensors::Dtype::BF16 => file.read::<bf16>(info, rows),
+            safetensors::Dtype::F8_E4M3 => file.read::<u8>(info, rows),
             other => {
                 Err(fault(&file.path, format!("holds `{name}` as {other}, which are no weights that titan knows")))
             }
@@ -189,13 +212,19 @@ impl TensorFiles {
 }
 
 impl OpenFile {
-    fn read<T: WithDType + Pod>(&self, info: &TensorInfo) -> Result<Tensor> {
-        let (start, end) = info.data_offsets;
+    fn read<T: WithDType + Pod>(&self, info: &TensorInfo, rows: Option<Range<usize>>) -> Result<Tensor> {
+        let mut shape = info.shape.clone();
+        let (mut start, mut end) = info.data_offsets;
+        if let Some(rows) = rows {
+            let row_bytes = (end - start) / shape[0];
+            shape[0] = rows.len();
+            (start, end) = (start + rows.start * row_bytes, start + rows.end * row_bytes);
+        }
         let mut data = vec![T::zeroed(); (end - start) / size_of::<T>()];
         self.file
             .read_exact_at(bytemuck::cast_slice_mut(&mut data), self.data_start + start as u64)
             .map_err(Error::io("read", &self.path))?;
-        Ok(Tensor::from_vec(data, info.shape.as_slice(), &Device::Cpu)?)
+        Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
     }
 }
 
@@ -312,7 +341,7 @@ mod tests {
     fn written(shard_bytes: u64) -> (tempfile::TempDir, PathBuf) {
         let parent = tempfile::tempdir().unwrap();
         let mut staged = Staged::new(parent.path(), "weights").unwrap();
-        write_in_shards(&mut staged, "model", entries(&tensors(), None), shard_bytes).unwrap();
+        write(&mut staged, "model", entries(&tensors()), shard_bytes, &|_| ()).unwrap();
         let path = staged.commit().unwrap();
         (parent, path)
     }
@@ -321,7 +350,7 @@ mod tests {
         let files = TensorFiles::open(path).unwrap();
         assert_eq!(files.names().count(), 3);
         for (name, tensor) in tensors() {
-            let read = files.tensor(&name).unwrap();
+            let read = files.read(&name, None).unwrap();
             assert_eq!((read.dtype(), read.dims()), (tensor.dtype(), tensor.dims()));
             let values = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
             assert_eq!(values(&read), values(&tensor), "{name}");

@@ -36,8 +36,10 @@ impl Packing {
         repeat: bool,
         output: &SyncSender<Result<Positioned>>,
     ) {
-        // Whoever is gone needs no batch and no error.
-        let _ = self.pack(documents, whole, repeat, output).or_else(|error| output.send(Err(error)));
+        if let Err(error) = self.pack(documents, whole, repeat, output) {
+            // Whoever is gone does not need it.
+            let _ = output.send(Err(error));
+        }
     }
 
     fn pack(

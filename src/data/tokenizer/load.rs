@@ -54,10 +54,17 @@ impl From<SpecialToken> for AddedToken {
     }
 }
 
+/// Where a vocabulary may be, the best first.
+const VOCABULARIES: [&str; 3] = ["tokenizer.json", "vocab.json", "vocab.txt"];
+
+pub(super) fn has_tokenizer(dir: &Path) -> bool {
+    VOCABULARIES.iter().any(|name| dir.join(name).is_file())
+}
+
 /// The files of `dir` that make its tokenizer, the vocabulary first.
 pub(super) fn read_files(dir: &Path) -> Result<Vec<TokenizerFile>> {
     let present = |name: &&str| dir.join(name).is_file();
-    let mut names = match ["tokenizer.json", "vocab.json", "vocab.txt"].iter().copied().find(present) {
+    let mut names = match VOCABULARIES.iter().copied().find(present) {
         Some("tokenizer.json") => vec!["tokenizer.json"],
         Some(vocab) => [vocab, "merges.txt"].into_iter().filter(present).collect(),
         None => return Err(no_tokenizer_in(dir)),

@@ -53,6 +53,11 @@ impl Tokenizer {
         Self::from_files(load::read_files(path)?, &path.display().to_string())
     }
 
+    /// The files of a folder that [`Tokenizer::from_dir`] reads; none if it holds no tokenizer.
+    pub fn files_in(path: &Path) -> Result<Vec<TokenizerFile>> {
+        if load::has_tokenizer(path) { load::read_files(path) } else { Ok(Vec::new()) }
+    }
+
     /// A tokenizer from the contents of its files, as [`Tokenizer::files`] gives them. `origin` is for messages.
     pub fn from_files(files: Vec<TokenizerFile>, origin: &str) -> Result<Self> {
         load::build(files, origin)

@@ -1,5 +1,6 @@
 //! How a conversation becomes text: the tokenizer's own chat template, which is Jinja.
 
+use std::fmt::Write;
 use std::ops::Range;
 
 use minijinja::syntax::SyntaxConfig;
@@ -66,6 +67,10 @@ impl ChatTemplate {
         let marked = generation_as_filter(&source);
         let marks_generation = marked != source;
         let mut environment = environment();
+        // Without it, templates that ask for it fall back to a date of their own: what is learned does not depend on the day.
+        if !source.contains("strftime_now is defined") {
+            environment.add_function("strftime_now", strftime_now);
+        }
         environment.add_template_owned("chat", marked).map_err(explain)?;
         info!(
             "Chat template: {origin}; learned is {}",
@@ -131,8 +136,7 @@ impl ChatTemplate {
     }
 }
 
-/// Jinja as `transformers` sets it up for chat templates. `strftime_now` is not there: what is learned would depend on the
-/// day, and templates that use it have a date for that case.
+/// Jinja as `transformers` sets it up for chat templates.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -144,6 +148,14 @@ fn environment() -> Environment<'static> {
     environment.add_filter("tojson", python_json);
     environment.add_filter("generation", |text: String| format!("{}{text}{}", MARKS[0], MARKS[1]));
     environment
+}
+
+fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
+    let mut now = String::new();
+    // An unknown directive is an error of `write!`, but a panic of `to_string`.
+    write!(now, "{}", chrono::Local::now().format(format))
+        .map_err(|_| minijinja::Error::new(ErrorKind::InvalidOperation, format!("no format of dates: {format:?}")))?;
+    Ok(now)
 }
 
 /// `chat_template` in `tokenizer_config.json`: a template, or several with names.
@@ -213,4 +225,123 @@ fn python_json(value: Value, options: Kwargs) -> Result<Value, minijinja::Error>
     };
     written.map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     Ok(Value::from_safe_string(String::from_utf8(json).expect("JSON is UTF-8")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::data::tokenizer::{Tokenizer, TokenizerFile};
+
+    /// As Llama 3's, without the date and the tools.
+    const LLAMA: &str = "{{- bos_token }}{%- for message in messages %}
+        {{- '<|start|>' + message['role'] + '<|end|>\n\n'+ message['content'] | trim + '<|eot|>' }}
+    {%- endfor %}
+    {%- if add_generation_prompt %}{{- '<|start|>assistant<|end|>\n\n' }}{%- endif %}";
+
+    /// Writes earlier answers without their thoughts, as reasoning models do, and marks what the assistant writes.
+    const MARKED: &str = "{% for message in messages %}
+{% if message.role == 'assistant' %}
+A: {% generation %}{{ message.content if loop.last else message.content.split('</think>')[-1].lstrip() }}<|eot|>
+{%- endgeneration %}
+
+{% else %}
+U: {{ message.content }}
+{% endif %}
+{% endfor %}";
+
+    fn tokenizer(template: Option<&str>) -> Tokenizer {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tokenizer");
+        let added = |content: &str| json!({ "content": content, "special": true });
+        let mut config = json!({
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|end_of_text|>",
+            "added_tokens_decoder": { "2048": added("<|start|>"), "2049": added("<|end|>"), "2050": added("<|eot|>") },
+        });
+        if let Some(template) = template {
+            config["chat_template"] = template.into();
+        }
+        let model = TokenizerFile {
+            name: "tokenizer.json".into(),
+            bytes: std::fs::read(folder.join("tokenizer.json")).unwrap(),
+        };
+        let config = TokenizerFile { name: "tokenizer_config.json".into(), bytes: config.to_string().into_bytes() };
+        Tokenizer::from_files(vec![model, config], "a test").unwrap()
+    }
+
+    fn conversation() -> [Message; 5] {
+        [
+            Message::new("system", "Be brief."),
+            Message::new("user", "Who fell?"),
+            Message::new("assistant", "<think>Hm.</think> Tom fell."),
+            Message::new("user", "Thanks"),
+            Message::new("assistant", "No problem."),
+        ]
+    }
+
+    /// The text of the tokens that are learned, each run apart.
+    fn learned(tokenizer: &Tokenizer, messages: &[Message]) -> Vec<String> {
+        let example = tokenizer.encode_chat(messages).unwrap();
+        let tokens: Vec<_> = example.tokens.iter().zip(&example.learned).collect();
+        let runs = tokens.chunk_by(|a, b| a.1 == b.1).filter(|run| *run[0].1);
+        runs.map(|run| run.iter().map(|(id, _)| tokenizer.inner.decode(&[**id], false).unwrap()).collect()).collect()
+    }
+
+    #[test]
+    fn what_an_assistant_writes_is_learned_to_the_end_of_its_turn() {
+        let tokenizer = tokenizer(Some(LLAMA));
+        let answers = ["<think>Hm.</think> Tom fell.<|eot|>", "No problem.<|eot|>"];
+        assert_eq!(learned(&tokenizer, &conversation()), answers);
+        let example = tokenizer.encode_chat(&conversation()).unwrap();
+        assert_eq!(example.tokens.iter().filter(|id| **id == tokenizer.bos_id().unwrap()).count(), 1);
+        // A prompt ends where the answer begins, token for token.
+        let prompt = tokenizer.encode_chat_prompt(&conversation()[..2]).unwrap();
+        assert_eq!(example.tokens[..prompt.len()], prompt);
+        assert!(example.learned[prompt.len()] && !example.learned[..prompt.len()].contains(&true));
+        assert_eq!(tokenizer.ends_of_turn().unwrap(), [2050, tokenizer.eos_id().unwrap()]);
+    }
+
+    #[test]
+    fn what_a_template_marks_is_learned_and_the_marks_leave_no_trace() {
+        let tokenizer = tokenizer(Some(MARKED));
+        // The space before the mark is one token with the word behind it.
+        assert_eq!(learned(&tokenizer, &conversation()[1..]), [" Tom fell.<|eot|>", " No problem.<|eot|>"]);
+        let text = tokenizer.chat_template().unwrap().render(&conversation()[1..], false).unwrap();
+        assert_eq!(text, "U: Who fell?\nA: Tom fell.<|eot|>\nU: Thanks\nA: No problem.<|eot|>\n");
+    }
+
+    #[test]
+    fn a_template_that_rewrites_history_without_marks_is_refused() {
+        let template = MARKED.replace("{% generation %}", "").replace("{%- endgeneration %}", "");
+        let error = tokenizer(Some(&template)).encode_chat(&conversation()[1..]).unwrap_err().to_string();
+        assert!(error.contains("what message 2 adds cannot be told") && error.contains("{% generation %}"), "{error}");
+    }
+
+    #[test]
+    fn without_a_template_a_conversation_is_chatml_that_ends_turns_with_a_token_of_the_vocabulary() {
+        let tokenizer = tokenizer(None);
+        let text = tokenizer.chat_template().unwrap().render(&conversation()[1..2], true).unwrap();
+        let expected = "<|begin_of_text|><|im_start|>user\nWho fell?<|end_of_text|>\n<|im_start|>assistant\n";
+        assert_eq!(text, expected);
+        assert_eq!(learned(&tokenizer, &conversation())[1], "No problem.<|end_of_text|>");
+    }
+
+    #[test]
+    fn a_templates_own_words_come_through() {
+        let template = "{{ raise_exception('Conversation roles must alternate') }}";
+        let error = tokenizer(Some(template)).encode_chat(&conversation()).unwrap_err().to_string();
+        assert_eq!(error, "the chat template refuses it: Conversation roles must alternate");
+        let error = tokenizer(Some("{% for %}")).chat_template().unwrap_err().to_string();
+        assert!(error.contains("chat template of tokenizer_config.json"), "{error}");
+    }
+
+    #[test]
+    fn json_in_templates_is_pythons() {
+        let mut environment = environment();
+        environment.add_template("t", "{{ x | tojson }} {{ x | tojson(indent=1) }}").unwrap();
+        let x = json!({ "b": [1, "é<"], "a": null });
+        let text = environment.get_template("t").unwrap().render(context! { x => Serde(x) }).unwrap();
+        assert_eq!(text, "{\"b\": [1, \"é<\"], \"a\": null} {\n \"b\": [\n  1,\n  \"é<\"\n ],\n \"a\": null\n}");
+    }
 }

@@ -1,204 +1,233 @@
 //! Hugging Face's names and layouts for the models that have them, in both directions.
 //!
-//! A [`Mapping`] says how one tensor of a Hugging Face checkpoint is made of titan's parameters; a model is a list of
-//! them. `config.json` is translated by [`args_from_config`] and [`config_from_args`].
+//! A [`Mapping`] says how tensors of a Hugging Face checkpoint are made of titan's parameters; a model is a list of
+//! them, made by [`mappings`]. `config.json` is translated by [`args_from_config`] and [`config_from_args`].
 
-use candle_core::{D, Tensor};
+use candle_core::DType;
 
-use crate::models::args::DecoderArgs;
+use crate::models::args::{DecoderArgs, RopeLayout};
 use crate::{Error, Result};
 
 mod config;
+mod layout;
 
-pub use config::{args_from_config, config_from_args, different_constants, different_structure, dtype_name};
+pub use config::{
+    args_from_config, config_from_args, different_constants, different_structure, dtype_name, quantized_block,
+};
+pub use layout::{Layout, Mapping};
 
 /// The model families that Hugging Face has a format for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     Llama3,
     Llama4,
+    Qwen3,
+    DeepSeekV3,
 }
 
 impl Family {
-    /// The family of a `model.name`.
-    pub fn of(model_name: &str) -> Result<Self> {
-        match model_name {
-            "llama3" | "llama3_ft" => Ok(Self::Llama3),
-            "llama4" => Ok(Self::Llama4),
-            _ => Err(Error::Model(format!(
-                "the Hugging Face format of model `{model_name}` is not known\n   = known: llama3, llama4"
-            ))),
-        }
-    }
-}
+    pub const ALL: [Self; 4] = [Self::Llama3, Self::Llama4, Self::Qwen3, Self::DeepSeekV3];
 
-/// One tensor of a file, and the parameters of titan that it holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    /// The tensor's name in the file.
-    pub file: String,
-    /// Names of the parameters: one, or for [`Layout::GateUp`] `w1` and `w3`.
-    pub parameters: Vec<String>,
-    pub layout: Layout,
-}
-
-/// How a file's tensor is laid out, seen from titan's parameter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    /// As titan has it.
-    Same,
-    /// Rows of each of `n_heads` heads sorted by half of the rotary pair instead of by pair.
-    RotaryHalves { n_heads: usize },
-    /// `(e, out, in)` as `(e, in, out)`.
-    Transposed,
-    /// Two parameters `(e, h, d)` as `(e, d, 2 * h)`.
-    GateUp,
-}
-
-impl Mapping {
-    pub fn same(name: impl Into<String>) -> Self {
-        let name = name.into();
-        Self { file: name.clone(), parameters: vec![name], layout: Layout::Same }
-    }
-
-    /// The file tensor's shape, from that of its (first) parameter.
-    pub fn file_shape(&self, parameter: &[usize]) -> Vec<usize> {
-        match (self.layout, parameter) {
-            (Layout::Transposed, &[e, out, input]) => vec![e, input, out],
-            (Layout::GateUp, &[e, h, d]) => vec![e, d, 2 * h],
-            _ => parameter.to_vec(),
-        }
-    }
-
-    /// The file's tensor, from its parameters in order.
-    pub fn to_file(&self, parameters: &[Tensor]) -> Result<Tensor> {
-        let first = &parameters[0];
-        Ok(match self.layout {
-            Layout::Same => first.clone(),
-            Layout::RotaryHalves { n_heads } => swap_rows(first, n_heads, first.dim(0)? / n_heads / 2, 2)?,
-            Layout::Transposed => first.transpose(1, 2)?.contiguous()?,
-            Layout::GateUp => Tensor::cat(parameters, 1)?.transpose(1, 2)?.contiguous()?,
-        })
-    }
-
-    /// The parameters, in order, from the file's tensor.
-    pub fn to_parameters(&self, file: &Tensor) -> Result<Vec<Tensor>> {
-        Ok(match self.layout {
-            Layout::Same => vec![file.clone()],
-            Layout::RotaryHalves { n_heads } => vec![swap_rows(file, n_heads, 2, file.dim(0)? / n_heads / 2)?],
-            Layout::Transposed => vec![file.transpose(1, 2)?.contiguous()?],
-            Layout::GateUp => {
-                let h = file.dim(D::Minus1)? / 2;
-                [0, h]
-                    .into_iter()
-                    .map(|start| file.narrow(2, start, h)?.transpose(1, 2)?.contiguous())
-                    .collect::<candle_core::Result<_>>()?
+    /// The family of a `model.name`; of several, the first that can express `args`.
+    pub fn of(model_name: &str, args: &DecoderArgs) -> Result<Self> {
+        let named: Vec<_> = Self::ALL.into_iter().filter(|family| family.is_named(model_name)).collect();
+        match named[..] {
+            [] => {
+                let known = Self::ALL.map(Self::name).join(", ");
+                Err(Error::Model(format!(
+                    "the Hugging Face format of model `{model_name}` is not known\n   = known: {known}"
+                )))
             }
-        })
+            [only] => Ok(only),
+            [..] => {
+                let expresses = |family: &Self| config_from_args(*family, args, DType::F32, None, None).is_ok();
+                named
+                    .into_iter()
+                    .find(expresses)
+                    .ok_or_else(|| Error::Model("no model of Hugging Face's can express these [model.args]".into()))
+            }
+        }
+    }
+
+    /// Its `model.name`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llama3 => "llama3",
+            Self::Llama4 => "llama4",
+            Self::Qwen3 => "qwen3",
+            Self::DeepSeekV3 => "deepseek_v3",
+        }
+    }
+
+    /// Whether it is that of a `model.name`.
+    pub fn is_named(self, model_name: &str) -> bool {
+        self.name() == if model_name == "llama3_ft" { "llama3" } else { model_name }
+    }
+
+    /// What a `config.json` calls it.
+    fn model_types(self) -> &'static [&'static str] {
+        match self {
+            Self::Llama3 => &["llama"],
+            Self::Llama4 => &["llama4", "llama4_text"],
+            Self::Qwen3 => &["qwen3", "qwen3_moe"],
+            Self::DeepSeekV3 => &["deepseek_v3"],
+        }
+    }
+
+    /// Which numbers of a head its checkpoints rotate together.
+    fn rope_layout(self, args: &DecoderArgs) -> RopeLayout {
+        match self {
+            Self::Llama3 | Self::Qwen3 => RopeLayout::Halves,
+            Self::Llama4 => RopeLayout::Pairs,
+            // Its config says so.
+            Self::DeepSeekV3 => args.rope_layout,
+        }
     }
 }
 
-/// Reorders the rows of each head from `(a, b)` to `(b, a)`.
-fn swap_rows(weight: &Tensor, n_heads: usize, a: usize, b: usize) -> Result<Tensor> {
-    let shape = weight.dims().to_vec();
-    Ok(weight.reshape((n_heads, a, b, ()))?.transpose(1, 2)?.contiguous()?.reshape(shape)?)
+/// How a checkpoint stores the experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertTensors {
+    /// Each apart, which every version of transformers reads.
+    Apart,
+    /// `gate_up_proj` and `down_proj` of all experts of a layer, as transformers 5 has them in memory.
+    Fused,
 }
 
-/// Every tensor of a Hugging Face checkpoint of such a model. `expert_bias` has no place there.
-pub fn mappings(family: Family, args: &DecoderArgs) -> Vec<Mapping> {
-    let prefix = match family {
-        Family::Llama3 => "",
-        Family::Llama4 => "language_model.",
-    };
-    let mut mappings = Vec::new();
-    let mut add = |file: String, parameters: &[String], layout| {
-        let file = format!("{prefix}{file}");
-        mappings.push(Mapping { file, parameters: parameters.to_vec(), layout });
-    };
+impl ExpertTensors {
+    /// How the checkpoint with these tensors does.
+    pub fn of<'a>(mut names: impl Iterator<Item = &'a str>) -> Self {
+        if names.any(|name| name.ends_with(".experts.gate_up_proj")) { Self::Fused } else { Self::Apart }
+    }
+}
 
-    add("model.embed_tokens.weight".into(), &["tok_embeddings.weight".into()], Layout::Same);
+/// Every tensor of a Hugging Face checkpoint of such a model.
+pub fn mappings(family: Family, args: &DecoderArgs, experts: ExpertTensors) -> Vec<Mapping> {
+    let mut mappings =
+        Mappings { prefix: if family == Family::Llama4 { "language_model." } else { "" }, list: Vec::new() };
+    mappings.same("model.embed_tokens.weight", "tok_embeddings.weight");
     for layer in 0..args.n_layers {
         let theirs = |name: &str| format!("model.layers.{layer}.{name}");
         let ours = |name: &str| format!("layers.{layer}.{name}");
-        let halves = |n_heads| match family {
-            Family::Llama3 => Layout::RotaryHalves { n_heads },
-            Family::Llama4 => Layout::Same,
-        };
+        mappings.same(theirs("input_layernorm.weight"), ours("attention_norm.weight"));
+        match args.kv_lora_rank {
+            None => mappings.attention(&theirs("self_attn"), &ours("attention"), family, args),
+            Some(_) => mappings.latent_attention(&theirs("self_attn"), &ours("attention"), args),
+        }
+        mappings.same(theirs("post_attention_layernorm.weight"), ours("ffn_norm.weight"));
+        let ffn = theirs(if family == Family::Llama4 { "feed_forward" } else { "mlp" });
+        match args.is_moe_layer(layer) {
+            true => mappings.moe(&ffn, &ours("moe"), family, args, experts),
+            false => mappings.feed_forward(&ffn, &ours("feed_forward")),
+        }
+    }
+    mappings.same("model.norm.weight", "norm.weight");
+    if !args.enable_weight_tying {
+        mappings.same("lm_head.weight", "output.weight");
+    }
+    mappings.list
+}
 
-        add(theirs("input_layernorm.weight"), &[ours("attention_norm.weight")], Layout::Same);
-        add(theirs("self_attn.q_proj.weight"), &[ours("attention.wq.weight")], halves(args.n_heads));
-        let n_kv_heads = args.n_kv_heads.unwrap_or(args.n_heads);
-        add(theirs("self_attn.k_proj.weight"), &[ours("attention.wk.weight")], halves(n_kv_heads));
-        add(theirs("self_attn.v_proj.weight"), &[ours("attention.wv.weight")], Layout::Same);
-        add(theirs("self_attn.o_proj.weight"), &[ours("attention.wo.weight")], Layout::Same);
-        add(theirs("post_attention_layernorm.weight"), &[ours("ffn_norm.weight")], Layout::Same);
+struct Mappings {
+    /// Of every name in the file.
+    prefix: &'static str,
+    list: Vec<Mapping>,
+}
 
-        let mut add_feed_forward = |theirs: String, ours: String| {
-            for (projection, weight) in [("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")] {
-                add(format!("{theirs}.{projection}.weight"), &[format!("{ours}.{weight}.weight")], Layout::Same);
-            }
+impl Mappings {
+    fn add(&mut self, files: Vec<String>, parameters: Vec<String>, layout: Layout) {
+        let files = files.into_iter().map(|file| format!("{}{file}", self.prefix)).collect();
+        self.list.push(Mapping { files, parameters, layout });
+    }
+
+    fn one(&mut self, file: impl Into<String>, parameter: impl Into<String>, layout: Layout) {
+        self.add(vec![file.into()], vec![parameter.into()], layout);
+    }
+
+    fn same(&mut self, file: impl Into<String>, parameter: impl Into<String>) {
+        self.one(file, parameter, Layout::Same);
+    }
+
+    fn attention(&mut self, theirs: &str, ours: &str, family: Family, args: &DecoderArgs) {
+        let rotary = match family.rope_layout(args) == args.rope_layout {
+            true => Layout::Same,
+            false => Layout::RotaryHalves { head_dim: args.head_dim() },
         };
-        match family {
-            Family::Llama3 => add_feed_forward(theirs("mlp"), ours("feed_forward")),
-            Family::Llama4 if !args.is_moe_layer(layer) => {
-                add_feed_forward(theirs("feed_forward"), ours("feed_forward"));
-            }
-            Family::Llama4 => {
-                add_feed_forward(theirs("feed_forward.shared_expert"), ours("moe.shared_experts"));
-                add(theirs("feed_forward.router.weight"), &[ours("moe.router.gate.weight")], Layout::Same);
-                let gate_up = [ours("moe.experts.w1"), ours("moe.experts.w3")];
-                add(theirs("feed_forward.experts.gate_up_proj"), &gate_up, Layout::GateUp);
-                add(theirs("feed_forward.experts.down_proj"), &[ours("moe.experts.w2")], Layout::Transposed);
+        for (projection, weight, layout) in [
+            ("q_proj", "wq", rotary),
+            ("k_proj", "wk", rotary),
+            ("v_proj", "wv", Layout::Same),
+            ("o_proj", "wo", Layout::Same),
+        ] {
+            self.one(format!("{theirs}.{projection}.weight"), format!("{ours}.{weight}.weight"), layout);
+        }
+        if args.qk_norm {
+            for norm in ["q_norm", "k_norm"] {
+                self.one(format!("{theirs}.{norm}.weight"), format!("{ours}.{norm}.weight"), rotary);
             }
         }
     }
-    add("model.norm.weight".into(), &["norm.weight".into()], Layout::Same);
-    add("lm_head.weight".into(), &["output.weight".into()], Layout::Same);
-    mappings
+
+    fn latent_attention(&mut self, theirs: &str, ours: &str, args: &DecoderArgs) {
+        let queries: &[_] = match args.q_lora_rank {
+            0 => &[("q_proj", "wq")],
+            _ => &[("q_a_proj", "wq_a"), ("q_a_layernorm", "q_norm"), ("q_b_proj", "wq_b")],
+        };
+        let others =
+            [("kv_a_proj_with_mqa", "wkv_a"), ("kv_a_layernorm", "kv_norm"), ("kv_b_proj", "wkv_b"), ("o_proj", "wo")];
+        for (projection, weight) in queries.iter().chain(&others) {
+            self.same(format!("{theirs}.{projection}.weight"), format!("{ours}.{weight}.weight"));
+        }
+    }
+
+    fn feed_forward(&mut self, theirs: &str, ours: &str) {
+        for (projection, weight) in [("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")] {
+            self.same(format!("{theirs}.{projection}.weight"), format!("{ours}.{weight}.weight"));
+        }
+    }
+
+    fn moe(&mut self, theirs: &str, ours: &str, family: Family, args: &DecoderArgs, experts: ExpertTensors) {
+        let Some(moe) = &args.moe_args else { return };
+        let (router, shared) = match family {
+            Family::Llama4 => ("router", "shared_expert"),
+            _ => ("gate", "shared_experts"),
+        };
+        self.same(format!("{theirs}.{router}.weight"), format!("{ours}.router.gate.weight"));
+        if family == Family::DeepSeekV3 && moe.load_balance_coeff.is_some() {
+            self.same(format!("{theirs}.{router}.e_score_correction_bias"), format!("{ours}.expert_bias"));
+        }
+        if moe.num_shared_experts > 0 {
+            self.feed_forward(&format!("{theirs}.{shared}"), &format!("{ours}.shared_experts"));
+        }
+
+        let ours = |weight: &str| format!("{ours}.experts.{weight}");
+        let (gate_up, down) = match (family, experts) {
+            (Family::Llama4, _) => (Layout::GateUpTransposed, Layout::Transposed),
+            (_, ExpertTensors::Fused) => (Layout::GateUp, Layout::Same),
+            (_, ExpertTensors::Apart) => {
+                for (projection, weight) in [("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")] {
+                    let each = 0..moe.num_experts;
+                    let files = each.map(|expert| format!("{theirs}.experts.{expert}.{projection}.weight"));
+                    self.add(files.collect(), vec![ours(weight)], Layout::Experts);
+                }
+                return;
+            }
+        };
+        self.add(vec![format!("{theirs}.experts.gate_up_proj")], vec![ours("w1"), ours("w3")], gate_up);
+        self.one(format!("{theirs}.experts.down_proj"), ours("w2"), down);
+    }
 }
 
 /// Tensors of Hugging Face checkpoints that are no part of the text model, or derived from its arguments.
-pub fn is_ignored(name: &str) -> bool {
+pub fn is_ignored(name: &str, args: &DecoderArgs) -> bool {
+    // DeepSeek's checkpoints hold layers behind the last, which predict further tokens.
+    let beyond_last_layer = || {
+        let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        args.kv_lora_rank.is_some() && layer.is_some_and(|layer| layer >= args.n_layers)
+    };
     name.starts_with("vision_model.")
         || name.starts_with("multi_modal_projector.")
         || name.ends_with(".rotary_emb.inv_freq")
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::Device;
-
-    use super::*;
-
-    fn numbers(shape: &[usize]) -> Tensor {
-        let n = shape.iter().product::<usize>() as u32;
-        Tensor::arange(0, n, &Device::Cpu).unwrap().reshape(shape).unwrap()
-    }
-
-    fn mapping(layout: Layout, parameters: &[&str]) -> Mapping {
-        Mapping { file: "x".into(), parameters: parameters.iter().map(|p| p.to_string()).collect(), layout }
-    }
-
-    #[test]
-    fn row_j_of_pair_i_goes_to_j_halves_plus_i() {
-        // One head of 4 rows: pairs (0, 1) and (2, 3).
-        let q = mapping(Layout::RotaryHalves { n_heads: 2 }, &["wq"]);
-        let weight = numbers(&[8, 1]);
-        let stored = q.to_file(std::slice::from_ref(&weight)).unwrap();
-        assert_eq!(stored.flatten_all().unwrap().to_vec1::<u32>().unwrap(), [0, 2, 1, 3, 4, 6, 5, 7]);
-        let back = &q.to_parameters(&stored).unwrap()[0];
-        assert_eq!(back.to_vec2::<u32>().unwrap(), weight.to_vec2::<u32>().unwrap());
-    }
-
-    #[test]
-    fn gate_and_up_lie_side_by_side_and_transposed() {
-        let gate_up = mapping(Layout::GateUp, &["w1", "w3"]);
-        let (w1, w3) = (numbers(&[1, 2, 3]), numbers(&[1, 2, 3]).affine(1.0, 100.0).unwrap());
-        let stored = gate_up.to_file(&[w1.clone(), w3.clone()]).unwrap();
-        assert_eq!(stored.dims(), gate_up.file_shape(w1.dims()));
-        assert_eq!(stored.to_vec3::<u32>().unwrap()[0], [[0, 3, 100, 103], [1, 4, 101, 104], [2, 5, 102, 105]]);
-        let back = gate_up.to_parameters(&stored).unwrap();
-        assert_eq!(back[0].to_vec3::<u32>().unwrap(), w1.to_vec3::<u32>().unwrap());
-        assert_eq!(back[1].to_vec3::<u32>().unwrap(), w3.to_vec3::<u32>().unwrap());
-    }
+        || args.enable_weight_tying && name.ends_with("lm_head.weight")
+        || beyond_last_layer()
 }

@@ -1,5 +1,8 @@
 //! Attention of few queries, as when text is generated: keys and values are read once, where they lie.
 
+use std::array::from_fn;
+use std::ops::Range;
+
 use candle_core::Tensor;
 use rayon::prelude::*;
 
@@ -77,13 +80,13 @@ fn partial<T: Element>(
     mask: &AttentionMask,
     softcap: Option<f32>,
     row: usize,
-    keys: std::ops::Range<usize>,
+    keys: Range<usize>,
 ) -> Partial {
     let Sizes { sq, h, kv, hd, .. } = *sizes;
     let (n, group) = (keys.len(), h / kv * sq);
     let (mut max, mut total) = (vec![f32::NEG_INFINITY; h * sq], vec![0f32; h * sq]);
     let mut sums = vec![0f32; h * sq * hd];
-    let (mut scores, mut rows) = (vec![0f32; group * n], vec![0f32; ROWS * hd]);
+    let mut scores = vec![0f32; group * n];
     for head in 0..kv {
         let own = head * group..(head + 1) * group;
         let k = sizes.keys(ks, row, keys.start, n, head);
@@ -95,27 +98,32 @@ fn partial<T: Element>(
             let visible = sizes.visible(mask, row, i % sq, keys.start, n);
             (total[query], _) = exponentials(scores, visible, &mut max[query]);
         }
-        let v: Mat<T> = sizes.keys(vs, row, keys.start, n, head);
-        let sums = &mut sums[own.start * hd..own.end * hd];
-        for key in (0..n).step_by(ROWS) {
-            let n_rows = ROWS.min(n - key);
-            for (i, row) in rows.chunks_exact_mut(hd).enumerate().take(n_rows) {
-                let values = &v.data[(key + i) * v.row_stride..][..hd];
-                row.iter_mut().zip(values).for_each(|(row, value)| *row = value.load());
-            }
-            let (r0, rest) = rows.split_at(hd);
-            let (r1, rest) = rest.split_at(hd);
-            let (r2, r3) = rest.split_at(hd);
-            for (sums, scores) in sums.chunks_exact_mut(hd).zip(scores.chunks_exact(n)) {
-                // Rows beyond the last key count as nothing.
-                let p: [f32; ROWS] = std::array::from_fn(|i| if i < n_rows { scores[key + i] } else { 0.0 });
-                for (sum, ((a, b), (c, d))) in sums.iter_mut().zip(r0.iter().zip(r1).zip(r2.iter().zip(r3))) {
-                    *sum += p[0] * a + p[1] * b + (p[2] * c + p[3] * d);
-                }
+        let v = sizes.keys(vs, row, keys.start, n, head);
+        add_values(&mut sums[own.start * hd..own.end * hd], &scores, v);
+    }
+    Partial { max, total, sums }
+}
+
+/// `sums += scores v`, where `scores` has a row for each query and a column for each row of `v`.
+#[inline(always)]
+fn add_values<T: Element>(sums: &mut [f32], scores: &[f32], v: Mat<T>) {
+    let (n, hd) = (v.rows(), v.cols());
+    let mut values = vec![0f32; ROWS * hd];
+    for first in (0..n).step_by(ROWS) {
+        let n_rows = ROWS.min(n - first);
+        for (i, values) in values.chunks_exact_mut(hd).enumerate().take(n_rows) {
+            let row = &v.data[(first + i) * v.row_stride..][..hd];
+            values.iter_mut().zip(row).for_each(|(value, x)| *value = x.load());
+        }
+        let [r0, r1, r2, r3]: [&[f32]; ROWS] = from_fn(|i| &values[i * hd..][..hd]);
+        for (sums, scores) in sums.chunks_exact_mut(hd).zip(scores.chunks_exact(n)) {
+            // Rows beyond the last one count as nothing.
+            let p: [f32; ROWS] = from_fn(|i| if i < n_rows { scores[first + i] } else { 0.0 });
+            for (sum, ((a, b), (c, d))) in sums.iter_mut().zip(r0.iter().zip(r1).zip(r2.iter().zip(r3))) {
+                *sum += p[0] * a + p[1] * b + (p[2] * c + p[3] * d);
             }
         }
     }
-    Partial { max, total, sums }
 }
 
 /// Writes `(sq, h, hd)`: the sums of all blocks of keys under their joint maximum, divided by the sum of exponentials, those of

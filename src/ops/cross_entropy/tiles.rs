@@ -14,10 +14,10 @@ use crate::ops::tiles::{
 
 /// Rows of `x`, and columns of logits, of a block that is in the cache.
 const ROWS: usize = 128;
-const COLUMNS: usize = 256;
+const COLUMNS: usize = 512;
 
 /// Rows of the vocabulary that are gone through at a time: packed both ways they stay in the second-level cache.
-const PART: usize = 4 * COLUMNS;
+const PART: usize = 2 * COLUMNS;
 
 /// What the logits of a row that does not exist are compared to, and logits that do not exist: exponentials are zero.
 const NO_ROW: f32 = 1e30;

@@ -134,13 +134,9 @@ impl<S: Source> Task<'_, S> {
                     Left { data, row: STEP, step: step_len, tile: a_steps * step_len }
                 }
             };
-            let packed_steps = first..first + block_steps;
             for j in (0..n).step_by(2) {
-                let column = |j: usize| self.columns.start + j.min(n);
-                let next = self.b.part(column(j + 2)..column(j + 4), packed_steps.clone());
                 let mut i = 0;
                 while i < m {
-                    next.fetch(i / 2, m.div_ceil(2));
                     let at = if waiting { i * TILE * c_stride + j * TILE } else { 0 };
                     let block_m = if i < direct { (direct - i).min(2) } else { (m - i).min(2) };
                     let block_n = (n - j).min(2);

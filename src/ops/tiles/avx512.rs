@@ -9,9 +9,10 @@ const ROWS: usize = 8;
 
 /// # Safety
 /// As for [`super::Isa::block`].
-#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
 pub unsafe fn block(block: Block<bf16>) {
-    for_rows(block, |rows| {
+    for i in 0..block.m * TILE / ROWS {
+        let rows = rows(&block, i);
         // SAFETY: promised by the caller: these are rows of the block.
         unsafe {
             match block.n {
@@ -19,14 +20,15 @@ pub unsafe fn block(block: Block<bf16>) {
                 _ => sums::<1>(rows),
             }
         }
-    });
+    }
 }
 
 /// # Safety
 /// As for [`super::Isa::block`].
-#[inline]
+#[target_feature(enable = "avx512f")]
 pub unsafe fn block_f32(block: Block<f32>) {
-    for_rows(block, |rows| {
+    for i in 0..block.m * TILE / ROWS {
+        let rows = rows(&block, i);
         // SAFETY: promised by the caller: these are rows of the block.
         unsafe {
             match block.n {
@@ -34,19 +36,15 @@ pub unsafe fn block_f32(block: Block<f32>) {
                 _ => sums_f32::<1>(rows),
             }
         }
-    });
+    }
 }
 
-/// Calls `body` with [`ROWS`] rows of the block at a time.
+/// The block's `i`-th [`ROWS`] rows.
 #[inline(always)]
-fn for_rows<T: Number>(block: Block<T>, body: impl Fn(Block<T>)) {
-    for i in 0..block.m {
-        for row in (0..TILE).step_by(ROWS) {
-            let data = block.a.data.wrapping_add(i * block.a.tile + row * block.a.row);
-            let c = block.c.wrapping_add((i * TILE + row) * block.c_stride);
-            body(Block { a: Left { data, ..block.a }, c, ..block });
-        }
-    }
+fn rows<T: Number>(block: &Block<T>, i: usize) -> Block<T> {
+    let (tile, row) = (i * ROWS / TILE, i * ROWS % TILE);
+    let data = block.a.data.wrapping_add(tile * block.a.tile + row * block.a.row);
+    Block { a: Left { data, ..block.a }, c: block.c.wrapping_add(i * ROWS * block.c_stride), ..*block }
 }
 
 /// The sums that a block adds to: zeros, if it does not.
@@ -81,22 +79,27 @@ unsafe fn store<const N: usize, T>(block: &Block<T>, sums: [[__m512; N]; ROWS]) 
     }
 }
 
-/// [`ROWS`] rows by `N` tiles of columns.
+/// [`ROWS`] rows of packed tiles by `N` tiles of columns.
 ///
 /// # Safety
 /// As for [`super::Isa::block`].
+#[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
+    // With a distance that is known, addresses cost no instructions, of which the sums' units would have to do a part.
+    assert!(block.a.row == TILE, "tiles of f32 are packed");
     // SAFETY: promised by the caller.
     unsafe {
         let mut sums = load::<N, _>(&block);
         for step in 0..block.steps {
             let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * block.b_step));
             for k in 0..TILE {
-                let columns: [__m512; N] =
-                    std::array::from_fn(|j| _mm512_loadu_ps(b.add(j * block.b_stride + k * TILE)));
+                let mut columns = [_mm512_setzero_ps(); N];
+                for (j, columns) in columns.iter_mut().enumerate() {
+                    *columns = _mm512_loadu_ps(b.add(j * block.b_stride + k * TILE));
+                }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let row = _mm512_set1_ps(*a.add(i * block.a.row + k));
+                    let row = _mm512_set1_ps(*a.add(i * TILE + k));
                     for (sum, columns) in sums.iter_mut().zip(columns) {
                         *sum = _mm512_fmadd_ps(row, columns, *sum);
                     }
@@ -111,6 +114,7 @@ unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
 ///
 /// # Safety
 /// As for [`super::Isa::block`].
+#[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn sums<const N: usize>(block: Block<bf16>) {
     // SAFETY: promised by the caller.

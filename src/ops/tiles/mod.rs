@@ -30,9 +30,6 @@ pub const STEP: usize = 32;
 /// Numbers in a tile of bf16.
 pub const TILE_LEN: usize = TILE * STEP;
 
-/// Tiles of a right operand beyond which it does not stay in the first-level cache.
-const FETCHED: usize = 64;
-
 /// Instructions that multiply matrices.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Isa {
@@ -480,21 +477,6 @@ impl<T: Number> Part<'_, T> {
     fn at(&self, row: usize) -> *const T {
         self.tiles.at(self.rows.start + row, self.steps.start).as_ptr()
     }
-
-    /// Asks for the `i`-th of `n` shares of these tiles, which are needed soon, to come to the second-level cache.
-    #[inline]
-    pub fn fetch(&self, i: usize, n: usize) {
-        const LINE: usize = 64;
-        let tiles = self.rows.len() * self.steps.len();
-        for tile in i * tiles / n..(i + 1) * tiles / n {
-            let (row, step) = (tile / self.steps.len(), tile % self.steps.len());
-            let at = self.tiles.at(self.rows.start + row, self.steps.start + step).as_ptr().cast::<i8>();
-            for line in 0..self.tiles.parts * Tiles::<T>::LEN * size_of::<T>() / LINE {
-                // SAFETY: any address will do; nothing is read.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line * LINE)) };
-            }
-        }
-    }
 }
 
 /// `c = a b`, or `c += a b`. Rows of `c` are `c_stride` apart.
@@ -511,31 +493,22 @@ pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32
         return;
     }
     let ((a_stride, a_step), (b_stride, b_step)) = (a.tiles.strides(), b.tiles.strides());
-    // A right operand beyond the first-level cache comes from afar: its next columns are fetched meanwhile.
-    let rows = if n * steps * parts > FETCHED { 2 } else { m };
     for j in (0..n).step_by(2) {
-        let next = b.rows.start + (j + 2).min(n)..b.rows.start + (j + 4).min(n);
-        let next = Part { rows: next, ..b.clone() };
-        for i in (0..m).step_by(rows) {
-            if rows < m {
-                next.fetch(i / rows, m.div_ceil(rows));
-            }
-            // SAFETY: inside the three buffers by the assertions of `part` and above.
-            unsafe {
-                isa.block(Block {
-                    a: Left { data: a.at(i), row: T::STEP, step: a_step, tile: a_stride },
-                    b: b.at(j),
-                    b_stride,
-                    b_step,
-                    steps,
-                    parts,
-                    c: c.as_mut_ptr().add(i * TILE * c_stride + j * TILE),
-                    c_stride,
-                    m: rows.min(m - i),
-                    n: (n - j).min(2),
-                    add,
-                });
-            }
+        // SAFETY: inside the three buffers by the assertions of `part` and above.
+        unsafe {
+            isa.block(Block {
+                a: Left { data: a.at(0), row: T::STEP, step: a_step, tile: a_stride },
+                b: b.at(j),
+                b_stride,
+                b_step,
+                steps,
+                parts,
+                c: c.as_mut_ptr().add(j * TILE),
+                c_stride,
+                m,
+                n: (n - j).min(2),
+                add,
+            });
         }
     }
 }

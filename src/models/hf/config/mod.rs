@@ -1,0 +1,459 @@
+//! `config.json` of Hugging Face <-> [`DecoderArgs`].
+//!
+//! Both formats of that file are read: `rope_theta` and `rope_scaling` as transformers 4 has them, and
+//! `rope_parameters` of transformers 5. The first is what is written, because both versions load it.
+
+use candle_core::DType;
+use serde_json::{Map, Value, json};
+
+use super::Family;
+use crate::models::args::DecoderArgs;
+use crate::{Error, Result};
+use fields::Fields;
+
+mod deepseek_v3;
+mod fields;
+mod llama3;
+mod llama4;
+mod qwen3;
+
+/// The arguments of the model that a `config.json` describes.
+///
+/// # Errors
+/// [`Error::Model`] naming every field that is missing, malformed, or asks for something that the decoder does not do.
+pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
+    let model_type = config["model_type"].as_str().unwrap_or("none");
+    let family =
+        Family::ALL.into_iter().find(|family| family.model_types().contains(&model_type)).ok_or_else(|| {
+            let known: Vec<_> = Family::ALL.into_iter().flat_map(|family| family.model_types()).copied().collect();
+            Error::Model(format!(
+                "config.json: model_type `{model_type}` is not known\n   = known: {}",
+                known.join(", ")
+            ))
+        })?;
+    // A model that also sees images describes its text model apart.
+    let text_config = if config["text_config"].is_object() { &config["text_config"] } else { config };
+    let mut fields = Fields { config: text_config, faults: Vec::new() };
+    if let Err(fault) = quantized_block(config) {
+        fields.fault(fault);
+    }
+    let args = match family {
+        Family::Llama3 => llama3::args(&mut fields),
+        Family::Llama4 => llama4::args(&mut fields),
+        Family::Qwen3 => qwen3::args(&mut fields, model_type == "qwen3_moe"),
+        Family::DeepSeekV3 => deepseek_v3::args(&mut fields),
+    };
+    if fields.faults.is_empty() {
+        return Ok((family, args));
+    }
+    Err(Error::Model(format!(
+        "config.json describes a model that titan cannot load:\n  {}",
+        fields.faults.join("\n  ")
+    )))
+}
+
+/// The rows and columns that share a scale where a config says that the weights are quantised by blocks, as DeepSeek's
+/// are; `None` if they are not quantised.
+///
+/// # Errors
+/// What the config asks for, if that is another quantisation.
+pub fn quantized_block(config: &Value) -> Result<Option<[usize; 2]>, String> {
+    let quantization = &config["quantization_config"];
+    if quantization.is_null() {
+        return Ok(None);
+    }
+    let refuse = |what: &str| {
+        Err(format!("quantization_config: {what} is not supported, only \"fp8\" with format \"e4m3\" and blocks"))
+    };
+    if quantization["quant_method"] != "fp8" {
+        return refuse(&format!("quant_method {}", quantization["quant_method"]));
+    }
+    if !quantization["fmt"].is_null() && quantization["fmt"] != "e4m3" {
+        return refuse(&format!("fmt {}", quantization["fmt"]));
+    }
+    let size = |i: usize| quantization["weight_block_size"][i].as_u64().filter(|size| *size > 0);
+    match (size(0), size(1)) {
+        (Some(rows), Some(cols)) => Ok(Some([rows as usize, cols as usize])),
+        _ => refuse(&format!("weight_block_size {}", quantization["weight_block_size"])),
+    }
+}
+
+/// Where two models of equal shapes are different models: `name: here, there`.
+pub fn different_structure(here: &DecoderArgs, there: &DecoderArgs) -> Vec<String> {
+    differences(here, there, |name| !is_constant(name))
+}
+
+/// Where they differ in a constant that one may want to change between two trainings: `name: here, there`.
+pub fn different_constants(here: &DecoderArgs, there: &DecoderArgs) -> Vec<String> {
+    differences(here, there, is_constant)
+}
+
+/// Arguments that change what a model computes, but neither its shapes nor which weight does what.
+fn is_constant(name: &str) -> bool {
+    const NAMES: [&str; 8] = [
+        "norm_eps",
+        "final_norm_eps",
+        "rope_theta",
+        "rope_factor",
+        "original_seq_len",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+    ];
+    NAMES.contains(&name) || name.starts_with("rope_scaling_args")
+}
+
+fn differences(here: &DecoderArgs, there: &DecoderArgs, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+    let (here, there) = (essence(here, here.max_seq_len), essence(there, here.max_seq_len));
+    here.iter()
+        .filter(|(name, value)| wanted(name) && there.get(*name) != Some(value))
+        .map(|(name, value)| format!("{name}: {value} here, {} there", there.get(name).unwrap_or(&Value::Null)))
+        .collect()
+}
+
+/// What decides the logits of sequences of at most `positions` tokens: arguments with defaults and rules worked out, by
+/// name, those of `moe_args` and `rope_scaling_args` with a dot.
+fn essence(args: &DecoderArgs, positions: usize) -> Map<String, Value> {
+    let serialized = |args: &DecoderArgs| match serde_json::to_value(args) {
+        Ok(Value::Object(map)) => map,
+        _ => unreachable!("a struct of numbers, flags and names"),
+    };
+    let mut essence = serialized(args);
+    let defaults = serialized(&DecoderArgs::default());
+    let moe_layers = args.moe_layers();
+    let has_experts = !moe_layers.is_empty();
+    let has_dense = moe_layers.len() < args.n_layers;
+    let is_mla = args.kv_lora_rank.is_some();
+    let worked_out = [
+        ("hidden_dim", json!(has_dense.then(|| args.ffn_hidden_dim()))),
+        ("moe_inter_dim", json!(has_experts.then(|| args.moe_hidden_dim()))),
+        ("n_kv_heads", json!(if is_mla { args.n_heads } else { args.n_kv_heads() })),
+        ("head_dim", json!((!is_mla).then(|| args.head_dim()))),
+        ("final_norm_eps", json!(args.final_norm_eps.unwrap_or(args.norm_eps))),
+        ("fixed_attn_block_size", json!(args.attn_block_size().filter(|size| *size < positions))),
+        ("every_n_layers_nope", json!(args.every_n_layers_nope.map(|n| n.min(args.n_layers)))),
+        ("rope_factor", json!(args.yarn_factor())),
+        ("moe_layers", json!(moe_layers)),
+    ];
+    essence.extend(worked_out.map(|(name, value)| (name.to_owned(), value)));
+    let mut unused = Vec::new();
+    if args.yarn_factor().is_none() {
+        unused.extend(["original_seq_len", "beta_fast", "beta_slow", "mscale"]);
+    }
+    if !is_mla {
+        unused.extend(["q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]);
+    }
+    if !has_experts {
+        unused.push("moe_args");
+    }
+    for name in unused {
+        essence.insert(name.to_owned(), defaults[name].clone());
+    }
+    // Worked out above, or of no account outside of training.
+    for name in [
+        "inter_dim",
+        "multiple_of",
+        "ffn_dim_multiplier",
+        "auto_scale_hidden_dim",
+        "depth_init",
+        "attn_type",
+        "attn_mask_type",
+        "max_seq_len",
+        "moe_enabled",
+        "n_dense_layers",
+        "interleave_moe_layer_step",
+    ] {
+        essence.remove(name);
+    }
+    flatten(essence)
+}
+
+fn flatten(map: Map<String, Value>) -> Map<String, Value> {
+    let mut flat = Map::new();
+    for (name, value) in map {
+        match value {
+            Value::Object(inner) => {
+                let inner = inner
+                    .into_iter()
+                    .filter(|(it, _)| !["load_balance_coeff", "force_load_balance"].contains(&it.as_str()));
+                flat.extend(inner.map(|(it, value)| (format!("{name}.{it}"), value)));
+            }
+            value => drop(flat.insert(name, value)),
+        }
+    }
+    flat
+}
+
+/// The `config.json` with which `transformers` computes what titan does. `dtype` is that of the exported weights.
+///
+/// # Errors
+/// [`Error::Model`] naming every argument that Hugging Face's model of this family does not have.
+pub fn config_from_args(
+    family: Family,
+    args: &DecoderArgs,
+    dtype: DType,
+    bos_id: Option<u32>,
+    eos_id: Option<u32>,
+) -> Result<Value> {
+    let (architecture, model_type, fields) = match family {
+        Family::Llama3 => ("LlamaForCausalLM", "llama", llama3::config(args)),
+        Family::Llama4 => ("Llama4ForCausalLM", "llama4_text", llama4::config(args)),
+        Family::Qwen3 if !args.moe_layers().is_empty() => ("Qwen3MoeForCausalLM", "qwen3_moe", qwen3::config(args)),
+        Family::Qwen3 => ("Qwen3ForCausalLM", "qwen3", qwen3::config(args)),
+        Family::DeepSeekV3 => ("DeepseekV3ForCausalLM", "deepseek_v3", deepseek_v3::config(args)),
+    };
+    let mut config = json!({
+        "architectures": [architecture],
+        "model_type": model_type,
+        "torch_dtype": dtype_name(dtype),
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads(),
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_seq_len.max(stretched_positions(args)),
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+        "rope_scaling": rope_scaling(args),
+        "hidden_act": "silu",
+        "attention_bias": false,
+        "tie_word_embeddings": args.enable_weight_tying,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": null,
+    });
+    if let (Value::Object(config), Value::Object(fields)) = (&mut config, fields) {
+        config.extend(fields);
+    }
+
+    let faults = inexpressible(args, &config);
+    if faults.is_empty() {
+        return Ok(config);
+    }
+    Err(Error::Model(format!(
+        "Hugging Face's {architecture} cannot express this model:\n  {}\n   = leave checkpoint.last_save_in_hf off",
+        faults.join("\n  ")
+    )))
+}
+
+/// Arguments that do not come back from a config. Of the last norm's epsilon the export only warns.
+fn inexpressible(args: &DecoderArgs, config: &Value) -> Vec<String> {
+    let understood = match args_from_config(config) {
+        Ok((_, understood)) => essence(&understood, args.max_seq_len),
+        Err(error) => return vec![error.to_string()],
+    };
+    let ours = essence(args, args.max_seq_len);
+    let lost = ours.iter().filter(|(name, value)| *name != "final_norm_eps" && understood.get(*name) != Some(value));
+    lost.map(|(name, value)| match understood.get(name) {
+        Some(theirs) => format!("{name} = {value}, only {theirs}"),
+        None => format!("{name} = {value}"),
+    })
+    .collect()
+}
+
+/// How far the scaling of rotary positions reaches; transformers complains of a model that claims less.
+fn stretched_positions(args: &DecoderArgs) -> usize {
+    let (factor, original) = match (&args.rope_scaling_args, args.yarn_factor()) {
+        (Some(scaling), _) => (scaling.scaling_factor, scaling.original_max_position_embeddings),
+        (None, Some(factor)) => (factor, args.original_seq_len),
+        (None, None) => return 0,
+    };
+    (factor * original as f64) as usize
+}
+
+fn rope_scaling(args: &DecoderArgs) -> Value {
+    match (&args.rope_scaling_args, args.yarn_factor()) {
+        (Some(scaling), _) => json!({
+            "rope_type": "llama3",
+            "factor": scaling.scaling_factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }),
+        (None, Some(factor)) => json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": args.original_seq_len,
+            "beta_fast": args.beta_fast,
+            "beta_slow": args.beta_slow,
+            "mscale": args.mscale,
+            "mscale_all_dim": args.mscale,
+        }),
+        (None, None) => Value::Null,
+    }
+}
+
+impl DecoderArgs {
+    /// YaRN's factor where it applies.
+    fn yarn_factor(&self) -> Option<f64> {
+        self.rope_factor.filter(|_| self.max_seq_len > self.original_seq_len)
+    }
+
+    fn moe_layers(&self) -> Vec<usize> {
+        (0..self.n_layers).filter(|&layer| self.is_moe_layer(layer)).collect()
+    }
+}
+
+/// A floating-point type as PyTorch and job files name it.
+pub fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        DType::F64 => "float64",
+        _ => "float32",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::args::{AttnType, MoeArgs, RopeScalingArgs, ScoreFunc};
+    use crate::models::{FAMILIES, flavor};
+
+    fn scout() -> Value {
+        json!({
+            "model_type": "llama4_text", "hidden_size": 5120, "num_hidden_layers": 4, "num_attention_heads": 40,
+            "num_key_value_heads": 8, "vocab_size": 202048, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+            "num_local_experts": 16, "num_experts_per_tok": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+            "use_qk_norm": false, "no_rope_layers": [1, 1, 1, 1]
+        })
+    }
+
+    fn faults(change: impl Fn(&mut Value)) -> String {
+        let mut config = scout();
+        change(&mut config);
+        args_from_config(&config).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn everything_the_decoder_cannot_do_is_refused_at_once_and_by_name() {
+        let message = faults(|config| {
+            config["use_qk_norm"] = Value::Null;
+            config["no_rope_layers"] = json!([1, 1, 1, 0]);
+            config["attention_bias"] = json!(true);
+            config["tie_word_embeddings"] = json!("yes");
+            config["rope_scaling"] = json!({ "rope_type": "longrope" });
+            config["num_key_value_heads"] = json!(7);
+            config["moe_layers"] = json!([1, 2]);
+            config["quantization_config"] = json!({ "quant_method": "gptq" });
+            config["vocab_size"] = json!(-1);
+        });
+        for name in [
+            "use_qk_norm: true, its default,",
+            "no_rope_layers: layers [3]",
+            "attn_temperature_tuning: true, its default,",
+            "attention_bias: true",
+            "tie_word_embeddings: \"yes\"",
+            "rope_type: \"longrope\"",
+            "num_attention_heads: 40 is no multiple of num_key_value_heads 7",
+            "moe_layers: [1,2]",
+            "quant_method \"gptq\"",
+            "vocab_size: -1",
+        ] {
+            assert!(message.contains(name), "{name} is not in\n{message}");
+        }
+    }
+
+    #[test]
+    fn rotary_positions_missing_in_layers_0_n_2n_become_every_n_layers_nope() {
+        let mut config = scout();
+        config["no_rope_layers"] = json!([0, 1, 0, 1]);
+        config["attn_temperature_tuning"] = json!(false);
+        config["attention_chunk_size"] = json!(64);
+        let (_, args) = args_from_config(&config).unwrap();
+        assert_eq!(
+            (args.every_n_layers_nope, args.attn_type, args.fixed_attn_block_size),
+            (Some(2), AttnType::Flex, Some(64))
+        );
+    }
+
+    #[test]
+    fn yarn_is_read_in_both_forms_and_only_where_its_scale_is_ours() {
+        let scaling = json!({
+            "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7,
+            "mscale_all_dim": 0.7
+        });
+        let mut old = scout();
+        old["rope_scaling"] = scaling.clone();
+        old["rope_scaling"]["type"] = json!("yarn");
+        let mut new = scout();
+        new["rope_parameters"] = scaling;
+        new["rope_parameters"]["rope_type"] = json!("yarn");
+        new["rope_parameters"]["rope_theta"] = json!(500000.0);
+        let [old, new] = [old, new].map(|config| args_from_config(&config).unwrap().1);
+        assert_eq!(old, new);
+        assert_eq!((old.rope_factor, old.mscale, old.original_seq_len), (Some(40.0), 0.7, 4096));
+        assert!(old.max_seq_len > old.original_seq_len, "or it would be off");
+
+        let message = faults(|config| {
+            config["rope_scaling"] =
+                json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8 })
+        });
+        assert!(message.contains("mscale must be given and equal to mscale_all_dim"), "{message}");
+    }
+
+    #[test]
+    fn blocks_of_scales_are_those_of_the_config() {
+        let config = |quantization: Value| json!({ "quantization_config": quantization });
+        assert_eq!(quantized_block(&json!({})), Ok(None));
+        let fp8 = config(json!({ "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 64] }));
+        assert_eq!(quantized_block(&fp8), Ok(Some([128, 64])));
+        for other in [
+            json!({ "quant_method": "fp8", "fmt": "e4m3" }),
+            json!({ "quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128] }),
+            json!({ "quant_method": "mxfp4" }),
+        ] {
+            assert!(quantized_block(&config(other)).is_err());
+        }
+    }
+
+    /// Every flavor whose model Hugging Face has.
+    #[test]
+    fn flavors_survive_the_way_through_config_json() {
+        let mut n_flavors = 0;
+        for &(name, flavors) in FAMILIES {
+            let Some(family) = Family::ALL.into_iter().find(|family| family.is_named(name)) else { continue };
+            for args in flavors.iter().filter_map(|it| flavor(name, it)) {
+                let moe = args.moe_args.as_ref().filter(|_| !args.moe_layers().is_empty());
+                if family == Family::DeepSeekV3 && moe.is_some_and(|moe| moe.score_func == ScoreFunc::Softmax) {
+                    continue;
+                }
+                let config = config_from_args(family, &args, DType::F32, Some(1), Some(2)).unwrap();
+                let (found, described) = args_from_config(&config).unwrap();
+                assert_eq!(found, family);
+                assert_eq!(different_structure(&args, &described), Vec::<String>::new());
+                n_flavors += 1;
+            }
+        }
+        assert!(n_flavors > 20, "{n_flavors}");
+    }
+
+    #[test]
+    fn what_hugging_face_does_not_have_is_refused_by_name() {
+        let refusal = |family, args: &DecoderArgs| {
+            config_from_args(family, args, DType::F32, None, None).unwrap_err().to_string()
+        };
+        let moe = MoeArgs { score_func: ScoreFunc::Softmax, route_scale: 2.5, ..Default::default() };
+        let args = DecoderArgs { moe_args: Some(moe), ..Default::default() };
+        let message = refusal(Family::Llama4, &args);
+        assert!(message.contains("moe_args.score_func = \"softmax\", only \"sigmoid\""), "{message}");
+        assert!(message.contains("moe_args.route_scale = 2.5, only 1"), "{message}");
+        assert!(refusal(Family::Llama3, &args).contains("moe_layers"));
+        let args = DecoderArgs { qk_norm: true, every_n_layers_nope: Some(4), ..Default::default() };
+        let message = refusal(Family::Llama3, &args);
+        assert!(
+            message.contains("qk_norm = true, only false") && message.contains("every_n_layers_nope = 4"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn arguments_that_decide_no_logit_are_no_difference() {
+        let here = DecoderArgs { multiple_of: 512, depth_init: false, max_seq_len: 64, ..Default::default() };
+        let there = DecoderArgs { hidden_dim: Some(here.ffn_hidden_dim()), n_kv_heads: Some(32), ..Default::default() };
+        assert_eq!(different_structure(&here, &there), Vec::<String>::new());
+        let there = DecoderArgs { rope_scaling_args: Some(RopeScalingArgs::default()), qk_norm: true, ..there };
+        assert_eq!(different_structure(&here, &there), ["qk_norm: false here, true there"]);
+        assert_eq!(different_constants(&here, &there).len(), 1);
+    }
+}
