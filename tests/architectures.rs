@@ -54,7 +54,7 @@ const ARCHITECTURES: &[(&str, &str)] = &[
         route_norm = true
         score_before_experts = false
         use_bias = true
-        swiglu_limit = 1.0
+        swiglu_limit = 7.0
         "#,
     ),
     (

@@ -116,7 +116,8 @@ pub struct DecoderArgs {
     pub attn_mask_type: AttnMaskType,
     /// Stretching of rotary wavelengths for long contexts. "none": none.
     pub rope_scaling_args: Option<RopeScalingArgs>,
-    /// YaRN: long wavelengths are multiplied by this where `max_seq_len` is above `original_seq_len`. "none": no YaRN.
+    /// YaRN: long wavelengths are multiplied by this where `max_seq_len` is above `original_seq_len`, or `yarn_always` is
+    /// set. "none": no YaRN.
     #[schemars(range(min = 1))]
     pub rope_factor: Option<f64>,
     /// YaRN: context length before the stretching.
@@ -128,6 +129,8 @@ pub struct DecoderArgs {
     /// YaRN: wavelengths that turn less often than this in `original_seq_len` are stretched in full.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub beta_slow: f64,
+    /// YaRN: whatever `max_seq_len` is, as models need that were trained so.
+    pub yarn_always: bool,
     /// YaRN: go over from keeping to stretching at a whole number of frequencies.
     pub yarn_truncate: bool,
     /// YaRN: scores are multiplied by the square of `0.1 * mscale * ln(rope_factor) + 1`.
@@ -274,7 +277,6 @@ pub enum RopeLayout {
     Halves,
 }
 
-/// See [`DecoderArgs::norm_type`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum NormType {
@@ -282,7 +284,6 @@ pub enum NormType {
     LayerNorm,
 }
 
-/// See [`DecoderArgs::norm_position`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum NormPosition {
@@ -291,7 +292,6 @@ pub enum NormPosition {
     Both,
 }
 
-/// See [`DecoderArgs::qk_norm_over`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum QkNormOver {
@@ -299,7 +299,6 @@ pub enum QkNormOver {
     Projection,
 }
 
-/// See [`DecoderArgs::attention_pattern`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AttentionKind {
@@ -308,7 +307,6 @@ pub enum AttentionKind {
     Chunked,
 }
 
-/// See [`DecoderArgs::feed_forward_pattern`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FeedForwardKind {
@@ -374,6 +372,7 @@ impl Default for DecoderArgs {
             original_seq_len: 4096,
             beta_fast: 32.0,
             beta_slow: 1.0,
+            yarn_always: false,
             yarn_truncate: true,
             mscale: 1.0,
             kv_lora_rank: None,

@@ -65,8 +65,8 @@ impl DecoderArgs {
 
     fn stretch(&self) -> Stretch {
         let Self { original_seq_len, beta_fast, beta_slow, yarn_truncate: truncate, .. } = *self;
-        // YaRN is for models that are to read more than the original length.
-        let factor = self.rope_factor.filter(|_| self.max_seq_len > original_seq_len);
+        // DeepSeek's goes with models that are to read more than the original length.
+        let factor = self.rope_factor.filter(|_| self.yarn_always || self.max_seq_len > original_seq_len);
         match (factor, &self.rope_scaling_args) {
             (Some(factor), _) => Stretch::Yarn(YarnArgs { factor, original_seq_len, beta_fast, beta_slow, truncate }),
             (None, Some(scaling)) => Stretch::ByWavelength(scaling.clone()),

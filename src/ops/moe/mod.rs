@@ -213,14 +213,15 @@ mod tests {
         let mut sum = t[0].zeros_like()?;
         for e in 0..n_experts {
             let chosen: Vec<f64> = choices.iter().map(|c| f64::from(u8::from(*c as usize == e))).collect();
-            let weight = (&t[1] * Tensor::from_vec(chosen, (n, top_k), &Device::Cpu)?)?;
+            let chosen = Tensor::from_vec(chosen, (n, top_k), &Device::Cpu)?;
             for j in 0..top_k {
-                let weight = weight.narrow(1, j, 1)?;
+                let chosen = chosen.narrow(1, j, 1)?;
+                let weight = (t[1].narrow(1, j, 1)? * &chosen)?;
                 let x = if before { t[0].broadcast_mul(&weight)? } else { t[0].clone() };
                 let (w1, w2, w3) = (p[0].get(e)?, p[1].get(e)?, p[2].get(e)?);
                 let (gate, up) = (with_bias(x.matmul(&w1.t()?)?, 3, e)?, with_bias(x.matmul(&w3.t()?)?, 5, e)?);
                 let y = with_bias((candle_nn::ops::silu(&gate)? * up)?.matmul(&w2.t()?)?, 4, e)?;
-                sum = (sum + if before { y } else { y.broadcast_mul(&weight)? })?;
+                sum = (sum + y.broadcast_mul(if before { &chosen } else { &weight })?)?;
             }
         }
         Ok(sum)
