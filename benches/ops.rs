@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use titan::autograd::{Init, Parameter, Precision, StageBuilder, Value};
 use titan::models::args::{RopeArgs, RopeLayout, ScoreFunc, Stretch};
-use titan::ops::{self, AdamStep, AttentionMask, Experts, RopeTable, Router};
+use titan::ops::{self, AdamStep, AttentionMask, Experts, Gate, RopeTable, Router, Scores};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -164,7 +164,7 @@ impl Bench {
             let (weight, dy) = (parameter(&[DIM, HIDDEN], dtype), tensor(&[B, S, DIM], dtype));
             let work = [Flops(2 * n * DIM), Flops(4 * n * DIM)];
             let op = Op::new("swiglu", shape(&[N, HIDDEN, DIM]), dtype);
-            self.both(&op, work, &gate, &dy, |gate| ops::swiglu(gate, &up, &weight).unwrap());
+            self.both(&op, work, &gate, &dy, |gate| ops::glu(gate, &up, &weight, Gate::Silu).unwrap());
         }
     }
 
@@ -176,7 +176,7 @@ impl Bench {
             let (x, dy, weight) = (tensor(&dims, DType::F32), tensor(&dims, dtype), parameter(&[dim], dtype));
             let work = [Bytes(n * (4 + size)), Bytes(n * (8 + size))];
             let op = Op::new("rms_norm", shape(&dims), dtype);
-            self.both(&op, work, &x, &dy, |x| ops::rms_norm(x, &weight, 1e-5).unwrap());
+            self.both(&op, work, &x, &dy, |x| ops::rms_norm(x, &weight, 0.0, 1e-5).unwrap());
         }
         for (dtype, head_dim) in product(DTYPES, [16, 64, 128]) {
             let dims = [B, S, DIM / head_dim, head_dim];
@@ -241,9 +241,9 @@ impl Bench {
             let flops = 2 * N * vocab_size * DIM;
             let shape = format!("{N} x {DIM} -> {vocab_size}");
             let op = Op::new("cross_entropy_loss", shape.as_str(), dtype);
-            self.line(&op, Flops(flops), || (), |()| ops::cross_entropy_loss(&x, &weight, &targets).unwrap());
+            self.line(&op, Flops(flops), || (), |()| ops::cross_entropy_loss(&x, &weight, None, &targets).unwrap());
             let op = Op::new("cross_entropy_grad", shape, dtype);
-            let grad = |()| ops::cross_entropy_grad(&x, &weight, &targets, 1.0).unwrap();
+            let grad = |()| ops::cross_entropy_grad(&x, &weight, None, &targets, 1.0).unwrap();
             self.line(&op, Flops(3 * flops), || (), grad);
         }
     }
@@ -257,7 +257,7 @@ impl Bench {
             let flops = 2 * B * S * S / 2 * DIM;
             let work = [Flops(2 * flops), Flops(5 * flops)];
             self.both(&Op::new("attention", shape(&dims), dtype), work, &x, &x, |q| {
-                ops::attention(q, &kv, &kv, &AttentionMask::causal(), 0.25).unwrap()
+                ops::attention(q, &kv, &kv, &AttentionMask::causal(), &Scores::scaled(0.25)).unwrap()
             });
         }
     }
@@ -281,7 +281,7 @@ impl Bench {
         for dtype in DTYPES {
             let [w1, w2, w3] = [[hidden, DIM], [DIM, hidden], [hidden, DIM]]
                 .map(|[rows, cols]| parameter(&[n_experts, rows, cols], dtype));
-            let weights = Experts { w1, w2, w3, score_before_experts: true };
+            let weights = Experts { w1, w2, w3, biases: None, gate: Gate::Silu, score_before_experts: true };
             let flops = 3 * 2 * N * hidden * DIM;
             let work = [Flops(flops), Flops(2 * flops)];
             let op = Op::new("experts", format!("{N} x {DIM} -> {n_experts} x {hidden}"), dtype);

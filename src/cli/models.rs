@@ -131,7 +131,7 @@ fn weights_of(stage: &StageBuilder) -> Vec<(String, Vec<usize>)> {
 }
 
 fn rotates(args: &DecoderArgs, layer: usize) -> bool {
-    args.every_n_layers_nope.is_none_or(|n| !layer.is_multiple_of(n))
+    args.layer(layer).rope.is_some()
 }
 
 fn stage_lines(title: &str, stage: &StageBuilder) -> String {

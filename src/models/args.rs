@@ -42,14 +42,62 @@ pub struct DecoderArgs {
     /// Factor on the feed-forward width of `8 / 3 * dim`.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub ffn_dim_multiplier: Option<f64>,
-    /// Epsilon inside RMSNorm's square root.
+    /// Epsilon inside the square root of norms.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub norm_eps: f64,
     /// Epsilon of the norm before the output layer. "none": `norm_eps`.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub final_norm_eps: Option<f64>,
-    /// RMSNorm of each query and key head, before they rotate.
+    /// "rms_norm", or "layer_norm": with its mean taken away, and a bias.
+    pub norm_type: NormType,
+    /// Where a block norms the residual stream: "before" attention and feed-forward, or "after" what they give, or "both".
+    pub norm_position: NormPosition,
+    /// RMSNorm multiplies by 1 + its weight, so that weights begin at 0 and decay towards a plain norm.
+    pub zero_centered_norms: bool,
+    /// RMSNorm of queries and keys, before they rotate.
     pub qk_norm: bool,
+    /// What `qk_norm` norms at a time: each "head", or the whole "projection" to all heads.
+    pub qk_norm_over: QkNormOver,
+    /// Queries, keys and values have biases.
+    pub attention_bias: bool,
+    /// The layer after attention has a bias.
+    pub attention_out_bias: bool,
+    /// The layers of a dense feed-forward have biases.
+    pub mlp_bias: bool,
+    /// Scores of attention are divided by the square root of this. "none": by that of a head's width.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub query_pre_attn_scalar: Option<f64>,
+    /// Scores of attention become `c * tanh(score / c)`.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub attention_softcap: Option<f64>,
+    /// Each head has a learned score that takes its share of attention and gives nothing.
+    pub attention_sinks: bool,
+    /// Logits become `c * tanh(logit / c)`.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub logit_softcap: Option<f64>,
+    /// Factor on embeddings.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub embedding_multiplier: f64,
+    /// Factor on what attention and feed-forward add to the residual stream.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub residual_multiplier: f64,
+    /// How far attention sees, layer by layer: "full", "sliding" (`sliding_window` positions), "chunked" (blocks of
+    /// `fixed_attn_block_size`). A short list repeats. []: as `attn_type` and `every_n_layers_nope` say.
+    pub attention_pattern: Vec<AttentionKind>,
+    /// Which layers have latent attention, in place of grouped-query attention. A short list repeats. []: all, where there
+    /// is a `kv_lora_rank`.
+    pub latent_pattern: Vec<bool>,
+    /// Which layers have rotary positions. A short list repeats. []: as `every_n_layers_nope` says.
+    pub rope_pattern: Vec<bool>,
+    /// The feed-forward of each layer: "swiglu", "geglu", "relu_squared" or "moe". A short list repeats. []: "swiglu", and
+    /// "moe" as `interleave_moe_layer_step` and `n_dense_layers` say.
+    pub feed_forward_pattern: Vec<FeedForwardKind>,
+    /// Positions that sliding layers see, a token's own among them.
+    #[schemars(range(min = 1))]
+    pub sliding_window: Option<usize>,
+    /// Base of the rotary frequencies in sliding and chunked layers, where nothing stretches them. "none": as in the others.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub local_rope_theta: Option<f64>,
     /// Base of the rotary frequencies.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub rope_theta: f64,
@@ -68,7 +116,8 @@ pub struct DecoderArgs {
     pub attn_mask_type: AttnMaskType,
     /// Stretching of rotary wavelengths for long contexts. "none": none.
     pub rope_scaling_args: Option<RopeScalingArgs>,
-    /// YaRN: long wavelengths are multiplied by this where `max_seq_len` is above `original_seq_len`. "none": no YaRN.
+    /// YaRN: long wavelengths are multiplied by this where `max_seq_len` is above `original_seq_len`, or `yarn_always` is
+    /// set. "none": no YaRN.
     #[schemars(range(min = 1))]
     pub rope_factor: Option<f64>,
     /// YaRN: context length before the stretching.
@@ -80,6 +129,10 @@ pub struct DecoderArgs {
     /// YaRN: wavelengths that turn less often than this in `original_seq_len` are stretched in full.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub beta_slow: f64,
+    /// YaRN: whatever `max_seq_len` is, as models need that were trained so.
+    pub yarn_always: bool,
+    /// YaRN: go over from keeping to stretching at a whole number of frequencies.
+    pub yarn_truncate: bool,
     /// YaRN: scores are multiplied by the square of `0.1 * mscale * ln(rope_factor) + 1`.
     #[schemars(range(min = 0))]
     pub mscale: f64,
@@ -159,6 +212,7 @@ pub struct YarnArgs {
     pub original_seq_len: usize,
     pub beta_fast: f64,
     pub beta_slow: f64,
+    pub truncate: bool,
 }
 
 /// Token-choice mixture of experts.
@@ -192,6 +246,11 @@ pub struct MoeArgs {
     /// Step by which each expert's bias follows its load. "none": no bias.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub load_balance_coeff: Option<f64>,
+    /// Experts and router have biases.
+    pub use_bias: bool,
+    /// GPT-OSS's SwiGLU in the routed experts, clamped to this. "none": plain SwiGLU.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub swiglu_limit: Option<f64>,
     /// Send tokens round robin, for timing.
     pub force_load_balance: bool,
 }
@@ -219,6 +278,45 @@ pub enum RopeLayout {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NormType {
+    RmsNorm,
+    LayerNorm,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NormPosition {
+    Before,
+    After,
+    Both,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNormOver {
+    Head,
+    Projection,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionKind {
+    Full,
+    Sliding,
+    Chunked,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FeedForwardKind {
+    Swiglu,
+    Geglu,
+    ReluSquared,
+    Moe,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ScoreFunc {
     Sigmoid,
@@ -243,7 +341,26 @@ impl Default for DecoderArgs {
             ffn_dim_multiplier: None,
             norm_eps: 1e-5,
             final_norm_eps: None,
+            norm_type: NormType::RmsNorm,
+            norm_position: NormPosition::Before,
+            zero_centered_norms: false,
             qk_norm: false,
+            qk_norm_over: QkNormOver::Head,
+            attention_bias: false,
+            attention_out_bias: false,
+            mlp_bias: false,
+            query_pre_attn_scalar: None,
+            attention_softcap: None,
+            attention_sinks: false,
+            logit_softcap: None,
+            embedding_multiplier: 1.0,
+            residual_multiplier: 1.0,
+            attention_pattern: Vec::new(),
+            latent_pattern: Vec::new(),
+            rope_pattern: Vec::new(),
+            feed_forward_pattern: Vec::new(),
+            sliding_window: None,
+            local_rope_theta: None,
             rope_theta: 10_000.0,
             rope_layout: RopeLayout::Pairs,
             max_seq_len: 131_072,
@@ -255,6 +372,8 @@ impl Default for DecoderArgs {
             original_seq_len: 4096,
             beta_fast: 32.0,
             beta_slow: 1.0,
+            yarn_always: false,
+            yarn_truncate: true,
             mscale: 1.0,
             kv_lora_rank: None,
             q_lora_rank: 0,
@@ -296,6 +415,8 @@ impl Default for MoeArgs {
             num_limited_groups: None,
             score_before_experts: true,
             load_balance_coeff: Some(1e-3),
+            use_bias: false,
+            swiglu_limit: None,
             force_load_balance: false,
         }
     }

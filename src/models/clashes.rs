@@ -1,6 +1,6 @@
 //! Arguments that no decoder can be built with.
 
-use super::args::{DecoderArgs, MoeArgs, RopeLayout};
+use super::args::{AttentionKind, DecoderArgs, FeedForwardKind, MoeArgs, NormType, QkNormOver, RopeLayout};
 
 /// Arguments that contradict each other, or that nothing can be built with.
 #[derive(Debug)]
@@ -23,11 +23,16 @@ impl DecoderArgs {
             return vec![clash];
         }
         let mut clashes = Vec::new();
-        match self.kv_lora_rank {
-            None => self.grouped_attention(&mut clashes),
-            Some(_) => self.latent_attention(&mut clashes),
+        self.patterns(&mut clashes);
+        let latent =
+            || (0..self.n_layers.min(self.latent_pattern.len().max(1))).map(|i| self.layer(i).latent_dim.is_some());
+        if latent().any(|is_latent| !is_latent) {
+            self.grouped_attention(&mut clashes);
         }
-        self.rotary_positions(&mut clashes);
+        if latent().any(|is_latent| is_latent) {
+            self.latent_attention(&mut clashes, latent().all(|is_latent| is_latent));
+        }
+        self.norms_and_positions(&mut clashes);
         self.feed_forward(&mut clashes);
         if let Some(moe) = &self.moe_args {
             experts(moe, &mut clashes);
@@ -48,7 +53,7 @@ impl DecoderArgs {
                 self.head_dim.unwrap_or(1),
                 self.kv_lora_rank.unwrap_or(1),
                 self.every_n_layers_nope.unwrap_or(1),
-                self.fixed_attn_block_size.unwrap_or(1),
+                self.fixed_attn_block_size.unwrap_or(1).min(self.sliding_window.unwrap_or(1)),
             ],
         ];
         let widths = [self.hidden_dim, self.inter_dim, self.moe_inter_dim].map(|width| width.unwrap_or(1));
@@ -60,9 +65,54 @@ impl DecoderArgs {
         beyond.then(|| clash(&[], "a size is beyond any machine", "sizes must be below 2^32"))
     }
 
+    /// Lists whose words need an argument that is not there, and arguments that no word needs.
+    fn patterns(&self, clashes: &mut Vec<Clash>) {
+        let mut push = |keys, what: &str, remedy: &str| clashes.push(clash(keys, what, remedy));
+        let has = |kind| self.attention_pattern.contains(&kind);
+        let (sliding, chunked) = (has(AttentionKind::Sliding), has(AttentionKind::Chunked));
+        if sliding != self.sliding_window.is_some() {
+            const KEYS: &[&str] = &["attention_pattern", "sliding_window"];
+            match sliding {
+                true => push(KEYS, "sliding layers have no window", "set `sliding_window`"),
+                false => push(KEYS, "no layer slides", "add \"sliding\" to `attention_pattern`"),
+            }
+        }
+        if chunked && self.fixed_attn_block_size.is_none() {
+            let keys = &["attention_pattern", "fixed_attn_block_size"];
+            push(keys, "chunked layers have no block size", "set `fixed_attn_block_size`");
+        }
+        if self.local_rope_theta.is_some() && !sliding && !chunked {
+            let remedy = "add \"sliding\" or \"chunked\" to `attention_pattern`";
+            push(&["local_rope_theta", "attention_pattern"], "no layer is local", remedy);
+        }
+        if self.every_n_layers_nope.is_some() && !self.rope_pattern.is_empty() {
+            let keys = &["rope_pattern", "every_n_layers_nope"];
+            push(keys, "two rules say which layers rotate", "set one of them");
+        }
+        if self.latent_pattern.contains(&true) && self.kv_lora_rank.is_none() {
+            push(&["latent_pattern", "kv_lora_rank"], "latents have no width", "set `kv_lora_rank`");
+        }
+        if self.feed_forward_pattern.is_empty() {
+            return;
+        }
+        if self.interleave_moe_layer_step != 1 || self.n_dense_layers != 0 {
+            push(
+                &["feed_forward_pattern", "interleave_moe_layer_step", "n_dense_layers"],
+                "two rules say which layers are mixtures of experts",
+                "leave `interleave_moe_layer_step` at 1 and `n_dense_layers` at 0",
+            );
+        }
+        let has_moe = self.feed_forward_pattern.contains(&FeedForwardKind::Moe);
+        if has_moe && (self.moe_args.is_none() || !self.moe_enabled) {
+            let keys = &["feed_forward_pattern", "moe_args", "moe_enabled"];
+            push(keys, "there are no experts for layers of \"moe\"", "set `moe_args`, and `moe_enabled` to true");
+        }
+    }
+
     fn grouped_attention(&self, clashes: &mut Vec<Clash>) {
         let Self { dim, n_heads, .. } = *self;
         let n_kv_heads = self.n_kv_heads();
+        let rotary: &[_] = if self.head_dim.is_some() { &["head_dim"] } else { &["dim", "n_heads"] };
         if self.head_dim.is_none() && !dim.is_multiple_of(n_heads) {
             let nearest = dim.div_ceil(n_heads) * n_heads;
             clashes.push(clash(
@@ -70,6 +120,8 @@ impl DecoderArgs {
                 format!("`dim` {dim} does not divide into {n_heads} heads"),
                 format!("`dim` must be a multiple of `n_heads`, or `head_dim` given; nearest: {nearest}"),
             ));
+        } else if !self.head_dim().is_multiple_of(2) {
+            clashes.push(odd_heads(rotary, self.head_dim()));
         }
         if !n_heads.is_multiple_of(n_kv_heads) {
             // No model has more heads; a slip of twelve digits should not take minutes.
@@ -80,7 +132,7 @@ impl DecoderArgs {
                 format!("`n_kv_heads` must divide `n_heads`; allowed: {}", allowed.collect::<Vec<_>>().join(", ")),
             ));
         }
-        if self.q_lora_rank > 0 {
+        if self.q_lora_rank > 0 && self.kv_lora_rank.is_none() {
             clashes.push(clash(
                 &["q_lora_rank", "kv_lora_rank"],
                 "only latent attention makes queries from a latent",
@@ -89,52 +141,64 @@ impl DecoderArgs {
         }
     }
 
-    fn latent_attention(&self, clashes: &mut Vec<Clash>) {
+    /// `all`: no layer has grouped-query attention, so that its arguments mean nothing.
+    fn latent_attention(&self, clashes: &mut Vec<Clash>, all: bool) {
+        const KEYS: &[&str] = &["qk_rope_head_dim", "qk_nope_head_dim"];
+        if !self.qk_rope_head_dim.is_multiple_of(2) {
+            clashes.push(odd_heads(KEYS, self.qk_rope_head_dim));
+        } else if !self.qk_nope_head_dim.is_multiple_of(2) && self.rope_layout == RopeLayout::Pairs {
+            clashes.push(clash(
+                KEYS,
+                format!("{} numbers before those that rotate would part a pair", self.qk_nope_head_dim),
+                "`qk_nope_head_dim` must be even, or `rope_layout` \"halves\"",
+            ));
+        }
         let mut means_nothing = |keys, what: &str, remedy: &str| clashes.push(clash(keys, what, remedy));
-        if self.n_kv_heads.is_some_and(|n| n != self.n_heads) {
+        if all && self.n_kv_heads.is_some_and(|n| n != self.n_heads) {
             means_nothing(
                 &["n_kv_heads", "kv_lora_rank"],
                 "latent attention has a key and a value for every query head",
                 "leave out `n_kv_heads`, or `kv_lora_rank` for grouped-query attention",
             );
         }
-        if self.head_dim.is_some() {
+        if all && self.head_dim.is_some() {
             means_nothing(
                 &["head_dim", "kv_lora_rank"],
                 "the heads of latent attention have other widths",
                 "set `qk_nope_head_dim`, `qk_rope_head_dim` and `v_head_dim` instead of `head_dim`",
             );
         }
-        if self.qk_norm {
+        if all && self.qk_norm {
             means_nothing(
                 &["qk_norm", "kv_lora_rank"],
                 "latent attention norms its latents instead of queries and keys",
                 "set `qk_norm` to false",
             );
         }
+        if self.attention_bias || self.attention_out_bias {
+            means_nothing(
+                &["attention_bias", "attention_out_bias", "kv_lora_rank"],
+                "latent attention has no biases",
+                "set `attention_bias` and `attention_out_bias` to false",
+            );
+        }
     }
 
-    fn rotary_positions(&self, clashes: &mut Vec<Clash>) {
-        let (keys, unmoved): (&[_], _) = match (self.kv_lora_rank, self.head_dim) {
-            (Some(_), _) => (&["qk_rope_head_dim", "qk_nope_head_dim"], self.qk_nope_head_dim),
-            (None, Some(_)) => (&["head_dim"], 0),
-            (None, None) => (&["dim", "n_heads"], 0),
-        };
-        let rotary = self.rope_dim();
-        let has_heads = self.kv_lora_rank.is_some() || self.head_dim.is_some() || self.dim.is_multiple_of(self.n_heads);
-        if has_heads && !rotary.is_multiple_of(2) {
-            let what = format!("heads of {rotary} numbers cannot rotate in pairs");
-            clashes.push(clash(keys, what, "the width of a head must be even"));
-        } else if !unmoved.is_multiple_of(2) && self.rope_layout == RopeLayout::Pairs {
-            let what = format!("{unmoved} numbers before those that rotate would part a pair");
-            clashes.push(clash(keys, what, "`qk_nope_head_dim` must be even, or `rope_layout` \"halves\""));
+    fn norms_and_positions(&self, clashes: &mut Vec<Clash>) {
+        let mut push = |keys, what: &str, remedy: &str| clashes.push(clash(keys, what, remedy));
+        if self.zero_centered_norms && self.norm_type == NormType::LayerNorm {
+            let keys = &["zero_centered_norms", "norm_type"];
+            push(keys, "only RMSNorm takes weights around 0", "set `norm_type` to \"rms_norm\"");
+        }
+        if self.qk_norm_over == QkNormOver::Projection && !self.qk_norm {
+            push(&["qk_norm_over", "qk_norm"], "queries and keys are not normed", "set `qk_norm` to true");
         }
         if self.rope_factor.is_some() && self.rope_scaling_args.is_some() {
-            clashes.push(clash(
+            push(
                 &["rope_factor", "rope_scaling_args"],
                 "wavelengths cannot be stretched in two ways",
                 "set one of `rope_factor` and `rope_scaling_args` to \"none\"",
-            ));
+            );
         }
     }
 
@@ -153,6 +217,10 @@ impl DecoderArgs {
             ));
         }
     }
+}
+
+fn odd_heads(keys: &'static [&'static str], width: usize) -> Clash {
+    clash(keys, format!("heads of {width} numbers cannot rotate in pairs"), "the width of a head must be even")
 }
 
 fn experts(moe: &MoeArgs, clashes: &mut Vec<Clash>) {
@@ -193,6 +261,13 @@ fn experts(moe: &MoeArgs, clashes: &mut Vec<Clash>) {
 mod tests {
     use super::*;
     use crate::models::{FAMILIES, family, flavor};
+
+    /// A short way to arguments: from those of the decoder family, by what a job file would say.
+    fn with(toml: &str) -> DecoderArgs {
+        let mut args = toml::Table::try_from(family("decoder").unwrap()).unwrap();
+        args.extend(toml.parse::<toml::Table>().unwrap());
+        args.try_into().unwrap()
+    }
 
     #[test]
     fn no_flavor_clashes_with_itself() {
@@ -240,6 +315,23 @@ mod tests {
                 "moe_args.top_k moe_args.num_limited_groups moe_args.num_expert_groups",
             ),
         ];
+        let of_patterns = [
+            ("attention_pattern = ['sliding', 'full']", "attention_pattern sliding_window"),
+            ("sliding_window = 64", "attention_pattern sliding_window"),
+            ("attention_pattern = ['chunked']", "attention_pattern fixed_attn_block_size"),
+            ("local_rope_theta = 1e4", "local_rope_theta attention_pattern"),
+            ("every_n_layers_nope = 4\nrope_pattern = [true]", "rope_pattern every_n_layers_nope"),
+            ("latent_pattern = [true, false]", "latent_pattern kv_lora_rank"),
+            ("feed_forward_pattern = ['moe']", "feed_forward_pattern moe_args moe_enabled"),
+            (
+                "feed_forward_pattern = ['geglu']\nn_dense_layers = 1",
+                "feed_forward_pattern interleave_moe_layer_step n_dense_layers",
+            ),
+            ("norm_type = 'layer_norm'\nzero_centered_norms = true", "zero_centered_norms norm_type"),
+            ("qk_norm_over = 'projection'", "qk_norm_over qk_norm"),
+            ("kv_lora_rank = 64\nattention_bias = true", "attention_bias attention_out_bias kv_lora_rank"),
+        ];
+        let cases = cases.into_iter().chain(of_patterns.map(|(toml, keys)| (with(toml), keys)));
         for (args, keys) in cases {
             let found: Vec<_> = args.clashes().iter().map(|clash| clash.keys.join(" ")).collect();
             assert_eq!(found, [keys]);

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::args::{DecoderArgs, RopeArgs};
 use super::layer::Span;
-use super::layers::{Block, ExpertLoad, LayerCache};
+use super::layers::{Block, ExpertLoad, LayerCache, Norm};
 use super::lora::{self, Adapters, Lora};
 use crate::autograd::{Init, Parameter, Precision, StageBuilder, Value};
 use crate::engine::{Pass, Stages};
@@ -25,7 +25,7 @@ pub struct Decoder {
     args: DecoderArgs,
     tok_embeddings: Arc<Parameter>,
     layers: Vec<Layer>,
-    norm: Arc<Parameter>,
+    norm: Norm,
     /// The embedding itself, where the two are tied.
     output: Arc<Parameter>,
     /// Memory of the embedding, of each block, of norm and output.
@@ -101,7 +101,7 @@ impl Decoder {
         });
         let layers = layers.collect();
         let head = &mut stages[args.n_layers + 1];
-        let norm = head.parameter("norm.weight", &[args.dim], Init::Constant(1.0));
+        let norm = Norm::new(head, "norm", args).with_eps(args.final_norm_eps.unwrap_or(args.norm_eps));
         let output = if tied { tok_embeddings.clone() } else { head.parameter("output.weight", &shape, of_output) };
         Ok(Self {
             args: args.clone(),
@@ -255,15 +255,18 @@ impl Decoder {
 
     /// Floating-point operations to train on one token, forward and backward: 6 per weight that a token meets (an
     /// expert counts as often as it is chosen, the embedding only where it is the output layer too; a frozen weight 4, as
-    /// it has no gradient), and `6 · n_layers · n_heads · (width of a key + width of a value) · seq_len` for attention.
+    /// it has no gradient), and in each layer `6 · n_heads · (width of a key + width of a value) · seq_len` for attention.
     ///
     /// # Source
     /// Chowdhery et al., arXiv:2204.02311, appendix B.
     pub fn flops_per_token(&self, seq_len: usize) -> u64 {
         let is_used = |p: &Parameter| self.args.enable_weight_tying || !std::ptr::eq(p, &*self.tok_embeddings);
         let active: usize = self.parameters().filter(|p| is_used(p)).map(|p| self.n_active(p)).sum();
-        let head_dims = self.args.qk_head_dim() + self.args.value_head_dim();
-        let attention = self.args.n_layers * self.args.n_heads * head_dims * seq_len;
+        let head_dims = |index| {
+            let is_latent = self.args.layer(index).latent_dim.is_some();
+            self.args.qk_head_dim(is_latent) + self.args.value_head_dim(is_latent)
+        };
+        let attention = (0..self.args.n_layers).map(head_dims).sum::<usize>() * self.args.n_heads * seq_len;
         let of_weights = match &self.adapters {
             None => 6 * active,
             Some(adapters) => 4 * active + 6 * adapters.stages().iter().map(StageBuilder::numel).sum::<usize>(),
@@ -318,11 +321,19 @@ impl Decoder {
     }
 
     fn output(&self, x: Tensor) -> Result<Tensor> {
-        ops::logits(self.normed(&Value::constant(x))?.tensor(), &self.output)
+        ops::logits(self.norm.forward(&Value::constant(x))?.tensor(), &self.output, self.logit_softcap())
     }
 
-    fn normed(&self, x: &Value) -> Result<Value> {
-        ops::rms_norm(x, &self.norm, self.args.final_norm_eps.unwrap_or(self.args.norm_eps))
+    /// An embedding, or its gradient, times the embedding multiplier.
+    fn scaled_embedding(&self, x: Tensor) -> Result<Tensor> {
+        match self.args.embedding_multiplier {
+            1.0 => Ok(x),
+            factor => ops::scale_tensor(&x, factor as f32),
+        }
+    }
+
+    fn logit_softcap(&self) -> Option<f32> {
+        self.args.logit_softcap.map(|cap| cap as f32)
     }
 
     fn positions(&self, mask: AttentionMask, rows: usize, positions: Range<usize>) -> Result<Sequence> {
@@ -335,6 +346,7 @@ impl Decoder {
         }
         let masks = self.spans.iter().map(|span| match *span {
             Span::Full => mask.clone(),
+            Span::Sliding(size) => mask.clone().within_window(size, rows, positions.clone()),
             Span::Chunked(size) => mask.clone().within_blocks(size, rows, positions.clone()),
         });
         let masks = masks.collect();
@@ -370,11 +382,12 @@ impl Stages for Decoder {
     }
 
     fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
-        ops::embedding(tokens, &self.tok_embeddings)
+        let x = ops::embedding(tokens, &self.tok_embeddings)?;
+        self.scaled_embedding(x)
     }
 
     fn embed_backward(&self, tokens: &Tensor, dy: &Tensor) -> Result<()> {
-        ops::embedding_backward(tokens, &self.tok_embeddings, dy)
+        ops::embedding_backward(tokens, &self.tok_embeddings, &self.scaled_embedding(dy.clone())?)
     }
 
     fn n_blocks(&self) -> usize {
@@ -386,13 +399,14 @@ impl Stages for Decoder {
     }
 
     fn loss(&self, x: Tensor, labels: &Tensor) -> Result<f32> {
-        let x = self.normed(&Value::constant(x))?;
-        ops::cross_entropy_loss(x.tensor(), &self.output, labels)
+        let x = self.norm.forward(&Value::constant(x))?;
+        ops::cross_entropy_loss(x.tensor(), &self.output, self.logit_softcap(), labels)
     }
 
     fn loss_grad(&self, x: Tensor, labels: &Tensor, scale: f64) -> Result<LossAndGrad> {
-        let x = self.normed(&Value::input(x))?;
-        let LossAndGrad { loss, dx } = ops::cross_entropy_grad(x.tensor(), &self.output, labels, scale)?;
+        let x = self.norm.forward(&Value::input(x))?;
+        let LossAndGrad { loss, dx } =
+            ops::cross_entropy_grad(x.tensor(), &self.output, self.logit_softcap(), labels, scale)?;
         Ok(LossAndGrad { loss, dx: x.backward(dx)? })
     }
 }

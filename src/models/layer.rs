@@ -1,18 +1,19 @@
 //! What one layer is made of, as the arguments of the whole model say.
 
-use super::args::{AttnMaskType, AttnType, DecoderArgs, RopeArgs, Stretch, YarnArgs};
+use super::args::{AttentionKind, AttnMaskType, AttnType, DecoderArgs, FeedForwardKind, RopeArgs, Stretch, YarnArgs};
 
 /// One layer of a decoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerArgs {
     /// The tokens that attention sees.
     pub span: Span,
+    /// Width of the latents that keys and values are made from; `None`: grouped-query attention.
+    pub latent_dim: Option<usize>,
     /// `None`: attention knows no positions.
     pub rope: Option<RopeArgs>,
     /// Factor on attention's scores.
     pub score_scale: f64,
-    /// Whether the feed-forward is a mixture of experts.
-    pub is_moe: bool,
+    pub feed_forward: FeedForwardKind,
 }
 
 /// How far attention sees, up to a token itself.
@@ -20,20 +21,81 @@ pub struct LayerArgs {
 pub enum Span {
     /// From the first token.
     Full,
+    /// So many positions.
+    Sliding(usize),
     /// From the start of a token's own block of so many positions.
     Chunked(usize),
+}
+
+/// The entry of layer `index` in a list that repeats; `None` in an empty one.
+fn of_layer<T: Copy>(pattern: &[T], index: usize) -> Option<T> {
+    (!pattern.is_empty()).then(|| pattern[index % pattern.len()])
 }
 
 impl DecoderArgs {
     /// What layer `index` is made of.
     pub fn layer(&self, index: usize) -> LayerArgs {
-        let is_rotary = self.every_n_layers_nope.is_none_or(|n| !index.is_multiple_of(n));
-        LayerArgs {
-            span: self.attn_block_size().filter(|_| is_rotary).map_or(Span::Full, Span::Chunked),
-            rope: is_rotary.then(|| self.rope()),
-            score_scale: self.score_scale(),
-            is_moe: self.is_moe_layer(index),
+        let by_rule = || self.every_n_layers_nope.is_none_or(|n| !index.is_multiple_of(n));
+        let is_rotary = of_layer(&self.rope_pattern, index).unwrap_or_else(by_rule);
+        let latent_dim = self.kv_lora_rank.filter(|_| of_layer(&self.latent_pattern, index).unwrap_or(true));
+        let span = match of_layer(&self.attention_pattern, index) {
+            Some(AttentionKind::Full) => Span::Full,
+            Some(AttentionKind::Sliding) => self.sliding_window.map_or(Span::Full, Span::Sliding),
+            Some(AttentionKind::Chunked) => self.fixed_attn_block_size.map_or(Span::Full, Span::Chunked),
+            None => self.attn_block_size().filter(|_| is_rotary).map_or(Span::Full, Span::Chunked),
+        };
+        let rope = is_rotary.then(|| self.rope(span, latent_dim.is_some()));
+        let feed_forward = match of_layer(&self.feed_forward_pattern, index) {
+            Some(kind) => kind,
+            None if self.is_moe_by_rule(index) => FeedForwardKind::Moe,
+            None => FeedForwardKind::Swiglu,
+        };
+        let score_scale = self.score_scale(latent_dim.is_some(), rope.as_ref());
+        LayerArgs { span, latent_dim, rope, score_scale, feed_forward }
+    }
+
+    fn rope(&self, span: Span, is_latent: bool) -> RopeArgs {
+        let dim = self.rope_dim(is_latent);
+        let layout = self.rope_layout;
+        match self.local_rope_theta.filter(|_| span != Span::Full) {
+            Some(theta) => RopeArgs { dim, theta, layout, stretch: Stretch::None },
+            None => RopeArgs { dim, theta: self.rope_theta, layout, stretch: self.stretch() },
         }
+    }
+
+    fn stretch(&self) -> Stretch {
+        let Self { original_seq_len, beta_fast, beta_slow, yarn_truncate: truncate, .. } = *self;
+        // DeepSeek's goes with models that are to read more than the original length.
+        let factor = self.rope_factor.filter(|_| self.yarn_always || self.max_seq_len > original_seq_len);
+        match (factor, &self.rope_scaling_args) {
+            (Some(factor), _) => Stretch::Yarn(YarnArgs { factor, original_seq_len, beta_fast, beta_slow, truncate }),
+            (None, Some(scaling)) => Stretch::ByWavelength(scaling.clone()),
+            (None, None) => Stretch::None,
+        }
+    }
+
+    fn score_scale(&self, is_latent: bool, rope: Option<&RopeArgs>) -> f64 {
+        let temperature = match rope.map(|rope| &rope.stretch) {
+            Some(Stretch::Yarn(yarn)) => 0.1 * self.mscale * yarn.factor.ln() + 1.0,
+            _ => 1.0,
+        };
+        let width = self.query_pre_attn_scalar.unwrap_or(self.qk_head_dim(is_latent) as f64);
+        width.powf(-0.5) * temperature * temperature
+    }
+
+    /// Numbers of a head that rotate.
+    pub fn rope_dim(&self, is_latent: bool) -> usize {
+        if is_latent { self.qk_rope_head_dim } else { self.head_dim() }
+    }
+
+    /// Width of a query.
+    pub fn qk_head_dim(&self, is_latent: bool) -> usize {
+        if is_latent { self.qk_nope_head_dim + self.qk_rope_head_dim } else { self.head_dim() }
+    }
+
+    /// Width of a value.
+    pub fn value_head_dim(&self, is_latent: bool) -> usize {
+        if is_latent { self.v_head_dim } else { self.head_dim() }
     }
 
     /// The blocks of positions that rotary layers attend within.
@@ -41,48 +103,9 @@ impl DecoderArgs {
         self.fixed_attn_block_size.filter(|_| self.attn_type == AttnType::Flex)
     }
 
-    fn rope(&self) -> RopeArgs {
-        let stretch = match (self.yarn(), &self.rope_scaling_args) {
-            (Some(yarn), _) => Stretch::Yarn(yarn),
-            (None, Some(scaling)) => Stretch::ByWavelength(scaling.clone()),
-            (None, None) => Stretch::None,
-        };
-        RopeArgs { dim: self.rope_dim(), theta: self.rope_theta, layout: self.rope_layout, stretch }
-    }
-
-    /// Numbers of a head that rotate.
-    pub fn rope_dim(&self) -> usize {
-        if self.kv_lora_rank.is_some() { self.qk_rope_head_dim } else { self.head_dim() }
-    }
-
-    /// YaRN, for models that are to read more than the original length.
-    fn yarn(&self) -> Option<YarnArgs> {
-        let Self { original_seq_len, beta_fast, beta_slow, .. } = *self;
-        let factor = self.rope_factor.filter(|_| self.max_seq_len > original_seq_len)?;
-        Some(YarnArgs { factor, original_seq_len, beta_fast, beta_slow })
-    }
-
-    fn score_scale(&self) -> f64 {
-        let temperature = self.yarn().map_or(1.0, |yarn| 0.1 * self.mscale * yarn.factor.ln() + 1.0);
-        (self.qk_head_dim() as f64).powf(-0.5) * temperature * temperature
-    }
-
     /// Width of a head of grouped-query attention.
     pub fn head_dim(&self) -> usize {
         self.head_dim.unwrap_or(self.dim / self.n_heads)
-    }
-
-    /// Width of a query.
-    pub fn qk_head_dim(&self) -> usize {
-        match self.kv_lora_rank {
-            Some(_) => self.qk_nope_head_dim + self.qk_rope_head_dim,
-            None => self.head_dim(),
-        }
-    }
-
-    /// Width of a value.
-    pub fn value_head_dim(&self) -> usize {
-        if self.kv_lora_rank.is_some() { self.v_head_dim } else { self.head_dim() }
     }
 
     /// Number of key/value heads.
@@ -95,9 +118,14 @@ impl DecoderArgs {
         self.attn_type != AttnType::Sdpa && self.attn_mask_type == AttnMaskType::BlockCausal
     }
 
+    /// Whether the feed-forward of a layer is a mixture of experts.
+    pub fn is_moe_layer(&self, layer: usize) -> bool {
+        self.layer(layer).feed_forward == FeedForwardKind::Moe
+    }
+
     /// Layers `n - 1, 2n - 1, ...` of an `interleave_moe_layer_step` of `n`, except for the first `n_dense_layers`, where
     /// there are experts at all.
-    pub fn is_moe_layer(&self, layer: usize) -> bool {
+    fn is_moe_by_rule(&self, layer: usize) -> bool {
         let has_experts = self.moe_enabled && self.moe_args.is_some();
         has_experts && layer >= self.n_dense_layers && (layer + 1).is_multiple_of(self.interleave_moe_layer_step)
     }
@@ -132,7 +160,32 @@ impl DecoderArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::args::MoeArgs;
+    use crate::models::args::{MoeArgs, RopeScalingArgs};
+
+    #[test]
+    fn short_patterns_repeat_over_the_layers() {
+        use AttentionKind::{Full, Sliding};
+        let args = DecoderArgs {
+            attention_pattern: vec![Sliding, Sliding, Full],
+            sliding_window: Some(64),
+            rope_pattern: vec![true, false],
+            feed_forward_pattern: vec![FeedForwardKind::Geglu, FeedForwardKind::Moe],
+            local_rope_theta: Some(7.0),
+            rope_scaling_args: Some(RopeScalingArgs::default()),
+            ..Default::default()
+        };
+        let layers: Vec<_> = (0..6).map(|index| args.layer(index)).collect();
+        let (near, far) = (Span::Sliding(64), Span::Full);
+        assert_eq!(layers.iter().map(|it| it.span).collect::<Vec<_>>(), [near, near, far, near, near, far]);
+        let thetas: Vec<_> = layers.iter().map(|it| it.rope.as_ref().map(|rope| rope.theta)).collect();
+        assert_eq!(thetas, [Some(7.0), None, Some(args.rope_theta), None, Some(7.0), None]);
+        assert_eq!(layers[0].rope.as_ref().unwrap().stretch, Stretch::None);
+        assert_ne!(layers[2].rope.as_ref().unwrap().stretch, Stretch::None);
+        assert_eq!(
+            layers.iter().map(|it| it.feed_forward == FeedForwardKind::Moe).collect::<Vec<_>>(),
+            [false, true, false, true, false, true]
+        );
+    }
 
     #[test]
     fn feed_forward_widths_are_those_of_the_published_models() {

@@ -4,6 +4,7 @@
 
 pub mod args;
 mod clashes;
+mod custom;
 pub mod decoder;
 mod deepseek_v3;
 pub mod hf;
@@ -27,6 +28,7 @@ pub const FAMILIES: &[(&str, &[&str])] = &[
     ("llama4", llama4::FLAVORS),
     ("qwen3", qwen3::FLAVORS),
     ("deepseek_v3", deepseek_v3::FLAVORS),
+    ("decoder", custom::FLAVORS),
 ];
 
 /// The family that a name stands for: `llama3_ft` is TorchTitan's second name of `llama3`.
@@ -41,6 +43,7 @@ pub fn family(name: &str) -> Option<DecoderArgs> {
         "llama4" => Some(llama4::family()),
         "qwen3" => Some(qwen3::family()),
         "deepseek_v3" => Some(deepseek_v3::family()),
+        "decoder" => Some(custom::family()),
         _ => None,
     }
 }
@@ -59,6 +62,7 @@ pub fn flavor(family: &str, flavor: &str) -> Option<DecoderArgs> {
         "llama4" => llama4::flavor(flavor),
         "qwen3" => qwen3::flavor(flavor),
         "deepseek_v3" => deepseek_v3::flavor(flavor),
+        "decoder" => custom::flavor(flavor),
         _ => None,
     }
 }

@@ -1,21 +1,23 @@
 use std::sync::Arc;
 
-use super::{ExpertLoad, FeedForward, GroupedAttention, LatentAttention, LayerCache, Moe};
+use super::{ExpertLoad, FeedForward, GroupedAttention, LatentAttention, LayerCache, Moe, Norm};
 use crate::Result;
-use crate::autograd::{Init, Parameter, StageBuilder, Value};
+use crate::autograd::{Init, StageBuilder, Value};
 use crate::engine::Pass;
-use crate::models::args::DecoderArgs;
+use crate::models::args::{DecoderArgs, FeedForwardKind, NormPosition};
 use crate::models::layer::LayerArgs;
-use crate::ops::{self, AttentionMask, RopeTable};
+use crate::ops::{self, AttentionMask, RopeTable, Scores};
 
-/// `h = x + attention(norm(x))`, `y = h + feed_forward(norm(h))`.
+/// `h = x + attention(norm(x))`, `y = h + feed_forward(norm(h))`; the norms may also come after, or after as well.
 #[derive(Debug)]
 pub struct Block {
-    attention_norm: Arc<Parameter>,
+    attention_norm: Option<Norm>,
     attention: Attention,
-    ffn_norm: Arc<Parameter>,
+    post_attention_norm: Option<Norm>,
+    ffn_norm: Option<Norm>,
     ffn: Ffn,
-    norm_eps: f64,
+    post_ffn_norm: Option<Norm>,
+    residual_multiplier: f32,
 }
 
 #[derive(Debug)]
@@ -34,29 +36,38 @@ impl Block {
     pub fn new(stage: &mut StageBuilder, index: usize, args: &DecoderArgs, layer: &LayerArgs) -> Self {
         let prefix = format!("layers.{index}");
         let out_std = 0.02 / (2.0 * if args.depth_init { index + 1 } else { args.n_layers } as f64).sqrt();
+        let mut norm = |name, is_there: bool| is_there.then(|| Norm::new(stage, &format!("{prefix}.{name}"), args));
+        let before = args.norm_position != NormPosition::After;
+        let after = args.norm_position != NormPosition::Before;
+        let attention_norm = norm("attention_norm", before);
+        let post_attention_norm = norm("post_attention_norm", after);
+        let ffn_norm = norm("ffn_norm", before);
+        let post_ffn_norm = norm("post_ffn_norm", after);
+
         let attention = format!("{prefix}.attention");
-        let scale = layer.score_scale;
-        let mut norm = |name| stage.parameter(format!("{prefix}.{name}.weight"), &[args.dim], Init::Constant(1.0));
-        Self {
-            attention_norm: norm("attention_norm"),
-            ffn_norm: norm("ffn_norm"),
-            attention: match args.kv_lora_rank {
-                None => Attention::Grouped(GroupedAttention::new(stage, &attention, args, scale, out_std)),
-                Some(rank) => Attention::Latent(LatentAttention::new(stage, &attention, args, rank, scale, out_std)),
-            },
-            ffn: match &args.moe_args {
-                Some(moe) if layer.is_moe => {
-                    let hidden_dim = args.moe_hidden_dim();
-                    Ffn::Moe(Moe::new(stage, &format!("{prefix}.moe"), moe, args.dim, hidden_dim, out_std))
-                }
-                _ => {
-                    let hidden_dim = args.ffn_hidden_dim();
-                    let prefix = format!("{prefix}.feed_forward");
-                    Ffn::Dense(FeedForward::new(stage, &prefix, args.dim, hidden_dim, out_std))
-                }
-            },
-            norm_eps: args.norm_eps,
-        }
+        let sinks = || stage.parameter(format!("{attention}.sinks"), &[args.n_heads], Init::Constant(0.0));
+        let scores = Scores {
+            scale: layer.score_scale as f32,
+            softcap: args.attention_softcap.map(|cap| cap as f32),
+            sinks: args.attention_sinks.then(sinks),
+        };
+        let attention = match layer.latent_dim {
+            None => Attention::Grouped(GroupedAttention::new(stage, &attention, args, scores, out_std)),
+            Some(dim) => Attention::Latent(LatentAttention::new(stage, &attention, args, dim, scores, out_std)),
+        };
+        let ffn = match (&args.moe_args, layer.feed_forward) {
+            (Some(moe), FeedForwardKind::Moe) => {
+                let dims = [args.dim, args.moe_hidden_dim()];
+                Ffn::Moe(Moe::new(stage, &format!("{prefix}.moe"), moe, dims, out_std))
+            }
+            (_, kind) => {
+                let dims = [args.dim, args.ffn_hidden_dim()];
+                let prefix = format!("{prefix}.feed_forward");
+                Ffn::Dense(FeedForward::new(stage, &prefix, kind, dims, args.mlp_bias, out_std))
+            }
+        };
+        let residual_multiplier = args.residual_multiplier as f32;
+        Self { attention_norm, attention, post_attention_norm, ffn_norm, ffn, post_ffn_norm, residual_multiplier }
     }
 
     /// The load of its experts, if it has any.
@@ -76,18 +87,30 @@ impl Block {
         pass: Pass,
         cache: Option<&mut LayerCache>,
     ) -> Result<Value> {
-        let normed = ops::rms_norm(x, &self.attention_norm, self.norm_eps)?;
+        let normed = self::normed(&self.attention_norm, x)?;
         let attended = match &self.attention {
             Attention::Grouped(attention) => attention.forward(&normed, rope, mask, cache)?,
             Attention::Latent(attention) => attention.forward(&normed, rope, mask, cache)?,
         };
-        drop(normed);
-        let h = ops::add(x, &attended)?;
-        let normed = ops::rms_norm(&h, &self.ffn_norm, self.norm_eps)?;
+        let h = self.add(x, &self::normed(&self.post_attention_norm, &attended)?)?;
+        let normed = self::normed(&self.ffn_norm, &h)?;
         let y = match &self.ffn {
             Ffn::Dense(feed_forward) => feed_forward.forward(&normed)?,
             Ffn::Moe(moe) => moe.forward(&normed, pass == Pass::Training)?,
         };
-        ops::add(&h, &y)
+        self.add(&h, &self::normed(&self.post_ffn_norm, &y)?)
     }
+
+    /// The residual stream with what a layer adds to it.
+    fn add(&self, x: &Value, y: &Value) -> Result<Value> {
+        match self.residual_multiplier {
+            1.0 => ops::add(x, y),
+            factor => ops::add(x, &ops::scale(y, factor)?),
+        }
+    }
+}
+
+/// `x` after a norm, if there is one.
+fn normed(norm: &Option<Norm>, x: &Value) -> Result<Value> {
+    norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
 }

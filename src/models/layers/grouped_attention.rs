@@ -1,43 +1,47 @@
-use std::sync::Arc;
-
-use super::{LayerCache, STD, normal};
+use super::{LayerCache, Linear, Norm, STD};
 use crate::Result;
-use crate::autograd::{Init, Parameter, StageBuilder, Value};
-use crate::models::args::DecoderArgs;
-use crate::ops::{self, AttentionMask, RopeTable};
+use crate::autograd::{StageBuilder, Value};
+use crate::models::args::{DecoderArgs, QkNormOver};
+use crate::ops::{self, AttentionMask, RopeTable, Scores};
 
 /// Grouped-query self-attention.
 #[derive(Debug)]
 pub struct GroupedAttention {
-    wq: Arc<Parameter>,
-    wk: Arc<Parameter>,
-    wv: Arc<Parameter>,
-    wo: Arc<Parameter>,
-    /// Of each query head, and of each key head.
-    qk_norm: Option<[Arc<Parameter>; 2]>,
-    norm_eps: f64,
+    wq: Linear,
+    wk: Linear,
+    wv: Linear,
+    wo: Linear,
+    qk_norm: Option<QkNorm>,
     head_dim: usize,
-    scale: f32,
+    scores: Scores,
+}
+
+#[derive(Debug)]
+struct QkNorm {
+    q: Norm,
+    k: Norm,
+    over: QkNormOver,
 }
 
 impl GroupedAttention {
-    /// `scale`: the factor on scores. `out_std`: standard deviation of the weights that write to the residual stream.
-    pub fn new(stage: &mut StageBuilder, prefix: &str, args: &DecoderArgs, scale: f64, out_std: f64) -> Self {
+    /// `out_std`: standard deviation of the weights that write to the residual stream.
+    pub fn new(stage: &mut StageBuilder, prefix: &str, args: &DecoderArgs, scores: Scores, out_std: f64) -> Self {
         let head_dim = args.head_dim();
         let (q, kv) = (args.n_heads * head_dim, args.n_kv_heads() * head_dim);
-        let mut weight = |name, shape: &[usize], init| stage.parameter(format!("{prefix}.{name}.weight"), shape, init);
-        Self {
-            wq: weight("wq", &[q, args.dim], normal(STD)),
-            wk: weight("wk", &[kv, args.dim], normal(STD)),
-            wv: weight("wv", &[kv, args.dim], normal(STD)),
-            wo: weight("wo", &[args.dim, q], normal(out_std)),
-            qk_norm: args
-                .qk_norm
-                .then(|| ["q_norm", "k_norm"].map(|name| weight(name, &[head_dim], Init::Constant(1.0)))),
-            norm_eps: args.norm_eps,
-            head_dim,
-            scale: scale as f32,
-        }
+        let mut linear = |name, shape, std, bias| Linear::new(stage, format!("{prefix}.{name}"), shape, std, bias);
+        let (wq, wk, wv) = (
+            linear("wq", [q, args.dim], STD, args.attention_bias),
+            linear("wk", [kv, args.dim], STD, args.attention_bias),
+            linear("wv", [kv, args.dim], STD, args.attention_bias),
+        );
+        let wo = linear("wo", [args.dim, q], out_std, args.attention_out_bias);
+        let over = args.qk_norm_over;
+        let mut norm = |name, projection| {
+            let dim = if over == QkNormOver::Head { head_dim } else { projection };
+            Norm::rms(stage, &format!("{prefix}.{name}"), dim, args)
+        };
+        let qk_norm = args.qk_norm.then(|| QkNorm { q: norm("q_norm", q), k: norm("k_norm", kv), over });
+        Self { wq, wk, wv, wo, qk_norm, head_dim, scores }
     }
 
     /// `(b, s, dim) -> (b, s, dim)`. `rope` holds the angles of the `s` positions, `None` in a layer without rotary
@@ -49,13 +53,9 @@ impl GroupedAttention {
         mask: &AttentionMask,
         cache: Option<&mut LayerCache>,
     ) -> Result<Value> {
-        let mut q = self.split_heads(ops::linear(x, &self.wq)?)?; // (b, s, h, hd)
-        let mut k = self.split_heads(ops::linear(x, &self.wk)?)?; // (b, s, kv, hd)
-        let mut v = self.split_heads(ops::linear(x, &self.wv)?)?;
-        if let Some([q_norm, k_norm]) = &self.qk_norm {
-            q = ops::rms_norm(&q, q_norm, self.norm_eps)?;
-            k = ops::rms_norm(&k, k_norm, self.norm_eps)?;
-        }
+        let mut q = self.normed_heads(self.wq.forward(x)?, |norm| &norm.q)?; // (b, s, h, hd)
+        let mut k = self.normed_heads(self.wk.forward(x)?, |norm| &norm.k)?; // (b, s, kv, hd)
+        let mut v = self.split_heads(self.wv.forward(x)?)?;
         if let Some(rope) = rope {
             q = ops::rope(&q, rope)?;
             k = ops::rope(&k, rope)?;
@@ -63,9 +63,17 @@ impl GroupedAttention {
         if let Some(cache) = cache {
             [k, v] = cache.extend([&k, &v])?;
         }
-        let y = ops::attention(&q, &k, &v, mask, self.scale)?;
+        let y = ops::attention(&q, &k, &v, mask, &self.scores)?;
         let (b, s, h, hd) = y.tensor().dims4()?;
-        ops::linear(&y.reshape(&[b, s, h * hd])?, &self.wo)
+        self.wo.forward(&y.reshape(&[b, s, h * hd])?)
+    }
+
+    fn normed_heads(&self, x: Value, norm: impl Fn(&QkNorm) -> &Norm) -> Result<Value> {
+        match &self.qk_norm {
+            None => self.split_heads(x),
+            Some(both) if both.over == QkNormOver::Head => norm(both).forward(&self.split_heads(x)?),
+            Some(both) => self.split_heads(norm(both).forward(&x)?),
+        }
     }
 
     /// `(b, s, h * hd) -> (b, s, h, hd)`.

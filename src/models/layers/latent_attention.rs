@@ -2,11 +2,11 @@ use std::sync::Arc;
 
 use candle_core::{D, Tensor};
 
-use super::{LayerCache, STD, normal};
+use super::{LayerCache, Norm, STD, normal};
 use crate::Result;
-use crate::autograd::{Init, Parameter, StageBuilder, Value};
+use crate::autograd::{Parameter, StageBuilder, Value};
 use crate::models::args::DecoderArgs;
-use crate::ops::{self, AttentionMask, RopeTable};
+use crate::ops::{self, AttentionMask, RopeTable, Scores};
 
 /// Multi-head latent attention: the keys and values of all heads are made from one latent per token. Only a part of each
 /// query head rotates, against one rotary key that all heads share.
@@ -18,25 +18,24 @@ pub struct LatentAttention {
     query: Query,
     /// To the latent, and the rotary key behind it.
     wkv_a: Arc<Parameter>,
-    kv_norm: Arc<Parameter>,
+    kv_norm: Norm,
     /// From the latent to the key and the value of each head.
     wkv_b: Arc<Parameter>,
     wo: Arc<Parameter>,
-    norm_eps: f64,
     n_heads: usize,
     latent_dim: usize,
     /// Widths of a head: of the part of a key that does not rotate, of the part that does, of a value.
     nope_dim: usize,
     rope_dim: usize,
     v_dim: usize,
-    scale: f32,
+    scores: Scores,
 }
 
 /// Queries are made from the residual stream, or from a latent of their own.
 #[derive(Debug)]
 enum Query {
     Direct { wq: Arc<Parameter> },
-    Latent { wq_a: Arc<Parameter>, q_norm: Arc<Parameter>, wq_b: Arc<Parameter> },
+    Latent { wq_a: Arc<Parameter>, q_norm: Norm, wq_b: Arc<Parameter> },
 }
 
 impl LatentAttention {
@@ -46,34 +45,36 @@ impl LatentAttention {
         prefix: &str,
         args: &DecoderArgs,
         latent_dim: usize,
-        scale: f64,
+        scores: Scores,
         out_std: f64,
     ) -> Self {
         let DecoderArgs { dim, n_heads, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, .. } = *args;
-        let mut weight = |name, shape: &[usize], init| stage.parameter(format!("{prefix}.{name}.weight"), shape, init);
+        let weight = |stage: &mut StageBuilder, name, shape: [usize; 2], std| {
+            stage.parameter(format!("{prefix}.{name}.weight"), &shape, normal(std))
+        };
+        let norm = |stage: &mut StageBuilder, name, dim| Norm::rms(stage, &format!("{prefix}.{name}"), dim, args);
         let q = n_heads * (qk_nope_head_dim + qk_rope_head_dim);
         let query = match q_lora_rank {
-            0 => Query::Direct { wq: weight("wq", &[q, dim], normal(STD)) },
+            0 => Query::Direct { wq: weight(stage, "wq", [q, dim], STD) },
             rank => Query::Latent {
-                wq_a: weight("wq_a", &[rank, dim], normal(STD)),
-                q_norm: weight("q_norm", &[rank], Init::Constant(1.0)),
-                wq_b: weight("wq_b", &[q, rank], normal(STD)),
+                wq_a: weight(stage, "wq_a", [rank, dim], STD),
+                q_norm: norm(stage, "q_norm", rank),
+                wq_b: weight(stage, "wq_b", [q, rank], STD),
             },
         };
         let kv = n_heads * (qk_nope_head_dim + v_head_dim);
         Self {
             query,
-            wkv_a: weight("wkv_a", &[latent_dim + qk_rope_head_dim, dim], normal(STD)),
-            kv_norm: weight("kv_norm", &[latent_dim], Init::Constant(1.0)),
-            wkv_b: weight("wkv_b", &[kv, latent_dim], normal(STD)),
-            wo: weight("wo", &[dim, n_heads * v_head_dim], normal(out_std)),
-            norm_eps: args.norm_eps,
+            wkv_a: weight(stage, "wkv_a", [latent_dim + qk_rope_head_dim, dim], STD),
+            kv_norm: norm(stage, "kv_norm", latent_dim),
+            wkv_b: weight(stage, "wkv_b", [kv, latent_dim], STD),
+            wo: weight(stage, "wo", [dim, n_heads * v_head_dim], out_std),
             n_heads,
             latent_dim,
             nope_dim: qk_nope_head_dim,
             rope_dim: qk_rope_head_dim,
             v_dim: v_head_dim,
-            scale: scale as f32,
+            scores,
         }
     }
 
@@ -89,7 +90,7 @@ impl LatentAttention {
         let (b, s, _) = x.tensor().dims3()?;
         let mut q = self.queries(x)?.reshape(&[b, s, self.n_heads, self.nope_dim + self.rope_dim])?;
         let kv = ops::linear(x, &self.wkv_a)?; // (b, s, latent + rope)
-        let latent = ops::rms_norm(&ops::narrow(&kv, 0, self.latent_dim)?, &self.kv_norm, self.norm_eps)?;
+        let latent = self.kv_norm.forward(&ops::narrow(&kv, 0, self.latent_dim)?)?;
         let mut k_rope = ops::narrow(&kv, self.latent_dim, self.rope_dim)?.reshape(&[b, s, 1, self.rope_dim])?;
         if let Some(rope) = rope {
             q = ops::rope(&q, rope)?; // the last numbers of each head
@@ -110,9 +111,7 @@ impl LatentAttention {
     fn queries(&self, x: &Value) -> Result<Value> {
         match &self.query {
             Query::Direct { wq } => ops::linear(x, wq),
-            Query::Latent { wq_a, q_norm, wq_b } => {
-                ops::linear(&ops::rms_norm(&ops::linear(x, wq_a)?, q_norm, self.norm_eps)?, wq_b)
-            }
+            Query::Latent { wq_a, q_norm, wq_b } => ops::linear(&q_norm.forward(&ops::linear(x, wq_a)?)?, wq_b),
         }
     }
 
@@ -122,7 +121,7 @@ impl LatentAttention {
         let kv = ops::linear(latent, &self.wkv_b)?.reshape(&[b, s, h, self.nope_dim + self.v_dim])?;
         let k = ops::join_shared(&ops::narrow(&kv, 0, self.nope_dim)?, k_rope)?;
         let v = ops::narrow(&kv, self.nope_dim, self.v_dim)?;
-        ops::attention(q, &k, &v, mask, self.scale)
+        ops::attention(q, &k, &v, mask, &self.scores)
     }
 
     /// The same without making keys or values: queries go to where the latents are, and results come back from there.
@@ -134,7 +133,7 @@ impl LatentAttention {
         let (nope, rope) = (q.narrow(D::Minus1, 0, self.nope_dim)?, q.narrow(D::Minus1, self.nope_dim, self.rope_dim)?);
         let nope = ops::by_head(&nope, &self.wkv_b, 0..self.nope_dim, true)?; // (b, s, h, latent)
         let q = Value::constant(Tensor::cat(&[nope, rope], D::Minus1)?);
-        let y = ops::attention(&q, latents, latents, mask, self.scale)?; // (b, s, h, latent + rope)
+        let y = ops::attention(&q, latents, latents, mask, &self.scores)?; // (b, s, h, latent + rope)
         let y = y.tensor().narrow(D::Minus1, 0, self.latent_dim)?;
         ops::by_head(&y, &self.wkv_b, self.nope_dim..self.nope_dim + self.v_dim, false)
     }

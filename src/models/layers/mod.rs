@@ -5,14 +5,18 @@ mod cache;
 mod feed_forward;
 mod grouped_attention;
 mod latent_attention;
+mod linear;
 mod moe;
+mod norm;
 
 pub use block::Block;
 pub use cache::LayerCache;
 pub use feed_forward::FeedForward;
 pub use grouped_attention::GroupedAttention;
 pub use latent_attention::LatentAttention;
+pub use linear::Linear;
 pub use moe::{ExpertLoad, Moe};
+pub use norm::Norm;
 
 use crate::autograd::Init;
 

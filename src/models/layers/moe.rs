@@ -1,15 +1,15 @@
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use super::{FeedForward, STD, normal};
+use super::{FeedForward, Linear, STD, normal};
 use crate::Result;
-use crate::autograd::{Parameter, StageBuilder, Value};
-use crate::models::args::MoeArgs;
-use crate::ops::{self, ExpertGroups, Experts, Router};
+use crate::autograd::{Init, StageBuilder, Value};
+use crate::models::args::{FeedForwardKind, MoeArgs};
+use crate::ops::{self, ExpertGroups, Experts, Gate, Router};
 
 /// Token-choice mixture of experts, with shared experts that see every token.
 #[derive(Debug)]
 pub struct Moe {
-    gate: Arc<Parameter>,
+    gate: Linear,
     router: Router,
     experts: Experts,
     shared_experts: Option<FeedForward>,
@@ -21,22 +21,29 @@ impl Moe {
         stage: &mut StageBuilder,
         prefix: &str,
         args: &MoeArgs,
-        dim: usize,
-        hidden_dim: usize,
+        [dim, hidden_dim]: [usize; 2],
         out_std: f64,
     ) -> Self {
         let n = args.num_experts;
-        let mut weight = |name, shape: &[usize], std| stage.parameter(format!("{prefix}.{name}"), shape, normal(std));
-        let gate = weight("router.gate.weight", &[n, dim], out_std);
+        let gate = Linear::new(stage, format!("{prefix}.router.gate"), [n, dim], out_std, args.use_bias);
+        let mut experts =
+            |name, shape: &[usize], init| stage.parameter(format!("{prefix}.experts.{name}"), shape, init);
         let experts = Experts {
-            w1: weight("experts.w1", &[n, hidden_dim, dim], STD),
-            w2: weight("experts.w2", &[n, dim, hidden_dim], out_std),
-            w3: weight("experts.w3", &[n, hidden_dim, dim], out_std),
+            w1: experts("w1", &[n, hidden_dim, dim], normal(STD)),
+            w2: experts("w2", &[n, dim, hidden_dim], normal(out_std)),
+            w3: experts("w3", &[n, hidden_dim, dim], normal(out_std)),
+            biases: args.use_bias.then(|| {
+                [("b1", hidden_dim), ("b2", dim), ("b3", hidden_dim)]
+                    .map(|(name, width)| experts(name, &[n, width], Init::Constant(0.0)))
+            }),
+            gate: args.swiglu_limit.map_or(Gate::Silu, |limit| Gate::Clamped { limit: limit as f32 }),
             score_before_experts: args.score_before_experts,
         };
         let shared = args.num_shared_experts;
-        let shared_experts = (shared > 0)
-            .then(|| FeedForward::new(stage, &format!("{prefix}.shared_experts"), dim, shared * hidden_dim, out_std));
+        let shared_experts = (shared > 0).then(|| {
+            let dims = [dim, shared * hidden_dim];
+            FeedForward::new(stage, &format!("{prefix}.shared_experts"), FeedForwardKind::Swiglu, dims, false, out_std)
+        });
         let router = Router {
             score_func: args.score_func,
             top_k: args.top_k,
@@ -57,7 +64,7 @@ impl Moe {
         let (b, s, dim) = x.tensor().dims3()?;
         let tokens = x.reshape(&[b * s, dim])?;
         let bias = self.load.bias();
-        let (weights, routing) = ops::route(&ops::linear(&tokens, &self.gate)?, bias.as_deref(), &self.router)?;
+        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, bias.as_deref(), &self.router)?;
         if count {
             self.load.count(routing.tokens_per_expert());
         }

@@ -2,11 +2,13 @@ use candle_core::Tensor;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-use super::AttentionMask;
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
+use super::{AttentionMask, Scores};
 use crate::Result;
-use crate::ops::host::{Disjoint, dot, exp, floats, max_of, sum_of, tensor, typed, vectorized};
+use crate::ops::host::{
+    Disjoint, dot, exp, floats, max_of, softcap_slope, softcapped, sum_of, tensor, typed, update, vectorized,
+};
 use crate::ops::matmul::{Mat, Store, matmul};
 #[cfg(target_arch = "x86_64")]
 use crate::ops::tiles::Number;
@@ -75,17 +77,26 @@ impl Sizes {
 }
 
 /// The result, and the logsumexp of each query, `(b, h, sq)`.
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: f32) -> Result<(Tensor, Vec<f32>)> {
+pub fn forward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttentionMask,
+    options: &Scores,
+) -> Result<(Tensor, Vec<f32>)> {
     #[cfg(target_arch = "x86_64")]
-    typed!(T = q.dtype(); if let Some(isa) = T::isas().first() {
-        return tiles::forward::<T>(*isa, q, k, v, mask, scale);
-    });
+    if options.is_plain() {
+        typed!(T = q.dtype(); if let Some(isa) = T::isas().first() {
+            return tiles::forward::<T>(*isa, q, k, v, mask, options.scale);
+        });
+    }
     let sizes = Sizes::of(q, k)?;
     let Sizes { b, sq, h, kv, hd, .. } = sizes;
     let (qs, ks, vs) = (floats(q)?, floats(k)?, floats(v)?);
     let mut y = vec![0f32; qs.len()];
     let mut logsumexp = vec![0f32; b * h * sq];
     let (y_out, logsumexp_out) = (Disjoint::new(&mut y), Disjoint::new(&mut logsumexp));
+    let sinks = options.sink_values(h)?;
 
     let blocks_per_head = sq.div_ceil(QUERIES);
     (0..b * h * blocks_per_head).into_par_iter().for_each_init(
@@ -100,11 +111,14 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: 
 
             for (key, n_keys) in sizes.key_blocks(mask, row, i0, n) {
                 let (q, k) = (sizes.queries(&qs, row, i0, n, head), sizes.keys(&ks, row, key, n_keys, kv_head));
-                matmul(scores, KEYS, Store::Overwrite, scale, q, k.t(), Parallelism::None);
+                matmul(scores, KEYS, Store::Overwrite, options.scale, q, k.t(), Parallelism::None);
                 vectorized!({
                     for i in 0..n {
                         let visible = sizes.visible(mask, row, i0 + i, key, n_keys);
                         let scores = &mut scores[i * KEYS..i * KEYS + n_keys];
+                        if let Some(cap) = options.softcap {
+                            scores.iter_mut().for_each(|score| *score = softcapped(*score, cap));
+                        }
                         let (sum, correction) = exponentials(scores, visible, &mut max[i]);
                         total[i] = total[i] * correction + sum;
                         sums[i * hd..(i + 1) * hd].iter_mut().for_each(|x| *x *= correction);
@@ -121,8 +135,12 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: 
                     let statistic = (row * h + head) * sq + i0 + i;
                     (y_out.slice_mut(at..at + hd), logsumexp_out.slice_mut(statistic..statistic + 1))
                 };
-                y.iter_mut().zip(&sums[i * hd..]).for_each(|(y, sum)| *y = sum / total[i]);
-                lse[0] = max[i] + total[i].ln();
+                // The sink takes part in the sum of exponentials, and in nothing else.
+                let new_max = max[i].max(sinks[head]);
+                let shrunk = (max[i] - new_max).exp();
+                let total = total[i] * shrunk + (sinks[head] - new_max).exp();
+                y.iter_mut().zip(&sums[i * hd..]).for_each(|(y, sum)| *y = sum * shrunk / total);
+                lse[0] = new_max + total.ln();
             }
         },
     );
@@ -156,22 +174,28 @@ pub struct Saved<'a> {
 }
 
 /// The gradients of q, k and v. With `P` the probabilities and `D = Σ dy · y` per query:
-/// `dv = Pᵀ dy`, `dS = P · (dy vᵀ - D)`, `dq = scale · dS k`, `dk = scale · dSᵀ q`.
-pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> Result<(Tensor, Tensor, Tensor)> {
+/// `dv = Pᵀ dy`, `dS = P · (dy vᵀ - D)`, `dq = scale · dS k`, `dk = scale · dSᵀ q`; a softcap's slope multiplies `dS`. Sinks
+/// have the gradient `-Σ exp(sink - logsumexp) · D`, which is added to their accumulator.
+pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, options: &Scores) -> Result<(Tensor, Tensor, Tensor)> {
+    let scale = options.scale;
     #[cfg(target_arch = "x86_64")]
-    typed!(T = saved.q.dtype(); if let Some(isa) = T::isas().first() {
-        return tiles::backward::<T>(*isa, saved, dy, mask, scale);
-    });
+    if options.is_plain() {
+        typed!(T = saved.q.dtype(); if let Some(isa) = T::isas().first() {
+            return tiles::backward::<T>(*isa, saved, dy, mask, scale);
+        });
+    }
     let sizes = Sizes::of(saved.q, saved.k)?;
     let Sizes { b, sq, sk, h, kv, hd } = sizes;
     let (qs, ks, vs) = (floats(saved.q)?, floats(saved.k)?, floats(saved.v)?);
     let (ys, dys) = (floats(saved.y)?, floats(dy)?);
     let (mut dq, mut dk, mut dv) = (vec![0f32; qs.len()], vec![0f32; ks.len()], vec![0f32; vs.len()]);
     let (dq_out, dk_out, dv_out) = (Disjoint::new(&mut dq), Disjoint::new(&mut dk), Disjoint::new(&mut dv));
+    let sinks = options.sink_values(h)?;
 
     // A task owns one key/value head with all the query heads that read it, so that no two tasks add to one gradient.
-    (0..b * kv).into_par_iter().for_each(|task| {
+    let task = |task: usize| {
         let (row, kv_head) = (task / kv, task % kv);
+        let mut dsinks = vec![0f32; h / kv];
         let (mut p, mut dp) = (vec![0f32; QUERIES * KEYS], vec![0f32; QUERIES * KEYS]);
         let mut dq_block = vec![0f32; QUERIES * hd];
         let (mut dk_head, mut dv_head) = (vec![0f32; sk * hd], vec![0f32; sk * hd]);
@@ -185,6 +209,7 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> 
                 for (i, d) in d.iter_mut().enumerate().take(n) {
                     let at = sizes.query(row, i0 + i, head);
                     *d = dot(&ys[at..at + hd], &dys[at..at + hd]);
+                    dsinks[head % (h / kv)] -= (sinks[head] - lse[i0 + i]).exp() * *d;
                 }
                 dq_block.fill(0.0);
                 for (key, n_keys) in sizes.key_blocks(mask, row, i0, n) {
@@ -201,9 +226,18 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> 
                                 ds[hidden].fill(0.0);
                             }
                             let (lse, d) = (lse[i0 + i], d[i]);
-                            for (p, ds) in p[visible.clone()].iter_mut().zip(&mut ds[visible]) {
-                                *p = exp(*p - lse);
-                                *ds = *p * (*ds - d);
+                            let (p, ds) = (&mut p[visible.clone()], &mut ds[visible]);
+                            if let Some(cap) = options.softcap {
+                                for (p, ds) in p.iter_mut().zip(ds) {
+                                    let score = softcapped(*p, cap);
+                                    *p = exp(score - lse);
+                                    *ds = *p * (*ds - d) * softcap_slope(score, cap);
+                                }
+                            } else {
+                                for (p, ds) in p.iter_mut().zip(ds) {
+                                    *p = exp(*p - lse);
+                                    *ds = *p * (*ds - d);
+                                }
                             }
                         }
                     },);
@@ -227,7 +261,15 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scale: f32) -> 
                 dv_out.slice_mut(at..at + hd).copy_from_slice(&dv_head[i * hd..(i + 1) * hd]);
             }
         }
-    });
+        dsinks
+    };
+    let dsinks: Vec<Vec<f32>> = (0..b * kv).into_par_iter().map(task).collect();
+    if let Some(grad) = options.sinks.as_ref().map(|sinks| sinks.accumulator()).transpose()?.flatten() {
+        let dsinks: Vec<f32> = dsinks.concat(); // (b, h)
+        update(&grad, |grad: &mut [f32]| {
+            dsinks.chunks_exact(h).for_each(|row| grad.iter_mut().zip(row).for_each(|(grad, d)| *grad += d));
+        })?;
+    }
     Ok((
         tensor(dq, saved.q.shape(), saved.q.dtype())?,
         tensor(dk, saved.k.shape(), saved.k.dtype())?,

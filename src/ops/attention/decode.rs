@@ -6,10 +6,10 @@ use std::ops::Range;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::AttentionMask;
 use super::cpu::{Sizes, exponentials};
+use super::{AttentionMask, Scores};
 use crate::Result;
-use crate::ops::host::{Element, elements, exp, floats, tensor, typed, vectorized};
+use crate::ops::host::{Element, elements, exp, floats, softcapped, tensor, typed, vectorized};
 use crate::ops::matmul::{Mat, dots};
 
 /// Queries that share a key/value head, up to which arithmetic keeps up with memory.
@@ -26,8 +26,8 @@ pub fn suits(q: &Tensor, k: &Tensor) -> Result<bool> {
 }
 
 /// As [`super::attention`], without a gradient.
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: f32) -> Result<Tensor> {
-    typed!(T = k.dtype(); forward_in::<T>(q, k, v, mask, scale))
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<Tensor> {
+    typed!(T = k.dtype(); forward_in::<T>(q, k, v, mask, scores))
 }
 
 /// What one block of keys contributes to the queries of a row, `(h, sq)`.
@@ -39,14 +39,14 @@ struct Partial {
     sums: Vec<f32>,
 }
 
-fn forward_in<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scale: f32) -> Result<Tensor> {
+fn forward_in<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<Tensor> {
     let sizes = Sizes::of(q, k)?;
     let Sizes { b, sq, sk, h, kv, hd } = sizes;
     let (qs, ks, vs) = (floats(q)?, elements::<T>(k)?, elements::<T>(v)?);
     let (ks, vs): (&[T], &[T]) = (&ks, &vs);
     let scaled = |i: usize| {
         let (row, head, query) = (i / (h * sq), i / sq % h, i % sq);
-        qs[sizes.query(row, query, head)..][..hd].iter().map(|q| q * scale)
+        qs[sizes.query(row, query, head)..][..hd].iter().map(|q| q * scores.scale)
     };
     let queries: Vec<f32> = (0..b * h * sq).flat_map(scaled).collect(); // (b, h, sq, hd)
 
@@ -59,12 +59,14 @@ fn forward_in<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMa
         .map(|task| {
             let (row, block) = (task / n_blocks, first + task % n_blocks);
             let queries = &queries[row * h * sq * hd..][..h * sq * hd];
-            vectorized!(partial(&sizes, queries, ks, vs, mask, row, block * size..sk.min((block + 1) * size)))
+            let keys = block * size..sk.min((block + 1) * size);
+            vectorized!(partial(&sizes, queries, ks, vs, mask, scores.softcap, row, keys))
         })
         .collect();
+    let sinks = scores.sink_values(h)?;
     let mut y = vec![0f32; qs.len()];
     for (y, partials) in y.chunks_exact_mut(sq * h * hd).zip(partials.chunks_exact(n_blocks)) {
-        vectorized!(join(&sizes, partials, y));
+        vectorized!(join(&sizes, partials, &sinks, y));
     }
     tensor(y, q.shape(), q.dtype())
 }
@@ -76,6 +78,7 @@ fn partial<T: Element>(
     ks: &[T],
     vs: &[T],
     mask: &AttentionMask,
+    softcap: Option<f32>,
     row: usize,
     keys: Range<usize>,
 ) -> Partial {
@@ -88,6 +91,9 @@ fn partial<T: Element>(
         let own = head * group..(head + 1) * group;
         let k = sizes.keys(ks, row, keys.start, n, head);
         dots(&queries[own.start * hd..own.end * hd], k, |query, key, score| scores[query * n + key] = score);
+        if let Some(cap) = softcap {
+            scores.iter_mut().for_each(|score| *score = softcapped(*score, cap));
+        }
         for (i, (scores, query)) in scores.chunks_exact_mut(n).zip(own.clone()).enumerate() {
             let visible = sizes.visible(mask, row, i % sq, keys.start, n);
             (total[query], _) = exponentials(scores, visible, &mut max[query]);
@@ -120,15 +126,17 @@ fn add_values<T: Element>(sums: &mut [f32], scores: &[f32], v: Mat<T>) {
     }
 }
 
-/// Writes `(sq, h, hd)`: the sums of all blocks of keys under their joint maximum, divided by the sum of exponentials.
+/// Writes `(sq, h, hd)`: the sums of all blocks of keys under their joint maximum, divided by the sum of exponentials, those of
+/// the sinks too.
 #[inline(always)]
-fn join(sizes: &Sizes, partials: &[Partial], y: &mut [f32]) {
+fn join(sizes: &Sizes, partials: &[Partial], sinks: &[f32], y: &mut [f32]) {
     let Sizes { sq, h, hd, .. } = *sizes;
     for (query, i) in (0..h).flat_map(|head| (0..sq).map(move |i| (head * sq + i, i * h + head))) {
         let y = &mut y[i * hd..][..hd];
-        let max = partials.iter().map(|partial| partial.max[query]).fold(f32::NEG_INFINITY, f32::max);
+        let max = partials.iter().map(|partial| partial.max[query]).fold(sinks[query / sq], f32::max);
         let weight = |partial: &Partial| exp(partial.max[query] - max);
-        let total: f32 = partials.iter().map(|partial| weight(partial) * partial.total[query]).sum();
+        let total = partials.iter().map(|partial| weight(partial) * partial.total[query]).sum::<f32>();
+        let total = total + exp(sinks[query / sq] - max);
         for partial in partials {
             let weight = weight(partial) / total;
             y.iter_mut().zip(&partial.sums[query * hd..]).for_each(|(y, sum)| *y += weight * sum);

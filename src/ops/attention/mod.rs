@@ -8,7 +8,8 @@ mod tiles;
 use std::sync::Arc;
 
 use crate::Result;
-use crate::autograd::Value;
+use crate::autograd::{Parameter, Value};
+use crate::ops::host::floats;
 use crate::ops::narrow::with_width;
 use crate::tools::profiler;
 
@@ -43,6 +44,15 @@ impl AttentionMask {
         self.raised_to(starts.collect())
     }
 
+    /// Besides, tokens see only the last `size` positions up to their own, in `rows` rows of queries at `positions`.
+    pub fn within_window(self, size: usize, rows: usize, positions: std::ops::Range<usize>) -> Self {
+        if positions.end <= size {
+            return self;
+        }
+        let row = positions.map(|position| (position + 1).saturating_sub(size) as u32);
+        self.raised_to(std::iter::repeat_n(row, rows).flatten().collect())
+    }
+
     /// Besides, tokens see only their own block of `block_size` positions, in `rows` rows of queries at `positions`.
     pub fn within_blocks(self, block_size: usize, rows: usize, positions: std::ops::Range<usize>) -> Self {
         if positions.end <= block_size {
@@ -66,8 +76,39 @@ impl AttentionMask {
     }
 }
 
+/// How scores are made, and what competes with them.
+#[derive(Clone, Debug)]
+pub struct Scores {
+    /// Factor on `q kᵀ`.
+    pub scale: f32,
+    /// Scores become `softcap · tanh(scores / softcap)`.
+    pub softcap: Option<f32>,
+    /// One score per query head that takes its share of the softmax, and gives nothing to the result: `(h)`.
+    pub sinks: Option<Arc<Parameter>>,
+}
+
+impl Scores {
+    /// `scale · q kᵀ`.
+    pub fn scaled(scale: f32) -> Self {
+        Self { scale, softcap: None, sinks: None }
+    }
+
+    /// Whether there is nothing to them but the scale.
+    fn is_plain(&self) -> bool {
+        self.softcap.is_none() && self.sinks.is_none()
+    }
+
+    /// The score of each head's sink: one that takes nothing where there are none.
+    fn sink_values(&self, heads: usize) -> Result<Vec<f32>> {
+        match &self.sinks {
+            Some(sinks) => Ok(floats(&sinks.weights()?)?.to_vec()),
+            None => Ok(vec![f32::NEG_INFINITY; heads]),
+        }
+    }
+}
+
 /// `softmax(scale · q kᵀ) v` for each query head, over the keys that `mask` lets it see; query head `i` reads key/value
-/// head `i / (h / kv)`. Scores, softmax statistics and sums are f32; the result has `q`'s dtype.
+/// head `i / (h / kv)`. Scores may be capped, and compete with a sink, as `scores` says. Scores, softmax statistics and sums are f32; the result has `q`'s dtype.
 ///
 /// The `sq` queries stand at the last `sq` of the `sk` positions (`sq < sk` when keys are cached). Saves one logsumexp
 /// per query; backward recomputes the probabilities from it, block by block.
@@ -76,8 +117,8 @@ impl AttentionMask {
 /// `q`: `(b, sq, h, hd)`. `k`: `(b, sk, kv, hd)`. `v`: `(b, sk, kv, vd)`. Returns `(b, sq, h, vd)`.
 ///
 /// # Source
-/// Dao, arXiv:2307.08691, algorithms 1 and 2.
-pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scale: f32) -> Result<Value> {
+/// Dao, arXiv:2307.08691, algorithms 1 and 2; softcap: Gemma 2, arXiv:2408.00118; sinks: GPT-OSS, arXiv:2508.10925.
+pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scores: &Scores) -> Result<Value> {
     let _span = profiler::span("attention").shapes(&[q.tensor().dims(), k.tensor().dims(), v.tensor().dims()]);
     let has_gradient = [q, k, v].iter().any(|input| input.is_tracked());
     let (hd, vd) = (q.tensor().dims4()?.3, v.tensor().dims4()?.3);
@@ -86,13 +127,13 @@ pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scale: f
     let (q_wide, k_wide) = (with_width(q.tensor(), width)?, with_width(k.tensor(), width)?);
     let v_wide = with_width(v.tensor(), width)?;
     if !has_gradient && decode::suits(&q_wide, &k_wide)? {
-        return Ok(Value::constant(with_width(&decode::forward(&q_wide, &k_wide, &v_wide, mask, scale)?, vd)?));
+        return Ok(Value::constant(with_width(&decode::forward(&q_wide, &k_wide, &v_wide, mask, scores)?, vd)?));
     }
-    let (y, logsumexp) = cpu::forward(&q_wide, &k_wide, &v_wide, mask, scale)?;
-    let (saved_y, mask) = (y.clone(), mask.clone());
+    let (y, logsumexp) = cpu::forward(&q_wide, &k_wide, &v_wide, mask, scores)?;
+    let (saved_y, mask, scores) = (y.clone(), mask.clone(), scores.clone());
     Ok(Value::record("attention", with_width(&y, vd)?, [q, k, v], move |dy| {
         let saved = cpu::Saved { q: &q_wide, k: &k_wide, v: &v_wide, y: &saved_y, logsumexp: &logsumexp };
-        let (dq, dk, dv) = cpu::backward(saved, &with_width(&dy, width)?, &mask, scale)?;
+        let (dq, dk, dv) = cpu::backward(saved, &with_width(&dy, width)?, &mask, &scores)?;
         Ok([Some(with_width(&dq, hd)?), Some(with_width(&dk, hd)?), Some(with_width(&dv, vd)?)])
     }))
 }
@@ -102,10 +143,20 @@ mod tests {
     use candle_core::{D, DType, Device, Tensor};
 
     use super::*;
-    use crate::ops::testing::{Case, assert_close, on_threads, random_tensor};
+    use crate::ops::testing::{Case, assert_close, on_threads, parameters, random_tensor};
 
     /// Scores as a matrix, masked by `-inf`, softmax, product: in the dtype of its inputs.
     fn reference(t: &[Tensor], mask: &AttentionMask, scale: f64) -> Result<Tensor> {
+        reference_of(t, mask, scale, None, None)
+    }
+
+    fn reference_of(
+        t: &[Tensor],
+        mask: &AttentionMask,
+        scale: f64,
+        softcap: Option<f64>,
+        sinks: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let (b, sq, h, _) = t[0].dims4()?;
         let (_, sk, kv, _) = t[1].dims4()?;
         let allowed: Vec<f64> = (0..b * sq * sk)
@@ -123,8 +174,17 @@ mod tests {
         };
         assert_eq!(h % kv, 0);
         let (q, k, v) = (heads(&t[0])?, heads(&t[1])?, heads(&t[2])?);
-        let scores = (q.matmul(&k.t()?)? * scale)?.broadcast_add(&allowed)?;
-        let probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?;
+        let scores = (q.matmul(&k.t()?)? * scale)?;
+        let scores = match softcap {
+            Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+            None => scores,
+        };
+        let mut scores = scores.broadcast_add(&allowed)?;
+        if let Some(sinks) = sinks {
+            let sinks = sinks.reshape((1, h, 1, 1))?.broadcast_as((b, h, sq, 1))?;
+            scores = Tensor::cat(&[scores, sinks], D::Minus1)?;
+        }
+        let probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?.narrow(D::Minus1, 0, sk)?.contiguous()?;
         Ok(probabilities.matmul(&v)?.transpose(1, 2)?.contiguous()?)
     }
 
@@ -143,7 +203,10 @@ mod tests {
             .input(random_tensor("q", &[b, sq, h, hd])?.to_dtype(dtype)?)
             .input(random_tensor("k", &[b, sk, kv, hd])?.to_dtype(dtype)?)
             .input(random_tensor("v", &[b, sk, kv, vd])?.to_dtype(dtype)?)
-            .check(|x| attention(&x[0], &x[1], &x[2], mask, scale), |t| reference(t, mask, f64::from(scale)))
+            .check(
+                |x| attention(&x[0], &x[1], &x[2], mask, &Scores::scaled(scale)),
+                |t| reference(t, mask, f64::from(scale)),
+            )
     }
 
     #[test]
@@ -168,6 +231,36 @@ mod tests {
         Ok(())
     }
 
+    #[test]
+    fn capped_scores_and_sinks_match_their_reference() -> Result<()> {
+        let (b, sq, sk, h, kv, hd) = (2, 70, 150, 4, 2, 10);
+        let window = AttentionMask::causal().within_window(60, b, sk - sq..sk);
+        for dtype in [DType::F32, DType::BF16] {
+            for (softcap, has_sinks) in [(Some(0.7), false), (None, true), (Some(0.7), true)] {
+                let mut case = Case::new("attention of other scores");
+                for (name, shape) in [("q", [b, sq, h, hd]), ("k", [b, sk, kv, hd]), ("v", [b, sk, kv, hd])] {
+                    case = case.input(random_tensor(name, &shape)?.to_dtype(dtype)?);
+                }
+                case = if has_sinks { case.parameter("sinks", &[h]) } else { case };
+                case.check_with_parameters(
+                    |x, p| {
+                        let sinks = p.first().cloned();
+                        let scores = Scores { scale: 0.3, softcap: softcap.map(|cap| cap as f32), sinks };
+                        attention(&x[0], &x[1], &x[2], &window, &scores)
+                    },
+                    |t, p| reference_of(t, &window, 0.3, softcap, p.first()),
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_window_slides_with_the_queries() {
+        let mask = AttentionMask::causal().within_window(3, 2, 1..6);
+        assert_eq!(mask.starts.unwrap().as_slice(), [0, 0, 1, 2, 3, 0, 0, 1, 2, 3]);
+    }
+
     /// Without gradients, queries few enough that keys are read where they lie.
     #[test]
     fn attention_of_few_queries_matches_its_reference() -> Result<()> {
@@ -181,13 +274,23 @@ mod tests {
                     let inputs =
                         [input("q", [b, sq, h, hd])?, input("k", [b, sk, kv, hd])?, input("v", [b, sk, kv, hd])?];
                     assert!(decode::suits(&inputs[0], &inputs[1])?);
-                    let run = || -> Result<Tensor> {
-                        let [q, k, v] = inputs.each_ref().map(|t| Value::constant(t.clone()));
-                        Ok(attention(&q, &k, &v, &mask, 0.3)?.tensor().clone())
+                    let sinks = random_tensor("sinks", &[h])?;
+                    let other = Scores {
+                        scale: 0.3,
+                        softcap: Some(0.7),
+                        sinks: Some(parameters(std::slice::from_ref(&sinks), DType::F32)?.remove(0)),
                     };
+                    let run_with = |scores: &Scores| -> Result<Tensor> {
+                        let [q, k, v] = inputs.each_ref().map(|t| Value::constant(t.clone()));
+                        Ok(attention(&q, &k, &v, &mask, scores)?.tensor().clone())
+                    };
+                    let run = || run_with(&Scores::scaled(0.3));
                     let wide = inputs.iter().map(|t| t.to_dtype(DType::F64)).collect::<Result<Vec<_>, _>>()?;
                     let tolerance = if dtype == DType::BF16 { 1e-2 } else { 2e-6 };
                     assert_close("attention", &run()?, &reference(&wide, &mask, 0.3)?, tolerance)?;
+                    let sinks = sinks.to_dtype(DType::F64)?;
+                    let expected = reference_of(&wide, &mask, 0.3, Some(0.7), Some(&sinks))?;
+                    assert_close("attention of other scores", &run_with(&other)?, &expected, tolerance)?;
                     let bits = || -> Result<Vec<f32>> { Ok(run()?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?) };
                     assert_eq!(on_threads(1, bits)?, on_threads(3, bits)?);
                 }
@@ -224,7 +327,7 @@ mod tests {
             let run = || -> Result<Vec<f32>> {
                 let q = Value::input(random_tensor("q", &[2, 340, 4, 8])?.to_dtype(dtype)?);
                 let k = Value::constant(random_tensor("k", &[2, 340, 2, 8])?.to_dtype(dtype)?);
-                let y = attention(&q, &k, &k, &AttentionMask::causal(), 0.4)?;
+                let y = attention(&q, &k, &k, &AttentionMask::causal(), &Scores::scaled(0.4))?;
                 let dy = random_tensor("dy", &[2, 340, 4, 8])?.to_dtype(dtype)?;
                 Ok(y.backward(dy)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
             };

@@ -5,7 +5,8 @@ use rayon::prelude::*;
 use super::tiles::Head;
 use crate::Result;
 use crate::ops::host::{
-    Element, check_tokens, elements, exp, max_of, sum_of, tensor, typed, update_if, vectorized, with_indices,
+    Element, GRAIN, check_tokens, elements, exp, max_of, softcap_slope, softcapped, sum_of, tensor, typed, update_if,
+    vectorized, with_indices,
 };
 use crate::ops::matmul::{Dst, Mat, Operand, Product};
 #[cfg(target_arch = "x86_64")]
@@ -15,12 +16,14 @@ use crate::ops::tiles::{Number, Source};
 const LOGITS: usize = 1 << 25;
 
 /// The sum of the losses of all tokens.
-pub fn forward(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
+pub fn forward(x: &Tensor, weight: &Tensor, softcap: Option<f32>, targets: &Tensor) -> Result<f64> {
     #[cfg(target_arch = "x86_64")]
-    if let Some(loss) = typed!(T = weight.dtype(); in_tiles::<T>(x, weight, targets))? {
+    if softcap.is_none()
+        && let Some(loss) = typed!(T = weight.dtype(); in_tiles::<T>(x, weight, targets))?
+    {
         return Ok(loss);
     }
-    typed!(T = weight.dtype(); forward_in::<T>(x, weight, targets))
+    typed!(T = weight.dtype(); forward_in::<T>(x, weight, softcap, targets))
 }
 
 /// As [`forward`], with the gradients of `mean` times that sum.
@@ -28,14 +31,17 @@ pub fn forward_backward(
     x: &Tensor,
     weight: &Tensor,
     grad: Option<&Tensor>,
+    softcap: Option<f32>,
     targets: &Tensor,
     mean: f32,
 ) -> Result<(f64, Tensor)> {
     #[cfg(target_arch = "x86_64")]
-    if let Some(result) = typed!(T = weight.dtype(); in_tiles_backward::<T>(x, weight, grad, targets, mean))? {
+    if softcap.is_none()
+        && let Some(result) = typed!(T = weight.dtype(); in_tiles_backward::<T>(x, weight, grad, targets, mean))?
+    {
         return Ok(result);
     }
-    typed!(T = weight.dtype(); forward_backward_in::<T>(x, weight, grad, targets, mean))
+    typed!(T = weight.dtype(); forward_backward_in::<T>(x, weight, grad, softcap, targets, mean))
 }
 
 /// [`forward`] on matrix instructions, where the processor has them.
@@ -70,12 +76,12 @@ fn in_tiles_backward<S: Source + Number>(
     Ok(Some((sum, tensor(dx, x.shape(), x.dtype())?)))
 }
 
-fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<f64> {
+fn forward_in<T: Operand>(x: &Tensor, weight: &Tensor, softcap: Option<f32>, targets: &Tensor) -> Result<f64> {
     let (vocab_size, dim) = weight.dims2()?;
     let (x, w) = (elements::<T>(x)?, elements::<T>(weight)?);
     with_indices(targets, |targets| {
         let mut sum = 0.0;
-        for_chunks(&x, Mat::new(&w, vocab_size, dim), targets, |_, logits, targets| {
+        for_chunks(&x, Mat::new(&w, vocab_size, dim), softcap, targets, |_, logits, targets| {
             sum += losses(logits, targets, |_, _, _| {});
         })?;
         Ok(sum)
@@ -86,6 +92,7 @@ fn forward_backward_in<T: Operand>(
     x: &Tensor,
     weight: &Tensor,
     grad: Option<&Tensor>,
+    softcap: Option<f32>,
     targets: &Tensor,
     mean: f32,
 ) -> Result<(f64, Tensor)> {
@@ -96,16 +103,21 @@ fn forward_backward_in<T: Operand>(
     let sum = with_indices(targets, |targets| {
         update_if(grad, |mut grad| -> Result<f64> {
             let mut sum = 0.0;
-            for_chunks(&values, w, targets, |first, logits, targets| {
-                // logits become their own gradient: mean · (softmax - one-hot)
+            for_chunks(&values, w, softcap, targets, |first, logits, targets| {
+                // logits become their own gradient: mean · (softmax - one-hot), times the slope of the softcap
                 sum += losses(
                     logits,
                     targets,
                     #[inline(always)]
                     |logits, target, logsumexp| {
-                        let at_target = mean * (exp(logits[target].load() - logsumexp) - 1.0);
-                        for l in logits.iter_mut() {
-                            *l = T::store(mean * exp(l.load() - logsumexp));
+                        let slope = softcap.map_or(1.0, |cap| softcap_slope(logits[target].load(), cap));
+                        let at_target = mean * (exp(logits[target].load() - logsumexp) - 1.0) * slope;
+                        match softcap {
+                            None => logits.iter_mut().for_each(|l| *l = T::store(mean * exp(l.load() - logsumexp))),
+                            Some(cap) => logits.iter_mut().for_each(|l| {
+                                let slope = softcap_slope(l.load(), cap);
+                                *l = T::store(mean * exp(l.load() - logsumexp) * slope);
+                            }),
                         }
                         logits[target] = T::store(at_target);
                     },
@@ -129,10 +141,11 @@ fn forward_backward_in<T: Operand>(
     Ok((sum, Tensor::from_vec(dx, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?))
 }
 
-/// Computes the logits of some rows at a time and hands them on: `(first row, logits, targets)`.
+/// Computes the logits, capped if there is a `softcap`, of some rows at a time and hands them on: `(first row, logits, targets)`.
 fn for_chunks<T: Operand>(
     x: &[T],
     w: Mat<T>,
+    softcap: Option<f32>,
     targets: &[u32],
     mut body: impl FnMut(usize, &mut [T], &[u32]),
 ) -> Result<()> {
@@ -148,6 +161,11 @@ fn for_chunks<T: Operand>(
         T::multiply(vec![Product::new(x, w.t(), Dst::Rounded(&mut buffer.spare_capacity_mut()[..len]))]);
         // SAFETY: a product writes all of its destination.
         unsafe { buffer.set_len(len) };
+        if let Some(cap) = softcap {
+            buffer.par_chunks_mut(GRAIN).for_each(|logits| {
+                vectorized!(logits.iter_mut().for_each(|l| *l = T::store(softcapped(l.load(), cap))));
+            });
+        }
         body(first, &mut buffer, targets);
     }
     Ok(())

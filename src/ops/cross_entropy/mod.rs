@@ -19,13 +19,15 @@ pub const IGNORE_INDEX: u32 = u32::MAX;
 /// The rows of the others are left out before anything is computed. Logits are computed for some rows at a time, so
 /// that at most 128 MiB of them exist; they are rounded to the compute dtype of `weight`, the rest is f32.
 ///
+/// `softcap`: the logits are `softcap · tanh(logits / softcap)`.
+///
 /// # Shapes
 /// `x`: `(b, s, dim)`. `weight`: `(vocab_size, dim)`. `targets`: `(b, s)`, u32.
-pub fn cross_entropy_loss(x: &Tensor, weight: &Parameter, targets: &Tensor) -> Result<f32> {
+pub fn cross_entropy_loss(x: &Tensor, weight: &Parameter, softcap: Option<f32>, targets: &Tensor) -> Result<f32> {
     let _span = profiler::span("cross_entropy").shapes(&[x.dims(), weight.shape()]);
     let Some(Counted { x, targets, .. }) = Counted::of(x, targets)? else { return Ok(0.0) };
     let mean = 1.0 / targets.elem_count() as f64;
-    Ok((cpu::forward(&x, &weight.compute()?, &targets)? * mean) as f32)
+    Ok((cpu::forward(&x, &weight.compute()?, softcap, &targets)? * mean) as f32)
 }
 
 /// A loss, and its gradient with respect to the output layer's input.
@@ -37,13 +39,19 @@ pub struct LossAndGrad {
 
 /// As [`cross_entropy_loss`], times `scale`; with the gradient in the same pass over the logits. The gradient of
 /// `weight` is added to its accumulator, if it has one.
-pub fn cross_entropy_grad(x: &Tensor, weight: &Parameter, targets: &Tensor, scale: f64) -> Result<LossAndGrad> {
+pub fn cross_entropy_grad(
+    x: &Tensor,
+    weight: &Parameter,
+    softcap: Option<f32>,
+    targets: &Tensor,
+    scale: f64,
+) -> Result<LossAndGrad> {
     let _span = profiler::span_in(Category::ForwardBackward, "cross_entropy").shapes(&[x.dims(), weight.shape()]);
     let Some(counted) = Counted::of(x, targets)? else { return Ok(LossAndGrad { loss: 0.0, dx: x.zeros_like()? }) };
     let Counted { x: rows, targets, places } = counted;
     let mean = scale / targets.elem_count() as f64;
     let grad = weight.accumulator()?;
-    let (sum, dx) = cpu::forward_backward(&rows, &weight.compute()?, grad.as_ref(), &targets, mean as f32)?;
+    let (sum, dx) = cpu::forward_backward(&rows, &weight.compute()?, grad.as_ref(), softcap, &targets, mean as f32)?;
     let dx = match places {
         None => dx,
         Some(places) => {
@@ -90,9 +98,13 @@ mod tests {
 
     #[test]
     fn cross_entropy_matches_its_reference() -> Result<()> {
-        for (dtype, tolerance, [s, dim, vocab_size]) in
-            [(DType::F32, 1e-5, [19, 24, 53]), (DType::BF16, 2e-2, [19, 24, 53]), (DType::BF16, 2e-2, [150, 72, 1100])]
-        {
+        for (dtype, tolerance, [s, dim, vocab_size], softcap) in [
+            (DType::F32, 1e-5, [19, 24, 53], None),
+            (DType::BF16, 2e-2, [19, 24, 53], None),
+            (DType::BF16, 2e-2, [150, 72, 1100], None),
+            (DType::F32, 1e-5, [19, 24, 53], Some(4.0)),
+            (DType::BF16, 2e-2, [19, 24, 53], Some(4.0)),
+        ] {
             let b = 2;
             let x = (random_tensor("x", &[b, s, dim])? * 3.0)?;
             let w = random_tensor("w", &[vocab_size, dim])?;
@@ -103,15 +115,19 @@ mod tests {
             let x64 = Var::from_tensor(&x.to_dtype(DType::F64)?)?;
             let w64 = Var::from_tensor(&w.to_dtype(dtype)?.to_dtype(DType::F64)?)?;
             let logits = x64.broadcast_matmul(&w64.t()?)?;
+            let logits = match softcap {
+                Some(cap) => ((logits / f64::from(cap))?.tanh()? * f64::from(cap))?,
+                None => logits,
+            };
             let picked = candle_nn::ops::log_softmax(&logits, D::Minus1)?.gather(&targets.unsqueeze(2)?, 2)?;
             let expected = (picked.mean_all()?.neg()? * 0.5)?;
             let grads = expected.backward()?;
 
-            let LossAndGrad { loss, dx } = cross_entropy_grad(&x, parameter, &targets, 0.5)?;
+            let LossAndGrad { loss, dx } = cross_entropy_grad(&x, parameter, softcap, &targets, 0.5)?;
             let expected = expected.to_scalar::<f64>()?;
             assert!((f64::from(loss) - expected).abs() < tolerance * expected, "{loss}, expected {expected}");
             assert!(
-                (f64::from(cross_entropy_loss(&x, parameter, &targets)?) - 2.0 * expected).abs()
+                (f64::from(cross_entropy_loss(&x, parameter, softcap, &targets)?) - 2.0 * expected).abs()
                     < 4.0 * tolerance * expected
             );
             assert_close("dx", &dx, grads.get(&x64).unwrap(), tolerance)?;
@@ -139,17 +155,20 @@ mod tests {
             let (few, few_targets) = (rows(&x, dim)?, rows(&targets, 1)?.squeeze(2)?);
 
             let [sparse, dense] = [0, 1].map(|_| parameters(std::slice::from_ref(&w), dtype).unwrap().remove(0));
-            let expected = cross_entropy_grad(&few, &dense, &few_targets, 0.5)?;
-            let found = cross_entropy_grad(&x, &sparse, &targets, 0.5)?;
+            let expected = cross_entropy_grad(&few, &dense, None, &few_targets, 0.5)?;
+            let found = cross_entropy_grad(&x, &sparse, None, &targets, 0.5)?;
             assert_eq!(found.loss, expected.loss);
-            assert_eq!(cross_entropy_loss(&x, &sparse, &targets)?, cross_entropy_loss(&few, &dense, &few_targets)?);
+            assert_eq!(
+                cross_entropy_loss(&x, &sparse, None, &targets)?,
+                cross_entropy_loss(&few, &dense, None, &few_targets)?
+            );
             assert_close("dw", &sparse.grad()?, &dense.grad()?, 0.0)?;
             assert_close("dx of the kept", &rows(&found.dx, dim)?, &expected.dx, 0.0)?;
             let total = |t: &Tensor| -> Result<f32> { Ok(t.abs()?.sum_all()?.to_scalar()?) };
             let others: Vec<u32> = (0..(b * s) as u32).filter(|i| !kept.contains(i)).collect();
             assert_eq!(total(&pick(&found.dx, dim, &Tensor::new(others, &Device::Cpu)?)?)?, 0.0);
 
-            let none = cross_entropy_grad(&x, &sparse, &Tensor::full(IGNORE_INDEX, (b, s), &Device::Cpu)?, 1.0)?;
+            let none = cross_entropy_grad(&x, &sparse, None, &Tensor::full(IGNORE_INDEX, (b, s), &Device::Cpu)?, 1.0)?;
             assert_eq!((none.loss, total(&none.dx)?), (0.0, 0.0));
         }
         Ok(())

@@ -1,9 +1,10 @@
 use std::ops::Range;
 
 use candle_core::{D, Device, Tensor};
+use rayon::prelude::*;
 
 use crate::Result;
-use crate::ops::host::{Element, elements, typed, update};
+use crate::ops::host::{Element, GRAIN, elements, softcapped, typed, update, vectorized};
 use crate::ops::matmul::{Dst, Mat, Operand, Product, add_product, product, wide_product};
 
 pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -15,8 +16,16 @@ pub fn backward(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, dy: &Tensor)
     typed!(T = weight.dtype(); backward_in::<T>(x, weight, grad, dy))
 }
 
-pub fn logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    typed!(T = weight.dtype(); apply::<T, f32>(x, weight, wide_product))
+pub fn logits(x: &Tensor, weight: &Tensor, softcap: Option<f32>) -> Result<Tensor> {
+    let logits = typed!(T = weight.dtype(); apply::<T, f32>(x, weight, wide_product))?;
+    if let Some(cap) = softcap {
+        update(&logits, |logits: &mut [f32]| {
+            logits.par_chunks_mut(GRAIN).for_each(|logits| {
+                vectorized!(logits.iter_mut().for_each(|l| *l = softcapped(*l, cap)));
+            });
+        })?;
+    }
+    Ok(logits)
 }
 
 fn apply<T: Operand, Y: Element>(x: &Tensor, weight: &Tensor, product: fn(Mat<T>, Mat<T>) -> Vec<Y>) -> Result<Tensor> {

@@ -46,10 +46,10 @@ pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> R
 }
 
 /// As [`linear`], but the result is f32 whatever the compute dtype, and has no gradient: scores of a vocabulary, which
-/// are to be compared with one another.
-pub fn logits(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
+/// are to be compared with one another. `softcap`: they are `softcap · tanh(logits / softcap)`.
+pub fn logits(x: &Tensor, weight: &Parameter, softcap: Option<f32>) -> Result<Tensor> {
     let _span = profiler::span("logits").shapes(&[x.dims(), weight.shape()]);
-    cpu::logits(x, &weight.compute()?)
+    cpu::logits(x, &weight.compute()?, softcap)
 }
 
 /// For each head its own product, without a gradient: with `Wₕ` the rows `rows` of the head's part of `weight`,
@@ -104,6 +104,16 @@ mod tests {
             }
         }
         Ok(())
+    }
+
+    #[test]
+    fn logits_may_be_capped() -> Result<()> {
+        let weight = random_tensor("w", &[19, 33])?;
+        let x = (random_tensor("x", &[1, 7, 33])? * 9.0)?;
+        let parameter = &parameters(std::slice::from_ref(&weight), DType::F32)?[0];
+        let expected = x.broadcast_matmul(&weight.t()?)?;
+        assert_close("logits", &logits(&x, parameter, None)?, &expected, 2e-6)?;
+        assert_close("capped logits", &logits(&x, parameter, Some(5.0))?, &((expected / 5.0)?.tanh()? * 5.0)?, 2e-6)
     }
 
     #[test]

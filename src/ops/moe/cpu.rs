@@ -5,11 +5,12 @@ use super::{ExpertGroups, Experts, Router, Routing};
 use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
+use crate::ops::bias::cpu::{add_rows, add_to_rows};
+use crate::ops::glu::cpu as glu;
 use crate::ops::host::{
-    Element, GRAIN, build, dot, elements, exp, floats, max_of, sum_of, typed, update_if, vectorized,
+    Element, GRAIN, build, dot, elements, exp, floats, max_of, sum_of, typed, update, update_if, vectorized,
 };
 use crate::ops::matmul::{Dst, Mat, Operand, Product, grouped_product, grouped_sum};
-use crate::ops::swiglu::cpu as swiglu;
 
 /// Keeps a sum of scores that are all zero from dividing by zero.
 const TINY: f32 = 1e-20;
@@ -22,7 +23,7 @@ fn rows_per_task(dim: usize) -> usize {
 #[inline(always)]
 fn scores(logits: &[f32], score_func: ScoreFunc, scores: &mut [f32]) {
     match score_func {
-        ScoreFunc::Sigmoid => scores.iter_mut().zip(logits).for_each(|(s, l)| *s = swiglu::sigmoid(*l)),
+        ScoreFunc::Sigmoid => scores.iter_mut().zip(logits).for_each(|(s, l)| *s = glu::sigmoid(*l)),
         ScoreFunc::Softmax => {
             let max = max_of(logits, f32::NEG_INFINITY);
             scores.iter_mut().zip(logits).for_each(|(s, l)| *s = exp(l - max));
@@ -169,12 +170,16 @@ fn forward_in<X: Element, T: Operand>(
     let (before, after) = weights_of(experts, &weights);
 
     let input = gather::<X, T>(&values, dim, routing, before);
-    let product = |x: &[T], weight: &Parameter| -> Result<Vec<T>> {
+    let product = |x: &[T], weight: &Parameter, bias: usize| -> Result<Vec<T>> {
         let values = weight.compute()?;
-        Ok(grouped_product(&routing.offsets, x, &transposed(weight, &elements(&values)?)))
+        let mut y = grouped_product(&routing.offsets, x, &transposed(weight, &elements(&values)?));
+        if let Some(biases) = &experts.biases {
+            add_biases(routing, &biases[bias], &mut y)?;
+        }
+        Ok(y)
     };
-    let (gate, up) = (product(&input, &experts.w1)?, product(&input, &experts.w3)?);
-    let result = product(&swiglu::activate(&gate, &up), &experts.w2)?;
+    let (gate, up) = (product(&input, &experts.w1, 0)?, product(&input, &experts.w3, 2)?);
+    let result = product(&glu::activate(&gate, &up, experts.gate), &experts.w2, 1)?;
     let y = scatter_sum::<T, X>(&result, dim, routing, after);
 
     let tensor = |values: Vec<T>, width: usize| Tensor::from_vec(values, (slots, width), &Device::Cpu);
@@ -213,15 +218,18 @@ fn backward_in<X: Element, T: Operand>(
     let input = gather::<X, T>(values, dim, routing, before);
     let dresult = gather::<X, T>(dys, dim, routing, after);
     let (gate, up) = (elements::<T>(&hidden.gate)?, elements::<T>(&hidden.up)?);
-    accumulate(routing, &experts.w2, &dresult, &swiglu::activate(&gate, &up))?;
+    accumulate(routing, &experts.w2, &dresult, &glu::activate(&gate, &up, experts.gate))?;
+    accumulate_bias(routing, experts, 1, &dresult)?;
     let (w1, w2, w3) = (experts.w1.compute()?, experts.w2.compute()?, experts.w3.compute()?);
     let (w1, w2, w3) = (elements::<T>(&w1)?, elements::<T>(&w2)?, elements::<T>(&w3)?);
     let dactivated = grouped_product(&routing.offsets, &dresult, &matrices(&experts.w2, &w2));
     drop(dresult);
-    let (dgate, dup) = swiglu::gradients(&gate, &up, &dactivated);
+    let (dgate, dup) = glu::gradients(&gate, &up, &dactivated, experts.gate);
     drop(dactivated);
     accumulate(routing, &experts.w1, &dgate, &input)?;
     accumulate(routing, &experts.w3, &dup, &input)?;
+    accumulate_bias(routing, experts, 0, &dgate)?;
+    accumulate_bias(routing, experts, 2, &dup)?;
     drop(input);
     let through_gate = (&dgate[..], matrices(&experts.w1, &w1));
     let dinput = grouped_sum(&routing.offsets, &[through_gate, (&dup, matrices(&experts.w3, &w3))]);
@@ -307,5 +315,28 @@ fn accumulate<T: Operand>(routing: &Routing, weight: &Parameter, dy: &[T], x: &[
             Product::new(dy.t(), x, Dst::Add(grad))
         });
         T::multiply(products.collect());
+    })
+}
+
+/// Adds each expert's bias to the rows of its slots.
+fn add_biases<T: Element>(routing: &Routing, bias: &Parameter, mut rows: &mut [T]) -> Result<()> {
+    let width = bias.shape()[1];
+    let bias = bias.weights()?;
+    for (slots, bias) in routing.offsets.windows(2).zip(floats(&bias)?.chunks_exact(width)) {
+        let own = rows.split_off_mut(..(slots[1] - slots[0]) * width).expect("experts follow one another");
+        add_to_rows(own, bias);
+    }
+    Ok(())
+}
+
+/// `grad[e] += Σ dy` over the slots of each expert, for bias `which`, if there are biases that are trained.
+fn accumulate_bias<T: Element>(routing: &Routing, experts: &Experts, which: usize, dy: &[T]) -> Result<()> {
+    let Some(bias) = experts.biases.as_ref().map(|biases| &biases[which]) else { return Ok(()) };
+    let Some(grad) = bias.accumulator()? else { return Ok(()) };
+    let width = bias.shape()[1];
+    update(&grad, |grad: &mut [f32]| {
+        for (slots, grad) in routing.offsets.windows(2).zip(grad.chunks_exact_mut(width)) {
+            add_rows(grad, &dy[slots[0] * width..slots[1] * width]);
+        }
     })
 }

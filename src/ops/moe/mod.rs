@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::models::args::ScoreFunc;
+use crate::ops::glu::Gate;
 use crate::tools::profiler;
 
 /// How router logits become choices and weights.
@@ -99,12 +100,16 @@ pub struct Experts {
     pub w2: Arc<Parameter>,
     /// `(n_experts, hidden, dim)`.
     pub w3: Arc<Parameter>,
+    /// `b₁`, `b₂` and `b₃`: `(n_experts, hidden)`, `(n_experts, dim)`, `(n_experts, hidden)`.
+    pub biases: Option<[Arc<Parameter>; 3]>,
+    /// What the gate makes of its input.
+    pub gate: Gate,
     /// Multiply a token by its weight before the expert, else its result after it.
     pub score_before_experts: bool,
 }
 
-/// For each token, the sum over its chosen experts of the weighted SwiGLU feed-forward
-/// `W₂ (silu(W₁ x) · W₃ x)`. Tokens are gathered by expert, without padding; an expert that none chose costs nothing
+/// For each token, the sum over its chosen experts of the weighted feed-forward
+/// `W₂ (act(W₁ x + b₁) · (W₃ x + b₃)) + b₂`, where there are biases. Tokens are gathered by expert, without padding; an expert that none chose costs nothing
 /// and has no gradient.
 ///
 /// # Shapes
@@ -200,19 +205,23 @@ mod tests {
 
     /// Every expert on every token, weighted by a dense matrix of weights that is zero where it was not chosen.
     fn reference(t: &[Tensor], p: &[Tensor], choices: &[u32], before: bool) -> Result<Tensor> {
+        let with_bias = |x: Tensor, bias: usize, e: usize| -> Result<Tensor> {
+            Ok(p.get(bias).map_or(Ok(x.clone()), |bias| x.broadcast_add(&bias.get(e)?))?)
+        };
         let (n, top_k) = t[1].dims2()?;
         let n_experts = p[0].dim(0)?;
         let mut sum = t[0].zeros_like()?;
         for e in 0..n_experts {
             let chosen: Vec<f64> = choices.iter().map(|c| f64::from(u8::from(*c as usize == e))).collect();
-            let weight = (&t[1] * Tensor::from_vec(chosen, (n, top_k), &Device::Cpu)?)?;
+            let chosen = Tensor::from_vec(chosen, (n, top_k), &Device::Cpu)?;
             for j in 0..top_k {
-                let weight = weight.narrow(1, j, 1)?;
+                let chosen = chosen.narrow(1, j, 1)?;
+                let weight = (t[1].narrow(1, j, 1)? * &chosen)?;
                 let x = if before { t[0].broadcast_mul(&weight)? } else { t[0].clone() };
                 let (w1, w2, w3) = (p[0].get(e)?, p[1].get(e)?, p[2].get(e)?);
-                let hidden = (candle_nn::ops::silu(&x.matmul(&w1.t()?)?)? * x.matmul(&w3.t()?)?)?;
-                let y = hidden.matmul(&w2.t()?)?;
-                sum = (sum + if before { y } else { y.broadcast_mul(&weight)? })?;
+                let (gate, up) = (with_bias(x.matmul(&w1.t()?)?, 3, e)?, with_bias(x.matmul(&w3.t()?)?, 5, e)?);
+                let y = with_bias((candle_nn::ops::silu(&gate)? * up)?.matmul(&w2.t()?)?, 4, e)?;
+                sum = (sum + y.broadcast_mul(if before { &chosen } else { &weight })?)?;
             }
         }
         Ok(sum)
@@ -223,24 +232,38 @@ mod tests {
         let (n, dim, hidden, n_experts, top_k) = (29, 6, 10, 4, 2);
         // Expert 2 is chosen by none.
         let choices: Vec<u32> = (0..n).flat_map(|t| [[0, 1], [3, 0], [1, 3]][t % 3]).collect();
-        for dtype in [DType::F32, DType::BF16] {
-            for before in [true, false] {
-                let routing = Arc::new(Routing::new(choices.clone(), n_experts, top_k));
-                Case::new("experts")
-                    .compute(dtype)
-                    .input(random_tensor("x", &[n, dim])?)
-                    .input(random_tensor("weights", &[n, top_k])?)
-                    .parameter("w1", &[n_experts, hidden, dim])
-                    .parameter("w2", &[n_experts, dim, hidden])
-                    .parameter("w3", &[n_experts, hidden, dim])
-                    .check_with_parameters(
-                        |v, p| {
-                            let (w1, w2, w3) = (p[0].clone(), p[1].clone(), p[2].clone());
-                            experts(&v[0], &v[1], &routing, &Experts { w1, w2, w3, score_before_experts: before })
-                        },
-                        |t, p| reference(t, p, &choices, before),
-                    )?;
+        for (dtype, before, has_biases) in [
+            (DType::F32, true, false),
+            (DType::F32, false, false),
+            (DType::BF16, true, false),
+            (DType::BF16, false, false),
+            (DType::F32, true, true),
+            (DType::F32, false, true),
+            (DType::BF16, false, true),
+        ] {
+            let routing = Arc::new(Routing::new(choices.clone(), n_experts, top_k));
+            let mut case = Case::new("experts")
+                .compute(dtype)
+                .input(random_tensor("x", &[n, dim])?)
+                .input(random_tensor("weights", &[n, top_k])?)
+                .parameter("w1", &[n_experts, hidden, dim])
+                .parameter("w2", &[n_experts, dim, hidden])
+                .parameter("w3", &[n_experts, hidden, dim]);
+            if has_biases {
+                case = case
+                    .parameter("b1", &[n_experts, hidden])
+                    .parameter("b2", &[n_experts, dim])
+                    .parameter("b3", &[n_experts, hidden]);
             }
+            case.check_with_parameters(
+                |v, p| {
+                    let biases = has_biases.then(|| [3, 4, 5].map(|i| p[i].clone()));
+                    let (w1, w2, w3) = (p[0].clone(), p[1].clone(), p[2].clone());
+                    let all = Experts { w1, w2, w3, biases, gate: Gate::Silu, score_before_experts: before };
+                    experts(&v[0], &v[1], &routing, &all)
+                },
+                |t, p| reference(t, p, &choices, before),
+            )?;
         }
         Ok(())
     }
@@ -257,7 +280,12 @@ mod tests {
             let (w1, w2, w3) = (p[0].clone(), p[1].clone(), p[2].clone());
             let x = Value::input(random_tensor("x", &[n, dim])?);
             let weights = Value::constant(random_tensor("weights", &[n, 2])?);
-            let y = experts(&x, &weights, &routing, &Experts { w1, w2, w3, score_before_experts: true })?;
+            let y = experts(
+                &x,
+                &weights,
+                &routing,
+                &Experts { w1, w2, w3, biases: None, gate: Gate::Silu, score_before_experts: true },
+            )?;
             let forward = y.tensor().flatten_all()?.to_vec1()?;
             let dx = y.backward(random_tensor("dy", &[n, dim])?)?;
             let mut all = vec![forward, dx.flatten_all()?.to_vec1()?];

@@ -3,21 +3,25 @@ use candle_core::{D, DType, Device, Tensor};
 use crate::Result;
 use crate::ops::host::{Element, GRAIN, build, dot, elements, floats, sum_of, typed, update_if, vectorized};
 
-/// Elements per task: whole rows, and enough of them that their sum of weight gradients is small beside them.
-fn grain(dim: usize) -> usize {
+/// Elements per task of a sum over rows: whole rows, and enough of them that their sum of weight gradients is small beside them.
+pub(in crate::ops) fn grain(dim: usize) -> usize {
     (GRAIN / dim).max(16) * dim
 }
 
 /// The result, and `rstd` of each row.
-pub fn forward(x: &Tensor, weight: &Tensor, eps: f32, dtype: DType) -> Result<(Tensor, Vec<f32>)> {
-    typed!(X = x.dtype(), Y = dtype; normalize::<X, Y>(x, weight, eps))
+pub fn forward(x: &Tensor, weight: &Tensor, offset: f32, eps: f32, dtype: DType) -> Result<(Tensor, Vec<f32>)> {
+    typed!(X = x.dtype(), Y = dtype; normalize::<X, Y>(x, &shifted(weight, offset)?, eps))
 }
 
-fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &Tensor, eps: f32) -> Result<(Tensor, Vec<f32>)> {
+fn shifted(weight: &Tensor, offset: f32) -> Result<Vec<f32>> {
+    Ok(floats(weight)?.iter().map(|w| offset + w).collect())
+}
+
+fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &[f32], eps: f32) -> Result<(Tensor, Vec<f32>)> {
     let dim = x.dim(D::Minus1)?;
-    let (values, weight) = (elements::<X>(x)?, floats(weight)?);
+    let values = elements::<X>(x)?;
     let ([y], rstd) = build(values.len(), grain(dim), |range, y| {
-        let (x, weight) = (&values[range], &*weight);
+        let x = &values[range];
         vectorized!({
             let mut rstds = Vec::with_capacity(x.len() / dim);
             for x in x.chunks_exact(dim) {
@@ -31,21 +35,28 @@ fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &Tensor, eps: f32) -> R
     Ok((Tensor::from_vec(y, x.shape(), &Device::Cpu)?, rstd.concat()))
 }
 
-pub fn backward(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, rstd: &[f32], dy: &Tensor) -> Result<Tensor> {
-    typed!(X = x.dtype(), Y = dy.dtype(); gradients::<X, Y>(x, weight, grad, rstd, dy))
+pub fn backward(
+    x: &Tensor,
+    weight: &Tensor,
+    offset: f32,
+    grad: Option<&Tensor>,
+    rstd: &[f32],
+    dy: &Tensor,
+) -> Result<Tensor> {
+    typed!(X = x.dtype(), Y = dy.dtype(); gradients::<X, Y>(x, &shifted(weight, offset)?, grad, rstd, dy))
 }
 
 fn gradients<X: Element, Y: Element>(
     x: &Tensor,
-    weight: &Tensor,
+    weight: &[f32],
     grad: Option<&Tensor>,
     rstd: &[f32],
     dy: &Tensor,
 ) -> Result<Tensor> {
     let dim = x.dim(D::Minus1)?;
-    let (values, weight, dy) = (elements::<X>(x)?, floats(weight)?, elements::<Y>(dy)?);
+    let (values, dy) = (elements::<X>(x)?, elements::<Y>(dy)?);
     let ([dx], partial_dw) = build(values.len(), grain(dim), |range, dx| {
-        let (rstd, weight) = (&rstd[range.start / dim..], &*weight);
+        let rstd = &rstd[range.start / dim..];
         let (x, dy) = (&values[range.clone()], &dy[range]);
         vectorized!({
             let (mut dw, mut products) = (vec![0f32; dim], vec![0f32; dim]);

@@ -1,6 +1,6 @@
 //! Root-mean-square normalisation.
 
-mod cpu;
+pub(in crate::ops) mod cpu;
 
 use std::sync::Arc;
 
@@ -8,7 +8,8 @@ use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::tools::profiler;
 
-/// `y = x · rstd · w` with `rstd = 1 / sqrt(mean(x²) + eps)` over the last dimension, in the compute dtype of `weight`.
+/// `y = x · rstd · w` with `rstd = 1 / sqrt(mean(x²) + eps)` over the last dimension and `w = offset + weight`, in the
+/// compute dtype of `weight`.
 ///
 /// Backward: `dx = rstd · (w·dy - x̂ · mean(w·dy·x̂))` with `x̂ = x · rstd`, and `dw += Σ dy · x̂` over rows.
 ///
@@ -17,12 +18,12 @@ use crate::tools::profiler;
 ///
 /// # Source
 /// Zhang & Sennrich, arXiv:1910.07467.
-pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, eps: f64) -> Result<Value> {
+pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, offset: f32, eps: f64) -> Result<Value> {
     let _span = profiler::span("rms_norm").shapes(&[x.tensor().dims()]);
-    let (y, rstd) = cpu::forward(x.tensor(), &weight.weights()?, eps as f32, weight.compute()?.dtype())?;
+    let (y, rstd) = cpu::forward(x.tensor(), &weight.weights()?, offset, eps as f32, weight.compute()?.dtype())?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
     Ok(Value::record("rms_norm", y, [x], move |dy| {
-        Ok([Some(cpu::backward(&saved, &weight.weights()?, weight.accumulator()?.as_ref(), &rstd, &dy)?)])
+        Ok([Some(cpu::backward(&saved, &weight.weights()?, offset, weight.accumulator()?.as_ref(), &rstd, &dy)?)])
     }))
 }
 
@@ -35,15 +36,15 @@ mod tests {
 
     #[test]
     fn rms_norm_matches_its_reference() -> Result<()> {
-        for dtype in [DType::F32, DType::BF16] {
+        for (dtype, offset) in [(DType::F32, 0.0), (DType::BF16, 0.0), (DType::F32, 1.0)] {
             let strided = random_tensor("x", &[2, 33, 130])?.transpose(1, 2)?;
             for x in [random_tensor("x", &[1, 1, 8])?, random_tensor("x", &[3, 67, 40])?, strided] {
                 let dim = x.dim(D::Minus1)?;
                 Case::new("rms_norm").compute(dtype).input(x).parameter("w", &[dim]).check_with_parameters(
-                    |v, p| rms_norm(&v[0], &p[0], 1e-5),
+                    |v, p| rms_norm(&v[0], &p[0], offset, 1e-5),
                     |t, p| {
                         let mean = (t[0].sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?;
-                        Ok(t[0].broadcast_div(&mean.sqrt()?)?.broadcast_mul(&p[0])?)
+                        Ok(t[0].broadcast_div(&mean.sqrt()?)?.broadcast_mul(&(&p[0] + f64::from(offset))?)?)
                     },
                 )?;
             }
@@ -56,7 +57,7 @@ mod tests {
         let (x, dy) = (random_tensor("x", &[1500, 40])?, random_tensor("dy", &[1500, 40])?.to_dtype(DType::BF16)?);
         let run = || -> Result<_> {
             let weight = &parameters(&[random_tensor("w", &[40])?], DType::BF16)?[0];
-            let y = rms_norm(&Value::input(x.clone()), weight, 1e-5)?;
+            let y = rms_norm(&Value::input(x.clone()), weight, 0.0, 1e-5)?;
             let result = y.tensor().to_dtype(DType::F32)?.to_vec2::<f32>()?;
             let dx = y.backward(dy.clone())?.to_vec2::<f32>()?;
             Ok((result, dx, weight.grad()?.to_vec1::<f32>()?))

@@ -92,8 +92,9 @@ fn yarn_range(args: &RopeArgs, yarn: &YarnArgs) -> (f32, f32) {
         let wavelength = yarn.original_seq_len as f64 / (turns * 2.0 * std::f64::consts::PI);
         args.dim as f64 * wavelength.ln() / (2.0 * args.theta.ln())
     };
-    let low = index(yarn.beta_fast).floor().max(0.0);
-    let high = index(yarn.beta_slow).ceil().min((args.dim - 1) as f64);
+    let (low, high) = (index(yarn.beta_fast), index(yarn.beta_slow));
+    let (low, high) = if yarn.truncate { (low.floor(), high.ceil()) } else { (low, high) };
+    let (low, high) = (low.max(0.0), high.min((args.dim - 1) as f64));
     (low as f32, if low == high { high as f32 + 0.001 } else { high as f32 })
 }
 

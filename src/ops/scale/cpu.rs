@@ -1,0 +1,17 @@
+use candle_core::{Device, Tensor};
+
+use crate::Result;
+use crate::ops::host::{Element, GRAIN, build, elements, typed, vectorized};
+
+pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
+    typed!(T = x.dtype(); scale_in::<T>(x, factor))
+}
+
+fn scale_in<T: Element>(x: &Tensor, factor: f32) -> Result<Tensor> {
+    let values = elements::<T>(x)?;
+    let ([y], _) = build(values.len(), GRAIN, |range, y| {
+        let values = &values[range];
+        vectorized!(y.extend(values.iter().map(|x| [T::store(factor * x.load())])));
+    });
+    Ok(Tensor::from_vec(y, x.shape(), &Device::Cpu)?)
+}
