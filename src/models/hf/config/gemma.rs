@@ -99,10 +99,15 @@ fn common_config(args: &DecoderArgs) -> Value {
         "intermediate_size": args.ffn_hidden_dim(),
         "hidden_act": ACTIVATION,
         "hidden_activation": ACTIVATION,
-        "query_pre_attn_scalar": args.query_pre_attn_scalar,
+        "query_pre_attn_scalar": args.query_pre_attn_scalar.map(as_integer),
         "layer_types": layer_types(args),
         "sliding_window": args.sliding_window,
     })
+}
+
+/// transformers insists on an integer.
+fn as_integer(number: f64) -> Value {
+    if number.fract() == 0.0 { json!(number as u64) } else { json!(number) }
 }
 
 /// Every wavelength times `factor`: all are longer than a context of one position.

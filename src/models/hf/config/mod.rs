@@ -102,7 +102,7 @@ pub fn different_constants(here: &DecoderArgs, there: &DecoderArgs) -> Vec<Strin
 
 /// Arguments that change what a model computes, but neither its shapes nor which weight does what.
 fn is_constant(name: &str) -> bool {
-    const NAMES: [&str; 8] = [
+    const NAMES: [&str; 9] = [
         "norm_eps",
         "final_norm_eps",
         "rope_theta",
@@ -110,6 +110,7 @@ fn is_constant(name: &str) -> bool {
         "original_seq_len",
         "beta_fast",
         "beta_slow",
+        "yarn_truncate",
         "mscale",
     ];
     NAMES.contains(&name) || name.starts_with("rope_scaling_args")
@@ -142,7 +143,7 @@ fn essence(args: &DecoderArgs, positions: usize) -> Map<String, Value> {
         Span::Chunked(size) if size < positions => json!({ "chunked": size }),
         _ => json!("full"),
     });
-    let local_thetas = layers.iter().filter(|layer| layer.span != Span::Full && layer.rope.is_some());
+    let has_local = layers.iter().any(|layer| layer.span != Span::Full && layer.rope.is_some());
     let worked_out = [
         ("hidden_dim", json!(has_dense.then(|| args.ffn_hidden_dim()))),
         ("moe_inter_dim", json!(has_experts.then(|| args.moe_hidden_dim()))),
@@ -154,7 +155,7 @@ fn essence(args: &DecoderArgs, positions: usize) -> Map<String, Value> {
         ("latent_pattern", layers.iter().map(|layer| layer.latent_dim.is_some()).collect()),
         ("rope_pattern", layers.iter().map(|layer| layer.rope.is_some()).collect()),
         ("feed_forward_pattern", layers.iter().map(|layer| json!(layer.feed_forward)).collect()),
-        ("local_rope_theta", json!(local_thetas.last().map(|_| args.local_rope_theta))),
+        ("local_rope_theta", json!(args.local_rope_theta.filter(|_| has_local))),
         ("rope_factor", json!(args.yarn_factor())),
     ];
     essence.extend(worked_out.map(|(name, value)| (name.to_owned(), value)));
@@ -323,6 +324,12 @@ fn rope_scaling(args: &DecoderArgs) -> Value {
 }
 
 impl DecoderArgs {
+    /// Fits the model to sequences of `longest` tokens. Whether YaRN applies, which depends on `max_seq_len`, stays as it is.
+    pub fn fit_to(&mut self, longest: usize) {
+        self.rope_factor = self.yarn_factor();
+        self.max_seq_len = longest.max(self.rope_factor.map_or(1, |_| self.original_seq_len + 1));
+    }
+
     /// YaRN's factor where it applies.
     fn yarn_factor(&self) -> Option<f64> {
         self.rope_factor.filter(|_| self.max_seq_len > self.original_seq_len)
