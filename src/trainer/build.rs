@@ -242,11 +242,7 @@ fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderAr
             args.max_seq_len
         )));
     }
-    match model.flavor.as_str() {
-        // What the weights were made with goes on, for short sequences too.
-        models::FLAVOR_OF_CONFIG_JSON => args.fit_to(longest),
-        _ => args.max_seq_len = longest,
-    }
+    args.max_seq_len = longest;
     let spec = train_spec(config);
     if spec.is_of_examples() && !model.args.sets("attn_mask_type") && !args.masks_documents() {
         info!(

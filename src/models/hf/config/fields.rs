@@ -149,8 +149,7 @@ impl Fields<'_> {
                     self.fault("rope_scaling: attention_factor is not supported");
                 }
                 // transformers stretches whatever max_position_embeddings says.
-                let reach = args.original_seq_len as f64 * args.rope_factor.unwrap_or(1.0);
-                args.max_seq_len = args.max_seq_len.max(reach as usize);
+                args.yarn_always = true;
             }
             other => {
                 self.fault(format!(

@@ -182,6 +182,7 @@ fn essence(args: &DecoderArgs, positions: usize) -> Map<String, Value> {
         "attn_type",
         "attn_mask_type",
         "max_seq_len",
+        "yarn_always",
         "every_n_layers_nope",
         "fixed_attn_block_size",
         "sliding_window",
@@ -327,12 +328,13 @@ impl DecoderArgs {
     /// Fits the model to sequences of `longest` tokens. Whether YaRN applies, which depends on `max_seq_len`, stays as it is.
     pub fn fit_to(&mut self, longest: usize) {
         self.rope_factor = self.yarn_factor();
-        self.max_seq_len = longest.max(self.rope_factor.map_or(1, |_| self.original_seq_len + 1));
+        self.yarn_always = true;
+        self.max_seq_len = longest;
     }
 
     /// YaRN's factor where it applies.
     fn yarn_factor(&self) -> Option<f64> {
-        self.rope_factor.filter(|_| self.max_seq_len > self.original_seq_len)
+        self.rope_factor.filter(|_| self.yarn_always || self.max_seq_len > self.original_seq_len)
     }
 
     fn slides(&self, layer: usize) -> bool {
@@ -434,7 +436,7 @@ mod tests {
         let [read, as_new] = [&old, &new].map(|config| args_from_config(config).unwrap().1);
         assert_eq!(read, as_new);
         assert_eq!((read.rope_factor, read.mscale, read.original_seq_len), (Some(40.0), 0.7, 4096));
-        assert!(read.max_seq_len > read.original_seq_len, "or it would be off");
+        assert!(read.yarn_always, "or short sequences would go without");
 
         old["rope_scaling"]["mscale"] = json!(1.0);
         let message = args_from_config(&old).unwrap_err().to_string();
