@@ -23,7 +23,21 @@ const LLAMA3: &str = "hf_llama3";
 const LLAMA4: &str = "hf_llama4";
 const LLAMA4_INTERLEAVED: &str = "hf_llama4_interleaved";
 const DEEPSEEK: &str = "hf_deepseek_v3";
-const CASES: [&str; 7] = [LLAMA3, "hf_smollm", LLAMA4, LLAMA4_INTERLEAVED, "hf_qwen3_tied", "hf_qwen3_moe", DEEPSEEK];
+const CASES: [&str; 13] = [
+    LLAMA3,
+    LLAMA4,
+    LLAMA4_INTERLEAVED,
+    "hf_qwen3_tied",
+    "hf_qwen3_moe",
+    DEEPSEEK,
+    "hf_mistral",
+    "hf_smollm",
+    "hf_mixtral",
+    "hf_olmo2",
+    "hf_gemma2",
+    "hf_gemma3",
+    "hf_gpt_oss",
+];
 
 fn golden(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case)

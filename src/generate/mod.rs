@@ -50,9 +50,8 @@ impl Generator {
                 args.max_seq_len
             );
         }
-        // No table for the millions of positions that a model could have; but where YaRN applies, it must go on to.
-        args.rope_factor = args.rope_factor.filter(|_| args.max_seq_len > args.original_seq_len);
-        args.max_seq_len = longest.max(args.rope_factor.map_or(1, |_| args.original_seq_len + 1));
+        // No table for the millions of positions that a model could have.
+        args.fit_to(longest);
         let mut model = Decoder::new(&args, tokenizer.eos_id())?;
         let device = Device::Cpu;
         if let Some((lora, _)) = &pretrained.adapters {

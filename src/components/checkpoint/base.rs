@@ -50,7 +50,7 @@ impl Base {
         }
         self.check(&Self::new(&self.path, self.hugging_face)?)?;
         if self.hugging_face {
-            // That 8-bit weights are wanted, the run has found out.
+            // If they have 8 bits, the run that began with them asked for that.
             return Weights::open_hugging_face(&self.path, model_name, args, true);
         }
         if self.path.join(MANIFEST).is_file() {

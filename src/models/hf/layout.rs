@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use crate::Result;
 
@@ -40,6 +40,9 @@ pub enum Layout {
     GateUpTransposed,
     /// `w1` and `w3`, both `(e, h, d)`, as `(e, 2 * h, d)`.
     GateUp,
+    /// `w1` and `w3`, both `(e, h, d)`, as `(e, d, 2 * h)` with rows of `w1` and `w3` in turn; biases `(e, h)` as
+    /// `(e, 2 * h)`.
+    GateUpInterleaved,
 }
 
 impl Mapping {
@@ -53,7 +56,8 @@ impl Mapping {
         match (self.layout, parameter) {
             (Layout::Experts, [_, expert @ ..]) => expert.to_vec(),
             (Layout::Transposed, &[e, out, input]) => vec![e, input, out],
-            (Layout::GateUpTransposed, &[e, h, d]) => vec![e, d, 2 * h],
+            (Layout::GateUpTransposed | Layout::GateUpInterleaved, &[e, h, d]) => vec![e, d, 2 * h],
+            (Layout::GateUpInterleaved, &[e, h]) => vec![e, 2 * h],
             (Layout::GateUp, &[e, h, d]) => vec![e, 2 * h, d],
             _ => parameter.to_vec(),
         }
@@ -83,6 +87,10 @@ impl Mapping {
             Layout::GateUpTransposed => {
                 Tensor::cat(&[first, read(&self.parameters[1])?], 1)?.transpose(1, 2)?.contiguous()?
             }
+            Layout::GateUpInterleaved => {
+                let in_turn = Tensor::stack(&[first, read(&self.parameters[1])?], 2)?.flatten(1, 2)?;
+                transposed(&in_turn)?
+            }
         })
     }
 
@@ -102,9 +110,20 @@ impl Mapping {
             Layout::RotaryHalves { head_dim } => swap_within_heads(&stored, head_dim, 2, head_dim / 2)?,
             Layout::Transposed => stored.transpose(1, 2)?.contiguous()?,
             Layout::GateUp => half(1)?.contiguous()?,
-            Layout::GateUpTransposed => half(2)?.transpose(1, D::Minus1)?.contiguous()?,
+            Layout::GateUpTransposed => half(2)?.transpose(1, 2)?.contiguous()?,
+            Layout::GateUpInterleaved => {
+                let in_turn = transposed(&stored)?;
+                let h = in_turn.dim(1)? / 2;
+                let shape = [&[in_turn.dim(0)?, h, 2], &in_turn.dims()[2..]].concat();
+                in_turn.reshape(shape)?.narrow(2, which, 1)?.squeeze(2)?.contiguous()?
+            }
         })
     }
+}
+
+/// `(e, a, b)` as `(e, b, a)`; biases `(e, a)` as they are.
+fn transposed(experts: &Tensor) -> Result<Tensor> {
+    Ok(if experts.rank() == 3 { experts.transpose(1, 2)?.contiguous()? } else { experts.clone() })
 }
 
 /// Reorders the rows of each head from `(a, b)` to `(b, a)`.
@@ -187,6 +206,16 @@ mod tests {
         let gate_up = mapping(Layout::GateUp, &["x"], &["w1", "w3"]);
         let stored = there_and_back(&gate_up, &[w1, w3]);
         assert_eq!(stored[0].to_vec3::<u32>().unwrap()[1], [[6, 7, 8], [9, 10, 11], [106, 107, 108], [109, 110, 111]]);
+    }
+
+    #[test]
+    fn gate_and_up_may_take_turns() {
+        let (w1, w3) = (numbers(&[2, 2, 3], 0), numbers(&[2, 2, 3], 100));
+        let gate_up = mapping(Layout::GateUpInterleaved, &["x"], &["w1", "w3"]);
+        let stored = there_and_back(&gate_up, &[w1, w3]);
+        assert_eq!(stored[0].to_vec3::<u32>().unwrap()[0], [[0, 100, 3, 103], [1, 101, 4, 104], [2, 102, 5, 105]]);
+        let stored = there_and_back(&gate_up, &[numbers(&[2, 2], 0), numbers(&[2, 2], 10)]);
+        assert_eq!(stored[0].to_vec2::<u32>().unwrap(), [[0, 10, 1, 11], [2, 12, 3, 13]]);
     }
 
     #[test]

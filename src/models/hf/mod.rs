@@ -5,7 +5,7 @@
 
 use candle_core::DType;
 
-use crate::models::args::{DecoderArgs, RopeLayout};
+use crate::models::args::{DecoderArgs, NormPosition, RopeLayout};
 use crate::{Error, Result};
 
 mod config;
@@ -23,10 +23,27 @@ pub enum Family {
     Llama4,
     Qwen3,
     DeepSeekV3,
+    Mistral,
+    Mixtral,
+    Olmo2,
+    Gemma2,
+    Gemma3,
+    GptOss,
 }
 
 impl Family {
-    pub const ALL: [Self; 4] = [Self::Llama3, Self::Llama4, Self::Qwen3, Self::DeepSeekV3];
+    pub const ALL: [Self; 10] = [
+        Self::Llama3,
+        Self::Llama4,
+        Self::Qwen3,
+        Self::DeepSeekV3,
+        Self::Mistral,
+        Self::Mixtral,
+        Self::Olmo2,
+        Self::Gemma2,
+        Self::Gemma3,
+        Self::GptOss,
+    ];
 
     /// The family of a `model.name`; of several, the first that can express `args`.
     pub fn of(model_name: &str, args: &DecoderArgs) -> Result<Self> {
@@ -56,6 +73,7 @@ impl Family {
             Self::Llama4 => "llama4",
             Self::Qwen3 => "qwen3",
             Self::DeepSeekV3 => "deepseek_v3",
+            _ => "decoder",
         }
     }
 
@@ -71,16 +89,22 @@ impl Family {
             Self::Llama4 => &["llama4", "llama4_text"],
             Self::Qwen3 => &["qwen3", "qwen3_moe"],
             Self::DeepSeekV3 => &["deepseek_v3"],
+            Self::Mistral => &["mistral"],
+            Self::Mixtral => &["mixtral"],
+            Self::Olmo2 => &["olmo2"],
+            Self::Gemma2 => &["gemma2"],
+            Self::Gemma3 => &["gemma3_text"],
+            Self::GptOss => &["gpt_oss"],
         }
     }
 
     /// Which numbers of a head its checkpoints rotate together.
     fn rope_layout(self, args: &DecoderArgs) -> RopeLayout {
         match self {
-            Self::Llama3 | Self::Qwen3 => RopeLayout::Halves,
             Self::Llama4 => RopeLayout::Pairs,
             // Its config says so.
             Self::DeepSeekV3 => args.rope_layout,
+            _ => RopeLayout::Halves,
         }
     }
 }
@@ -109,16 +133,22 @@ pub fn mappings(family: Family, args: &DecoderArgs, experts: ExpertTensors) -> V
     for layer in 0..args.n_layers {
         let theirs = |name: &str| format!("model.layers.{layer}.{name}");
         let ours = |name: &str| format!("layers.{layer}.{name}");
-        mappings.same(theirs("input_layernorm.weight"), ours("attention_norm.weight"));
         match args.kv_lora_rank {
             None => mappings.attention(&theirs("self_attn"), &ours("attention"), family, args),
             Some(_) => mappings.latent_attention(&theirs("self_attn"), &ours("attention"), args),
         }
-        mappings.same(theirs("post_attention_layernorm.weight"), ours("ffn_norm.weight"));
-        let ffn = theirs(if family == Family::Llama4 { "feed_forward" } else { "mlp" });
-        match args.is_moe_layer(layer) {
+        for (norm, parameter) in norms(args.norm_position) {
+            mappings.same(theirs(&format!("{norm}.weight")), ours(&format!("{parameter}.weight")));
+        }
+        let is_moe = args.is_moe_layer(layer);
+        let ffn = theirs(match family {
+            Family::Llama4 => "feed_forward",
+            Family::Mixtral if is_moe => "block_sparse_moe",
+            _ => "mlp",
+        });
+        match is_moe {
             true => mappings.moe(&ffn, &ours("moe"), family, args, experts),
-            false => mappings.feed_forward(&ffn, &ours("feed_forward")),
+            false => mappings.feed_forward(&ffn, &ours("feed_forward"), args.mlp_bias),
         }
     }
     mappings.same("model.norm.weight", "norm.weight");
@@ -127,6 +157,25 @@ pub fn mappings(family: Family, args: &DecoderArgs, experts: ExpertTensors) -> V
     }
     mappings.list
 }
+
+/// The norms of a layer, as the file and as titan call them: the same names mean others where there are more of them.
+fn norms(position: NormPosition) -> &'static [(&'static str, &'static str)] {
+    match position {
+        NormPosition::Before => &[("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm")],
+        NormPosition::After => {
+            &[("post_attention_layernorm", "post_attention_norm"), ("post_feedforward_layernorm", "post_ffn_norm")]
+        }
+        NormPosition::Both => &[
+            ("input_layernorm", "attention_norm"),
+            ("post_attention_layernorm", "post_attention_norm"),
+            ("pre_feedforward_layernorm", "ffn_norm"),
+            ("post_feedforward_layernorm", "post_ffn_norm"),
+        ],
+    }
+}
+
+/// The layers of a feed-forward, as files and as titan call them.
+const PROJECTIONS: [(&str, &str); 3] = [("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")];
 
 struct Mappings {
     /// Of every name in the file.
@@ -153,13 +202,19 @@ impl Mappings {
             true => Layout::Same,
             false => Layout::RotaryHalves { head_dim: args.head_dim() },
         };
-        for (projection, weight, layout) in [
-            ("q_proj", "wq", rotary),
-            ("k_proj", "wk", rotary),
-            ("v_proj", "wv", Layout::Same),
-            ("o_proj", "wo", Layout::Same),
+        let (bias, out_bias) = (args.attention_bias, args.attention_out_bias);
+        for (projection, linear, layout, has_bias) in [
+            ("q_proj", "wq", rotary, bias),
+            ("k_proj", "wk", rotary, bias),
+            ("v_proj", "wv", Layout::Same, bias),
+            ("o_proj", "wo", Layout::Same, out_bias),
         ] {
-            self.one(format!("{theirs}.{projection}.weight"), format!("{ours}.{weight}.weight"), layout);
+            for part in ["weight", "bias"].into_iter().take(1 + usize::from(has_bias)) {
+                self.one(format!("{theirs}.{projection}.{part}"), format!("{ours}.{linear}.{part}"), layout);
+            }
+        }
+        if args.attention_sinks {
+            self.same(format!("{theirs}.sinks"), format!("{ours}.sinks"));
         }
         if args.qk_norm {
             for norm in ["q_norm", "k_norm"] {
@@ -180,9 +235,11 @@ impl Mappings {
         }
     }
 
-    fn feed_forward(&mut self, theirs: &str, ours: &str) {
-        for (projection, weight) in [("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")] {
-            self.same(format!("{theirs}.{projection}.weight"), format!("{ours}.{weight}.weight"));
+    fn feed_forward(&mut self, theirs: &str, ours: &str, has_bias: bool) {
+        for (projection, linear) in PROJECTIONS {
+            for part in ["weight", "bias"].into_iter().take(1 + usize::from(has_bias)) {
+                self.same(format!("{theirs}.{projection}.{part}"), format!("{ours}.{linear}.{part}"));
+            }
         }
     }
 
@@ -190,6 +247,7 @@ impl Mappings {
         let Some(moe) = &args.moe_args else { return };
         let (router, shared) = match family {
             Family::Llama4 => ("router", "shared_expert"),
+            Family::GptOss => ("router", "shared_experts"),
             _ => ("gate", "shared_experts"),
         };
         self.same(format!("{theirs}.{router}.weight"), format!("{ours}.router.gate.weight"));
@@ -197,24 +255,33 @@ impl Mappings {
             self.same(format!("{theirs}.{router}.e_score_correction_bias"), format!("{ours}.expert_bias"));
         }
         if moe.num_shared_experts > 0 {
-            self.feed_forward(&format!("{theirs}.{shared}"), &format!("{ours}.shared_experts"));
+            self.feed_forward(&format!("{theirs}.{shared}"), &format!("{ours}.shared_experts"), false);
         }
 
-        let ours = |weight: &str| format!("{ours}.experts.{weight}");
+        let router_bias = format!("{ours}.router.gate.bias");
+        let fused = |name: &str| vec![format!("{theirs}.experts.{name}")];
+        let ours = |names: &[&str]| names.iter().map(|name| format!("{ours}.experts.{name}")).collect::<Vec<_>>();
         let (gate_up, down) = match (family, experts) {
             (Family::Llama4, _) => (Layout::GateUpTransposed, Layout::Transposed),
+            (Family::GptOss, _) => (Layout::GateUpInterleaved, Layout::Transposed),
             (_, ExpertTensors::Fused) => (Layout::GateUp, Layout::Same),
             (_, ExpertTensors::Apart) => {
-                for (projection, weight) in [("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")] {
+                for (projection, weight) in PROJECTIONS {
+                    let projection = if family == Family::Mixtral { weight } else { projection };
                     let each = 0..moe.num_experts;
                     let files = each.map(|expert| format!("{theirs}.experts.{expert}.{projection}.weight"));
-                    self.add(files.collect(), vec![ours(weight)], Layout::Experts);
+                    self.add(files.collect(), ours(&[weight]), Layout::Experts);
                 }
                 return;
             }
         };
-        self.add(vec![format!("{theirs}.experts.gate_up_proj")], vec![ours("w1"), ours("w3")], gate_up);
-        self.one(format!("{theirs}.experts.down_proj"), ours("w2"), down);
+        self.add(fused("gate_up_proj"), ours(&["w1", "w3"]), gate_up);
+        self.add(fused("down_proj"), ours(&["w2"]), down);
+        if moe.use_bias {
+            self.same(format!("{theirs}.{router}.bias"), router_bias);
+            self.add(fused("gate_up_proj_bias"), ours(&["b1", "b3"]), gate_up);
+            self.add(fused("down_proj_bias"), ours(&["b2"]), Layout::Same);
+        }
     }
 }
 

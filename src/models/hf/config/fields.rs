@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::gemma::linear;
 use crate::models::args::{DecoderArgs, RopeScalingArgs};
 
 /// Beyond any model, and small enough that products of two sizes stay exact.
@@ -51,6 +52,15 @@ impl Fields<'_> {
         number_of(self.config, name, Some(default), &mut self.faults)
     }
 
+    /// A positive number, `None` for null; `default` where there is no such field.
+    pub fn optional_number(&mut self, name: &str, default: Option<f64>) -> Option<f64> {
+        match self.config.get(name) {
+            None => default,
+            Some(Value::Null) => None,
+            Some(_) => Some(self.number(name, 1.0)),
+        }
+    }
+
     pub fn flag(&mut self, name: &str, default: bool) -> bool {
         match &self.config[name] {
             Value::Null => default,
@@ -92,8 +102,13 @@ impl Fields<'_> {
             Value::Null => (config, &config["rope_scaling"]),
             parameters => (parameters, parameters),
         };
+        self.rope_of(theta, scaling, args, default_theta);
+    }
+
+    /// The same from the objects that hold the base and the scaling.
+    pub fn rope_of(&mut self, theta: &Value, scaling: &Value, args: &mut DecoderArgs, default_theta: f64) {
         args.rope_theta = number_of(theta, "rope_theta", Some(default_theta), &mut self.faults);
-        for factor in [&scaling["partial_rotary_factor"], &config["partial_rotary_factor"]] {
+        for factor in [&scaling["partial_rotary_factor"], &self.config["partial_rotary_factor"]] {
             if !factor.is_null() && factor.as_f64() != Some(1.0) {
                 self.fault(format!("partial_rotary_factor: {factor} is not supported, only 1"));
             }
@@ -102,6 +117,7 @@ impl Fields<'_> {
         let mut number = |name, default| number_of(scaling, name, default, faults);
         match scaling["rope_type"].as_str().or(scaling["type"].as_str()).unwrap_or("default") {
             "default" => {}
+            "linear" => args.rope_scaling_args = Some(linear(number("factor", None))),
             "llama3" => {
                 args.rope_scaling_args = Some(RopeScalingArgs {
                     scaling_factor: number("factor", None),
@@ -116,24 +132,28 @@ impl Fields<'_> {
                     number("original_max_position_embeddings", Some(args.max_seq_len as f64)) as usize;
                 args.beta_fast = number("beta_fast", Some(32.0));
                 args.beta_slow = number("beta_slow", Some(1.0));
-                args.mscale = number("mscale_all_dim", Some(0.0));
-                // Where both are equal they cancel out in the rotation, and only the scores are scaled.
-                if scaling["mscale"] != scaling["mscale_all_dim"] || scaling["mscale"].is_null() {
-                    self.fault("rope_scaling: mscale must be given and equal to mscale_all_dim");
+                args.yarn_truncate = scaling["truncate"] != json!(false);
+                args.mscale = number("mscale_all_dim", Some(if args.kv_lora_rank.is_some() { 0.0 } else { 1.0 }));
+                // transformers scales what rotates by mscale and by the inverse of mscale_all_dim, which cancel out where
+                // they are equal. Where whole heads rotate, scaling them is the same as scaling the scores.
+                let cancel_out = !scaling["mscale"].is_null() && scaling["mscale"] == scaling["mscale_all_dim"];
+                let has_neither = scaling["mscale"].is_null() && scaling["mscale_all_dim"].is_null();
+                match args.kv_lora_rank {
+                    Some(_) if !cancel_out => {
+                        self.fault("rope_scaling: mscale must be given and equal to mscale_all_dim")
+                    }
+                    None if !has_neither => self.fault("rope_scaling: mscale is not supported"),
+                    _ => {}
                 }
                 if !scaling["attention_factor"].is_null() {
                     self.fault("rope_scaling: attention_factor is not supported");
                 }
-                if scaling["truncate"] == json!(false) {
-                    self.fault("rope_scaling: truncate: false is not supported");
-                }
                 // transformers stretches whatever max_position_embeddings says.
-                let reach = args.original_seq_len as f64 * args.rope_factor.unwrap_or(1.0);
-                args.max_seq_len = args.max_seq_len.max(reach as usize);
+                args.yarn_always = true;
             }
             other => {
                 self.fault(format!(
-                    "rope_type: \"{other}\" is not supported, only \"default\", \"llama3\" and \"yarn\""
+                    "rope_type: \"{other}\" is not supported, only \"default\", \"linear\", \"llama3\" and \"yarn\""
                 ));
             }
         }

@@ -2,15 +2,15 @@
 
 use serde_json::{Value, json};
 
+use super::common::plain_args;
 use super::fields::Fields;
-use super::llama3::common_args;
 use crate::models::args::{AttnType, DecoderArgs, MoeArgs};
 
 /// Positions that attend to each other, where a config says nothing else.
 const CHUNK_SIZE: usize = 8192;
 
 pub fn args(fields: &mut Fields) -> DecoderArgs {
-    let mut args = common_args(fields, 500_000.0);
+    let mut args = plain_args(fields, 500_000.0);
     args.norm_eps = fields.number("rms_norm_eps", 1e-5);
     fields.expect_off("use_qk_norm");
     args.interleave_moe_layer_step = fields.size("interleave_moe_layer_step", Some(1));

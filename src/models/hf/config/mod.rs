@@ -7,14 +7,20 @@ use candle_core::DType;
 use serde_json::{Map, Value, json};
 
 use super::Family;
-use crate::models::args::DecoderArgs;
+use crate::models::args::{DecoderArgs, FeedForwardKind};
+use crate::models::layer::{LayerArgs, Span};
 use crate::{Error, Result};
 use fields::Fields;
 
+mod common;
 mod deepseek_v3;
 mod fields;
+mod gemma;
+mod gpt_oss;
 mod llama3;
 mod llama4;
+mod mistral;
+mod olmo2;
 mod qwen3;
 
 /// The arguments of the model that a `config.json` describes.
@@ -42,6 +48,12 @@ pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
         Family::Llama4 => llama4::args(&mut fields),
         Family::Qwen3 => qwen3::args(&mut fields, model_type == "qwen3_moe"),
         Family::DeepSeekV3 => deepseek_v3::args(&mut fields),
+        Family::Mistral => mistral::mistral_args(&mut fields),
+        Family::Mixtral => mistral::mixtral_args(&mut fields),
+        Family::Olmo2 => olmo2::args(&mut fields),
+        Family::Gemma2 => gemma::gemma2_args(&mut fields),
+        Family::Gemma3 => gemma::gemma3_args(&mut fields),
+        Family::GptOss => gpt_oss::args(&mut fields),
     };
     if fields.faults.is_empty() {
         return Ok((family, args));
@@ -90,7 +102,7 @@ pub fn different_constants(here: &DecoderArgs, there: &DecoderArgs) -> Vec<Strin
 
 /// Arguments that change what a model computes, but neither its shapes nor which weight does what.
 fn is_constant(name: &str) -> bool {
-    const NAMES: [&str; 8] = [
+    const NAMES: [&str; 9] = [
         "norm_eps",
         "final_norm_eps",
         "rope_theta",
@@ -98,6 +110,7 @@ fn is_constant(name: &str) -> bool {
         "original_seq_len",
         "beta_fast",
         "beta_slow",
+        "yarn_truncate",
         "mscale",
     ];
     NAMES.contains(&name) || name.starts_with("rope_scaling_args")
@@ -120,27 +133,37 @@ fn essence(args: &DecoderArgs, positions: usize) -> Map<String, Value> {
     };
     let mut essence = serialized(args);
     let defaults = serialized(&DecoderArgs::default());
-    let moe_layers = args.moe_layers();
-    let has_experts = !moe_layers.is_empty();
-    let has_dense = moe_layers.len() < args.n_layers;
-    let is_mla = args.kv_lora_rank.is_some();
+    let layers: Vec<LayerArgs> = (0..args.n_layers).map(|layer| args.layer(layer)).collect();
+    let has_experts = layers.iter().any(|layer| layer.feed_forward == FeedForwardKind::Moe);
+    let has_dense = layers.iter().any(|layer| layer.feed_forward != FeedForwardKind::Moe);
+    let [has_latent, has_heads] = [true, false].map(|it| layers.iter().any(|layer| layer.latent_dim.is_some() == it));
+    // What is out of reach makes no difference.
+    let spans = layers.iter().map(|layer| match layer.span {
+        Span::Sliding(size) if size < positions => json!({ "sliding": size }),
+        Span::Chunked(size) if size < positions => json!({ "chunked": size }),
+        _ => json!("full"),
+    });
+    let has_local = layers.iter().any(|layer| layer.span != Span::Full && layer.rope.is_some());
     let worked_out = [
         ("hidden_dim", json!(has_dense.then(|| args.ffn_hidden_dim()))),
         ("moe_inter_dim", json!(has_experts.then(|| args.moe_hidden_dim()))),
-        ("n_kv_heads", json!(if is_mla { args.n_heads } else { args.n_kv_heads() })),
-        ("head_dim", json!((!is_mla).then(|| args.head_dim()))),
+        ("n_kv_heads", json!(if has_heads { args.n_kv_heads() } else { args.n_heads })),
+        ("head_dim", json!(has_heads.then(|| args.head_dim()))),
         ("final_norm_eps", json!(args.final_norm_eps.unwrap_or(args.norm_eps))),
-        ("fixed_attn_block_size", json!(args.attn_block_size().filter(|size| *size < positions))),
-        ("every_n_layers_nope", json!(args.every_n_layers_nope.map(|n| n.min(args.n_layers)))),
+        ("query_pre_attn_scalar", json!(args.query_pre_attn_scalar.unwrap_or(args.qk_head_dim(has_latent) as f64))),
+        ("attention_pattern", spans.collect()),
+        ("latent_pattern", layers.iter().map(|layer| layer.latent_dim.is_some()).collect()),
+        ("rope_pattern", layers.iter().map(|layer| layer.rope.is_some()).collect()),
+        ("feed_forward_pattern", layers.iter().map(|layer| json!(layer.feed_forward)).collect()),
+        ("local_rope_theta", json!(args.local_rope_theta.filter(|_| has_local))),
         ("rope_factor", json!(args.yarn_factor())),
-        ("moe_layers", json!(moe_layers)),
     ];
     essence.extend(worked_out.map(|(name, value)| (name.to_owned(), value)));
     let mut unused = Vec::new();
     if args.yarn_factor().is_none() {
-        unused.extend(["original_seq_len", "beta_fast", "beta_slow", "mscale"]);
+        unused.extend(["original_seq_len", "beta_fast", "beta_slow", "yarn_truncate", "mscale"]);
     }
-    if !is_mla {
+    if !has_latent {
         unused.extend(["q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]);
     }
     if !has_experts {
@@ -159,6 +182,10 @@ fn essence(args: &DecoderArgs, positions: usize) -> Map<String, Value> {
         "attn_type",
         "attn_mask_type",
         "max_seq_len",
+        "yarn_always",
+        "every_n_layers_nope",
+        "fixed_attn_block_size",
+        "sliding_window",
         "moe_enabled",
         "n_dense_layers",
         "interleave_moe_layer_step",
@@ -201,8 +228,14 @@ pub fn config_from_args(
         Family::Qwen3 if !args.moe_layers().is_empty() => ("Qwen3MoeForCausalLM", "qwen3_moe", qwen3::config(args)),
         Family::Qwen3 => ("Qwen3ForCausalLM", "qwen3", qwen3::config(args)),
         Family::DeepSeekV3 => ("DeepseekV3ForCausalLM", "deepseek_v3", deepseek_v3::config(args)),
+        Family::Mistral => ("MistralForCausalLM", "mistral", mistral::config(args)),
+        Family::Mixtral => ("MixtralForCausalLM", "mixtral", mistral::config(args)),
+        Family::Olmo2 => ("Olmo2ForCausalLM", "olmo2", olmo2::config(args)),
+        Family::Gemma2 => ("Gemma2ForCausalLM", "gemma2", gemma::gemma2_config(args)),
+        Family::Gemma3 => ("Gemma3ForCausalLM", "gemma3_text", gemma::gemma3_config(args)),
+        Family::GptOss => ("GptOssForCausalLM", "gpt_oss", gpt_oss::config(args)),
     };
-    let mut config = json!({
+    let config = json!({
         "architectures": [architecture],
         "model_type": model_type,
         "torch_dtype": dtype_name(dtype),
@@ -222,10 +255,7 @@ pub fn config_from_args(
         "eos_token_id": eos_id,
         "pad_token_id": null,
     });
-    if let (Value::Object(config), Value::Object(fields)) = (&mut config, fields) {
-        config.extend(fields);
-    }
-
+    let config = common::with(config, fields);
     let faults = inexpressible(args, &config);
     if faults.is_empty() {
         return Ok(config);
@@ -262,7 +292,26 @@ fn stretched_positions(args: &DecoderArgs) -> usize {
 }
 
 fn rope_scaling(args: &DecoderArgs) -> Value {
+    let yarn = |factor| {
+        let mut yarn = json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": args.original_seq_len,
+            "beta_fast": args.beta_fast,
+            "beta_slow": args.beta_slow,
+            "truncate": args.yarn_truncate,
+        });
+        // Elsewhere transformers takes what is our 1.
+        if args.kv_lora_rank.is_some() || args.mscale != 1.0 {
+            yarn["mscale"] = json!(args.mscale);
+            yarn["mscale_all_dim"] = json!(args.mscale);
+        }
+        yarn
+    };
     match (&args.rope_scaling_args, args.yarn_factor()) {
+        (Some(scaling), _) if *scaling == gemma::linear(scaling.scaling_factor) => {
+            json!({ "rope_type": "linear", "factor": scaling.scaling_factor })
+        }
         (Some(scaling), _) => json!({
             "rope_type": "llama3",
             "factor": scaling.scaling_factor,
@@ -270,23 +319,26 @@ fn rope_scaling(args: &DecoderArgs) -> Value {
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }),
-        (None, Some(factor)) => json!({
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": args.original_seq_len,
-            "beta_fast": args.beta_fast,
-            "beta_slow": args.beta_slow,
-            "mscale": args.mscale,
-            "mscale_all_dim": args.mscale,
-        }),
+        (None, Some(factor)) => yarn(factor),
         (None, None) => Value::Null,
     }
 }
 
 impl DecoderArgs {
+    /// Fits the model to sequences of `longest` tokens. Whether YaRN applies, which depends on `max_seq_len`, stays as it is.
+    pub fn fit_to(&mut self, longest: usize) {
+        self.rope_factor = self.yarn_factor();
+        self.yarn_always = true;
+        self.max_seq_len = longest;
+    }
+
     /// YaRN's factor where it applies.
     fn yarn_factor(&self) -> Option<f64> {
-        self.rope_factor.filter(|_| self.max_seq_len > self.original_seq_len)
+        self.rope_factor.filter(|_| self.yarn_always || self.max_seq_len > self.original_seq_len)
+    }
+
+    fn slides(&self, layer: usize) -> bool {
+        matches!(self.layer(layer).span, Span::Sliding(_))
     }
 
     fn moe_layers(&self) -> Vec<usize> {
@@ -373,23 +425,28 @@ mod tests {
             "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7,
             "mscale_all_dim": 0.7
         });
-        let mut old = scout();
+        let args = DecoderArgs { max_seq_len: 64, ..flavor("deepseek_v3", "671B").unwrap() };
+        let mut old = config_from_args(Family::DeepSeekV3, &args, DType::F32, None, None).unwrap();
+        let mut new = old.clone();
         old["rope_scaling"] = scaling.clone();
         old["rope_scaling"]["type"] = json!("yarn");
-        let mut new = scout();
         new["rope_parameters"] = scaling;
         new["rope_parameters"]["rope_type"] = json!("yarn");
-        new["rope_parameters"]["rope_theta"] = json!(500000.0);
-        let [old, new] = [old, new].map(|config| args_from_config(&config).unwrap().1);
-        assert_eq!(old, new);
-        assert_eq!((old.rope_factor, old.mscale, old.original_seq_len), (Some(40.0), 0.7, 4096));
-        assert!(old.max_seq_len > old.original_seq_len, "or it would be off");
+        new["rope_parameters"]["rope_theta"] = json!(10_000.0);
+        let [read, as_new] = [&old, &new].map(|config| args_from_config(config).unwrap().1);
+        assert_eq!(read, as_new);
+        assert_eq!((read.rope_factor, read.mscale, read.original_seq_len), (Some(40.0), 0.7, 4096));
+        assert!(read.yarn_always, "or short sequences would go without");
 
-        let message = faults(|config| {
-            config["rope_scaling"] =
-                json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8 })
-        });
+        old["rope_scaling"]["mscale"] = json!(1.0);
+        let message = args_from_config(&old).unwrap_err().to_string();
         assert!(message.contains("mscale must be given and equal to mscale_all_dim"), "{message}");
+        // Without latents whole heads rotate, and are scaled by what is our mscale of 1.
+        let mut llama = scout();
+        llama["rope_scaling"] = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8 });
+        assert_eq!(args_from_config(&llama).unwrap().1.mscale, 1.0);
+        llama["rope_scaling"]["mscale"] = json!(1.0);
+        assert!(args_from_config(&llama).unwrap_err().to_string().contains("mscale is not supported"));
     }
 
     #[test]
@@ -438,13 +495,10 @@ mod tests {
         let message = refusal(Family::Llama4, &args);
         assert!(message.contains("moe_args.score_func = \"softmax\", only \"sigmoid\""), "{message}");
         assert!(message.contains("moe_args.route_scale = 2.5, only 1"), "{message}");
-        assert!(refusal(Family::Llama3, &args).contains("moe_layers"));
+        assert!(refusal(Family::Llama3, &args).contains("feed_forward_pattern"));
         let args = DecoderArgs { qk_norm: true, every_n_layers_nope: Some(4), ..Default::default() };
         let message = refusal(Family::Llama3, &args);
-        assert!(
-            message.contains("qk_norm = true, only false") && message.contains("every_n_layers_nope = 4"),
-            "{message}"
-        );
+        assert!(message.contains("qk_norm = true, only false") && message.contains("rope_pattern"), "{message}");
     }
 
     #[test]

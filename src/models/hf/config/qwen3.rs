@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 
+use super::common::plain_args;
 use super::fields::Fields;
-use super::llama3::common_args;
 use crate::models::args::{DecoderArgs, MoeArgs, RopeLayout, ScoreFunc};
 
 pub fn args(fields: &mut Fields, has_experts: bool) -> DecoderArgs {
-    let mut args = common_args(fields, 10_000.0);
+    let mut args = plain_args(fields, 10_000.0);
     if fields.config["head_dim"].is_null() && !has_experts {
         // What transformers takes, whatever hidden_size / num_attention_heads is.
         args.head_dim = Some(128);
