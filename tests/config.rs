@@ -308,6 +308,7 @@ fn defaults_are_those_of_torchtitan() {
     let mut expected: toml::Table = include_str!("config/defaults.toml").parse().unwrap();
     let mut actual: toml::Table = JobConfig::default().to_toml().parse().unwrap();
     assert!(actual.remove("data").is_some());
+    assert!(actual["model"].as_table_mut().unwrap().remove("lora").is_some());
     // titan ships a tokenizer elsewhere.
     for (table, path) in [(&mut expected, "./tests/assets/tokenizer"), (&mut actual, "./assets/tokenizer")] {
         assert_eq!(table["model"].as_table_mut().unwrap().remove("hf_assets_path"), Some(path.into()));
