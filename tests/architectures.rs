@@ -137,7 +137,7 @@ fn gradients_of_every_architecture_are_those_of_differences() {
             let grad = parameter.grad().unwrap().copy().unwrap();
             let length = norm(&grad);
             assert!(length > 0.0, "{name}: {} has no gradient", parameter.fqn());
-            let step = (0.01 / length).min(0.05);
+            let step = (0.002 / length).min(0.05);
             let weights = parameter.weights().unwrap().copy().unwrap();
             let loss_at = |by: f64| {
                 parameter.set(&(&weights + (&grad * (by / length)).unwrap()).unwrap()).unwrap();
