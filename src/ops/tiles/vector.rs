@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::TILE;
 
 /// Minimax polynomials of `2^f`, `0 <= f < 1`, highest power first: to 1.5e-7 and 3e-6 relative, and exact at 0.
-pub const EXP2_F32: [f32; 6] = [1.867_130e-3, 9.017_031e-3, 5.579_991e-2, 0.240_164_44, 0.693_151_3, 1.0];
+pub const EXP2_F32: [f32; 6] = [1.867_13e-3, 9.017_031e-3, 5.579_991e-2, 0.240_164_44, 0.693_151_3, 1.0];
 pub const EXP2_BF16: [f32; 5] = [1.342_668_5e-2, 5.224_247e-2, 0.241_280_2, 0.693_044_84, 1.0];
 
 /// `2^x` for `x <= 0`, by a polynomial for its fraction. Zero below `2^-100`, lest numbers get so small that the processor
