@@ -217,7 +217,8 @@ mod tests {
                     let number = |text: &str| text.replace(',', "").parse::<usize>().ok();
                     if let (Some(n), false) = (line.split_whitespace().last().and_then(number), line.starts_with("  "))
                     {
-                        let alike = line.split(", ").find_map(|part| part.split(" alike").next().and_then(number));
+                        let before = line.split(" alike").next().expect("a part");
+                        let alike = before.rsplit(", ").next().and_then(number);
                         times = if line.contains(" alike") { alike.expect("a number") } else { 1 };
                         sum += n * times;
                     }

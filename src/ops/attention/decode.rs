@@ -72,6 +72,7 @@ fn forward_in<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMa
 }
 
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "inputs, and which part of them")]
 fn partial<T: Element>(
     sizes: &Sizes,
     queries: &[f32],
