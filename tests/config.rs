@@ -132,7 +132,10 @@ const MISTAKES: &[Mistake] = &[
     file("[checkpoint]\nload_step = -2", &["`checkpoint.load_step` cannot be -2", "an integer of at least -1"]),
     file("[validation]\nenable = true\nfreq = 0", &["`validation.freq` cannot be 0"]),
     file("[model]\nname = \"lama3\"", &["`model.name` cannot be \"lama3\"", "did you mean \"llama3\"?"]),
-    file("[model]\nname = \"flux\"", &["titan does not have this family yet", "\"llama3\", \"llama4\", \"qwen3\""]),
+    file(
+        "[model]\nname = \"flux\"",
+        &["titan does not have this family yet", "\"llama3\", ", "\"qwen3\", \"deepseek_v3\", \"decoder\""],
+    ),
     file(
         "[model]\nflavor = \"8b\"",
         &["`model.flavor` cannot be \"8b\"", "did you mean \"8B\"?", "flavors of llama3: "],

@@ -91,9 +91,9 @@ fn a_trace_holds_every_op_of_every_block_both_ways_and_leaves_no_gaps() {
             let find = |category| named(&format!("layers.{layer}"), category);
             let (forward, backward) = (find("forward").unwrap(), find("backward").unwrap());
             let expected = match layer % 2 {
-                0 => vec!["rms_norm", "linear", "reshape", "rope", "attention", "add", "swiglu"],
+                0 => vec!["rms_norm", "linear", "reshape", "rope", "attention", "add", "glu"],
                 // The dense feed-forward of these layers is the shared expert.
-                _ => vec!["rms_norm", "linear", "reshape", "rope", "attention", "add", "route", "experts", "swiglu"],
+                _ => vec!["rms_norm", "linear", "reshape", "rope", "attention", "add", "route", "experts", "glu"],
             };
             assert_eq!(ops(forward), BTreeSet::from_iter(expected), "layer {layer}");
             assert_eq!(ops(backward), ops(forward), "layer {layer}");

@@ -48,7 +48,7 @@ impl Factors for Silu {
 /// `½ z (1 + tanh u)` is `z · sigmoid(2 u)`.
 impl GeluTanh {
     /// `2 √(2/π)`.
-    const OUTER: f32 = 1.595_769;
+    const OUTER: f32 = 1.595_769_2;
     const CUBE: f32 = 0.044_715;
 
     #[inline(always)]
