@@ -418,11 +418,11 @@ fn weights_that_do_not_fit_are_listed_all_at_once() {
     let expected: Vec<Parameter> = vec![
         ("tok_embeddings.weight".into(), vec![5, 4]),
         ("norm.weight".into(), vec![4]),
-        ("layers.0.attention.wq.weight".into(), vec![4, 4]),
+        ("layers.1.attention.wq.weight".into(), vec![4, 4]),
     ];
     let message = load(&weights, &expected).unwrap_err().to_string();
     for words in [
-        "missing: layers.0.attention.wq.weight",
+        "missing: layers.1.attention.wq.weight",
         "tok_embeddings.weight: shape [3, 4], the model's is [5, 4]",
         "not of this model: output.weight",
         "compare model.name, model.flavor and [model.args]",
