@@ -13,6 +13,7 @@ use titan::components::checkpoint::{
     Assets, CheckpointManager, Kind, Parameter, Progress, Resume, State, TrainState, Weights, Why, open_step, steps_in,
 };
 use titan::config::{self, CheckpointState, ExportDtype};
+use titan::models::Decoder;
 use titan::models::args::DecoderArgs;
 
 /// A dump folder, and a run in it whose weights are made of its step.
@@ -49,7 +50,7 @@ impl Run {
         let assets = Assets {
             hf_assets_path: "nowhere".into(),
             model_name: "llama3".into(),
-            args: DecoderArgs { dim: 4, n_layers: 0, n_heads: 1, vocab_size: 3, ..Default::default() },
+            args: args(),
             config_toml: "[model]\nname = \"llama3\"\n".into(),
             tokenizer_files: vec![("tokenizer.json".into(), b"{}".to_vec())],
             bos_id: Some(1),
@@ -101,11 +102,12 @@ fn progress(step: usize) -> Progress {
 
 fn model(step: usize) -> Vec<(String, Tensor)> {
     let filled = |shape: &[usize]| Tensor::full(step as f32 + 0.1, shape, &Device::Cpu).unwrap();
-    vec![
-        ("tok_embeddings.weight".into(), filled(&[3, 4])),
-        ("norm.weight".into(), filled(&[4])),
-        ("output.weight".into(), filled(&[3, 4])),
-    ]
+    let shapes = Decoder::new(&args(), None).unwrap().state_shapes();
+    shapes.into_iter().map(|(name, shape)| (name, filled(&shape))).collect()
+}
+
+fn args() -> DecoderArgs {
+    DecoderArgs { dim: 4, n_layers: 1, n_heads: 1, hidden_dim: Some(2), vocab_size: 3, ..Default::default() }
 }
 
 fn shapes(model: &[(String, Tensor)]) -> Vec<Parameter> {
@@ -416,11 +418,11 @@ fn weights_that_do_not_fit_are_listed_all_at_once() {
     let expected: Vec<Parameter> = vec![
         ("tok_embeddings.weight".into(), vec![5, 4]),
         ("norm.weight".into(), vec![4]),
-        ("layers.0.attention.wq.weight".into(), vec![4, 4]),
+        ("layers.1.attention.wq.weight".into(), vec![4, 4]),
     ];
     let message = load(&weights, &expected).unwrap_err().to_string();
     for words in [
-        "missing: layers.0.attention.wq.weight",
+        "missing: layers.1.attention.wq.weight",
         "tok_embeddings.weight: shape [3, 4], the model's is [5, 4]",
         "not of this model: output.weight",
         "compare model.name, model.flavor and [model.args]",
