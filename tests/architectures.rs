@@ -1,14 +1,17 @@
 //! Decoders that a job file states: their gradients, their caches, and a whole run of one.
 
 use std::path::Path;
-use std::process::{Command, Output};
 
+use binary::{succeed, titan};
 use candle_core::{DType, Device, Tensor};
 use titan::autograd::{Parameter, Precision};
 use titan::config;
 use titan::engine::{self, MicroBatch, Recompute};
 use titan::models::args::DecoderArgs;
 use titan::models::{self, Decoder, initialize};
+
+#[path = "common/binary.rs"]
+mod binary;
 
 /// Everything that has a choice, in a few combinations; the first four are like models that there are.
 const ARCHITECTURES: &[(&str, &str)] = &[
@@ -178,15 +181,8 @@ fn a_tied_table_is_stored_once_and_written_into_no_checkpoint_twice() {
     assert_eq!(model(&args(ARCHITECTURES[2].1)).parameters().filter(is_there).count(), 1);
 }
 
-fn titan(folder: &Path, args: &[&str]) -> Output {
-    let output = Command::new(env!("CARGO_BIN_EXE_titan"))
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args(args)
-        .arg(format!("--job.dump_folder={}", folder.join("outputs").display()))
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{args:?}\n{}", String::from_utf8_lossy(&output.stderr));
-    output
+fn train(folder: &Path, job: &str) {
+    succeed(titan(&["train", "--config", job]).arg(format!("--job.dump_folder={}", folder.join("outputs").display())));
 }
 
 fn losses(folder: &Path) -> Vec<f64> {
@@ -241,21 +237,20 @@ fn an_architecture_of_a_job_file_alone_trains_goes_on_and_generates() {
     };
     let (unbroken, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (unbroken, broken) = (unbroken.path(), broken.path());
-    titan(unbroken, &["train", "--config", &job(unbroken)]);
+    train(unbroken, &job(unbroken));
     let expected = losses(unbroken);
     assert!(expected[23] < expected[0] - 1.0, "{expected:?}");
 
     // A second run of the same folder goes on from the checkpoint in the middle.
-    titan(broken, &["train", "--config", &job(broken)]);
+    train(broken, &job(broken));
     std::fs::remove_dir_all(broken.join("outputs/checkpoint/step-24")).unwrap();
-    titan(broken, &["train", "--config", &job(broken)]);
+    train(broken, &job(broken));
     assert_eq!(losses(broken), expected);
 
-    let output = Command::new(env!("CARGO_BIN_EXE_titan"))
-        .args(["generate", "--checkpoint", unbroken.join("outputs/checkpoint/step-24").to_str().unwrap()])
-        .args(["--prompt", "Once upon a time", "--max-new-tokens", "20", "--seed", "1"])
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let checkpoint = unbroken.join("outputs/checkpoint/step-24");
+    let output = succeed(
+        titan(&["generate", "--prompt", "Once upon a time", "--max-new-tokens", "20", "--seed", "1", "--checkpoint"])
+            .arg(checkpoint),
+    );
     assert!(String::from_utf8_lossy(&output.stdout).len() > "Once upon a time".len());
 }

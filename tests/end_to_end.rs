@@ -3,31 +3,18 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use binary::{repo, succeed, titan};
 use candle_core::{DType, Device, Tensor};
 use hub_server::{HubServer, Kind};
 use serde_json::Value as Json;
 
+#[path = "common/binary.rs"]
+mod binary;
 #[path = "common/hub_server.rs"]
 mod hub_server;
-
-fn repo(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn titan(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_titan"));
-    command.args(args).current_dir(repo("")).stdin(Stdio::null());
-    command
-}
-
-fn succeed(command: &mut Command) -> Output {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
-    output
-}
 
 /// The losses of a run, by step, in full precision.
 fn losses(dump_folder: &Path) -> BTreeMap<u64, f64> {

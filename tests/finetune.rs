@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
+use binary::{succeed, titan};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value as Json, json};
 use titan::autograd::{Parameter, Precision};
@@ -13,6 +14,9 @@ use titan::models::args::{AttnMaskType, AttnType, DecoderArgs};
 use titan::models::lora::Lora;
 use titan::models::{self, Decoder};
 use titan::ops::IGNORE_INDEX;
+
+#[path = "common/binary.rs"]
+mod binary;
 
 const F32: Precision = Precision { storage: DType::F32, compute: DType::F32 };
 
@@ -143,22 +147,6 @@ fn only_adapters_have_gradients_and_memory_for_them_also_when_stages_are_compute
     assert_eq!(all.len(), 2 * (3 + 2 * 3), "{:?}", all.keys());
     assert!(all.values().all(|gradient| gradient.iter().any(|g| *g != 0.0)));
     assert_eq!(gradients(Recompute::All), all);
-}
-
-fn repo(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn titan(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_titan"));
-    command.args(args).current_dir(repo("")).stdin(Stdio::null());
-    command
-}
-
-fn succeed(command: &mut Command) -> Output {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
-    output
 }
 
 /// Losses in full precision, by step.

@@ -174,8 +174,8 @@ pub struct Saved<'a> {
 }
 
 /// The gradients of q, k and v. With `P` the probabilities and `D = Σ dy · y` per query:
-/// `dv = Pᵀ dy`, `dS = P · (dy vᵀ - D)`, `dq = scale · dS k`, `dk = scale · dSᵀ q`; a softcap's slope multiplies `dS`. Sinks
-/// have the gradient `-Σ exp(sink - logsumexp) · D`, which is added to their accumulator.
+/// `dv = Pᵀ dy`, `dS = P · (dy vᵀ - D)`, `dq = scale · dS k`, `dk = scale · dSᵀ q`; a softcap's slope multiplies `dS`.
+/// Sinks have the gradient `-Σ exp(sink - logsumexp) · D`, which is added to their accumulator.
 pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, options: &Scores) -> Result<(Tensor, Tensor, Tensor)> {
     let scale = options.scale;
     #[cfg(target_arch = "x86_64")]

@@ -108,7 +108,8 @@ impl Scores {
 }
 
 /// `softmax(scale · q kᵀ) v` for each query head, over the keys that `mask` lets it see; query head `i` reads key/value
-/// head `i / (h / kv)`. Scores may be capped, and compete with a sink, as `scores` says. Scores, softmax statistics and sums are f32; the result has `q`'s dtype.
+/// head `i / (h / kv)`. Scores may be capped, and compete with a sink, as `scores` says. Scores, softmax statistics and
+/// sums are f32; the result has `q`'s dtype.
 ///
 /// The `sq` queries stand at the last `sq` of the `sk` positions (`sq < sk` when keys are cached). Saves one logsumexp
 /// per query; backward recomputes the probabilities from it, block by block.

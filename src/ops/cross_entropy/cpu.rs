@@ -141,7 +141,8 @@ fn forward_backward_in<T: Operand>(
     Ok((sum, Tensor::from_vec(dx, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?))
 }
 
-/// Computes the logits, capped if there is a `softcap`, of some rows at a time and hands them on: `(first row, logits, targets)`.
+/// Computes the logits, capped if there is a `softcap`, of some rows at a time and hands them on:
+/// `(first row, logits, targets)`.
 fn for_chunks<T: Operand>(
     x: &[T],
     w: Mat<T>,

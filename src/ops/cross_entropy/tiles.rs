@@ -112,8 +112,9 @@ impl<'a, S: Source + Number> Head<'a, S> {
     }
 
     /// The sum of all losses. Writes `mean` times its gradient with respect to `x` to `dx`, `(rows, dim)`, and adds that
-    /// with respect to the weight to `grad`, `(vocab_size, dim)`, if it is wanted.
+    /// with respect to the weight to `grad`, `(vocab_size, dim)`, if it is wanted. `mean` is not negative.
     pub fn loss_grad(&self, mean: f32, dx: &mut [f32], mut grad: Option<&mut [f32]>) -> f64 {
+        assert!(mean >= 0.0, "its logarithm becomes a part of the softmax's");
         let statistics = self.statistics();
         let (rows, dim) = (self.x.rows, self.x.cols);
         let width = dim.next_multiple_of(TILE);

@@ -72,8 +72,9 @@ impl Routing {
 /// Chooses `top_k` experts for each token and weighs them.
 ///
 /// Scores are `sigmoid` or `softmax` of the logits, in f32. The experts with the largest `score + bias` are chosen (of
-/// equals the first), from the groups that a token is limited to; the weight of each is its score without the bias, normalised and scaled as `router` says.
-/// Returns the weights, `(n, top_k)` f32, and the choices. Gradients flow through the weights, not the choices.
+/// equals the first), from the groups that a token is limited to; the weight of each is its score without the bias,
+/// normalised and scaled as `router` says. Returns the weights, `(n, top_k)` f32, and the choices. Gradients flow through
+/// the weights, not the choices.
 ///
 /// # Shapes
 /// `logits`: `(n, n_experts)`. `bias`: `n_experts`.
@@ -109,8 +110,8 @@ pub struct Experts {
 }
 
 /// For each token, the sum over its chosen experts of the weighted feed-forward
-/// `W₂ (act(W₁ x + b₁) · (W₃ x + b₃)) + b₂`, where there are biases. Tokens are gathered by expert, without padding; an expert that none chose costs nothing
-/// and has no gradient.
+/// `W₂ (act(W₁ x + b₁) · (W₃ x + b₃)) + b₂`, where there are biases. Tokens are gathered by expert, without padding; an
+/// expert that none chose costs nothing and has no gradient.
 ///
 /// # Shapes
 /// `x`: `(n, dim)`. `weights`: `(n, top_k)`, as [`route`] returned them with `routing`. Returns `(n, dim)`, in `x`'s

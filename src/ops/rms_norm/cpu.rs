@@ -3,7 +3,8 @@ use candle_core::{D, DType, Device, Tensor};
 use crate::Result;
 use crate::ops::host::{Element, GRAIN, build, dot, elements, floats, sum_of, typed, update_if, vectorized};
 
-/// Elements per task of a sum over rows: whole rows, and enough of them that their sum of weight gradients is small beside them.
+/// Elements per task of a sum over rows: whole rows, and enough of them that their sum of weight gradients is small
+/// beside them.
 pub(in crate::ops) fn grain(dim: usize) -> usize {
     (GRAIN / dim).max(16) * dim
 }
