@@ -1,0 +1,9 @@
+//! Drills: the world misbehaves, and nothing is lost.
+//!
+//! Each tries what it can of its promise in seconds; with `TITAN_DRILL=full`, as `scripts/drill.sh` sets it, all of it. A
+//! drill that held prints a row of that script's table.
+
+#[path = "../common/binary.rs"]
+mod binary;
+mod common;
+mod kills;
