@@ -97,6 +97,8 @@ fn progress(step: usize) -> Progress {
         train_state: TrainState { step, n_tokens_seen: 100 * step as u64, seed: 7 },
         lr_scheduler: json!({ "last_step": step }),
         dataloader: json!({ "document": 3 * step }),
+        optimizer_steps: step as u64,
+        loss_guard: json!(null),
     }
 }
 

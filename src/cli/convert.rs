@@ -99,8 +99,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     bar.finish_and_clear();
     converted?;
-    println!("{}", args.to.display());
-    Ok(())
+    super::print(format_args!("{}\n", args.to.display()))
 }
 
 /// The job that a converted model could have come from.

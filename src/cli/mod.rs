@@ -1,12 +1,15 @@
 //! The command line: one file per subcommand, arguments in, text and exit code out.
 
 use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use crate::config::{Override, split_overrides};
 use crate::tools::{logging, signals};
+use crate::{Error, Result};
 
 pub mod config;
 pub mod convert;
@@ -39,7 +42,7 @@ enum Command {
     WriteStories(write_stories::Args),
 }
 
-/// Parses `argv`, runs the subcommand, and turns an [`crate::Error`] into a message and an exit code.
+/// Parses `argv`, runs the subcommand, and turns an [`Error`] into a message and an exit code.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
     let (argv, overrides) = split_overrides(argv);
     let cli = match Cli::try_parse_from(argv) {
@@ -61,19 +64,26 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            match error {
-                // A config report brings its own headings.
-                crate::Error::Config(ref report) => eprintln!("{report}"),
-                crate::Error::Interrupted { .. } => eprintln!("{error}"),
-                ref error => eprintln!("error: {error}"),
-            }
+            let heading = match error {
+                // A config report brings its own headings, and to be stopped is no error.
+                Error::Config(_) | Error::Interrupted { .. } => "",
+                _ => "error: ",
+            };
+            // Where nobody reads it, the exit code tells.
+            let _ = writeln!(io::stderr(), "{heading}{error}");
             ExitCode::from(error.exit_code())
         }
     }
 }
 
+/// Writes a result of a command to standard output.
+fn print(text: impl Display) -> Result<()> {
+    let mut out = io::stdout();
+    write!(out, "{text}").and_then(|()| out.flush()).map_err(Error::io("cannot write", "standard output"))
+}
+
 /// Logging, and quiet ends of pipes: all but training end when nobody reads on.
-fn prepare(command: &Command) -> crate::Result<()> {
+fn prepare(command: &Command) -> Result<()> {
     logging::init()?;
     match command {
         Command::Train(_) => Ok(()),
@@ -81,9 +91,9 @@ fn prepare(command: &Command) -> crate::Result<()> {
     }
 }
 
-fn takes_no_overrides(overrides: &[Override]) -> crate::Error {
+fn takes_no_overrides(overrides: &[Override]) -> Error {
     let flags: Vec<_> = overrides.iter().map(|given| given.flag.as_str()).collect();
-    crate::Error::Usage(format!(
+    Error::Usage(format!(
         "this subcommand takes no job config keys: {}; only `train` and `config` do",
         flags.join(", ")
     ))

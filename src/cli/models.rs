@@ -41,8 +41,7 @@ pub fn run(args: Args) -> Result<()> {
             }
         }
     };
-    print!("{text}");
-    Ok(())
+    super::print(text)
 }
 
 fn unknown(what: &str, name: &str, known: &[&str]) -> Error {

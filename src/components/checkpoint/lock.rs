@@ -3,7 +3,10 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
+use chrono::Local;
 use tracing::warn;
 
 use crate::{Error, Result};
@@ -30,18 +33,22 @@ impl DumpFolderLock {
             .map_err(Error::io("open", &path))?;
         match file.try_lock() {
             Ok(()) => {
-                let write_pid = |file: &mut File| {
+                let sign = |file: &mut File| {
                     file.set_len(0)?;
                     file.rewind()?;
-                    write!(file, "{}", std::process::id())
+                    let now = Local::now().format("%Y-%m-%d %H:%M:%S %:z");
+                    write!(file, "process {} on {} since {now}", std::process::id(), host_name())
                 };
-                write_pid(&mut file).map_err(Error::io("write", &path))?;
+                sign(&mut file).map_err(Error::io("write", &path))?;
             }
             Err(TryLockError::WouldBlock) => {
-                let mut pid = String::new();
-                // Whoever holds the lock may be about to write its number.
-                let _ = file.read_to_string(&mut pid);
-                let holder = if pid.is_empty() { "another process".to_owned() } else { format!("process {pid}") };
+                // Whoever has only just taken the lock is about to sign; what is there now may be of an earlier run.
+                thread::sleep(Duration::from_millis(300));
+                let mut holder = String::new();
+                let holder = match file.read_to_string(&mut holder) {
+                    Ok(1..) => holder,
+                    _ => "another process".to_owned(),
+                };
                 return Err(Error::Checkpoint(format!(
                     "{} is in use by {holder}\n   = wait for it or stop it, or choose another job.dump_folder",
                     dump_folder.display()
@@ -56,6 +63,14 @@ impl DumpFolderLock {
     }
 }
 
+fn host_name() -> String {
+    let mut name = [0u8; 256];
+    // SAFETY: there is room for as many bytes as it is told; a name that is cut off keeps the zero behind it.
+    let failed = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len() - 1) } != 0;
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(0);
+    if failed { "an unnamed host".to_owned() } else { String::from_utf8_lossy(&name[..end]).into_owned() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,7 +81,10 @@ mod tests {
         let dump_folder = folder.path().join("outputs");
         let lock = DumpFolderLock::acquire(&dump_folder).unwrap();
         let message = DumpFolderLock::acquire(&dump_folder).err().unwrap().to_string();
-        assert!(message.contains(&format!("in use by process {}\n", std::process::id())), "{message}");
+        assert!(
+            message.contains(&format!("in use by process {} on {} since 20", std::process::id(), host_name())),
+            "{message}"
+        );
         drop(lock);
         DumpFolderLock::acquire(&dump_folder).unwrap();
     }

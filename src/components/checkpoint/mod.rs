@@ -85,8 +85,12 @@ pub enum Why {
     /// `enable_first_step_checkpoint`.
     First,
     Last,
+    /// The user asked for it.
+    Asked,
     /// The user stops the run.
     Interrupt,
+    /// The run cannot go on.
+    Fault,
     /// `create_seed_checkpoint`: step 0.
     Seed,
 }
@@ -99,6 +103,11 @@ pub struct Resume {
     pub train_state: Option<TrainState>,
     pub lr_scheduler: Option<Value>,
     pub dataloader: Option<Value>,
+    /// Steps that the optimizer took.
+    pub optimizer_steps: Option<u64>,
+    pub loss_guard: Option<Value>,
+    /// The step that the run goes on from; `None` where it only lends its weights.
+    pub folder: Option<StepFolder>,
 }
 
 impl Resume {
@@ -211,7 +220,8 @@ impl CheckpointManager {
         }
         self.on_disk = self.keys.exclude_from_loading.is_empty().then_some(folder.step());
         // Step 0 is a seed checkpoint: initial weights, from which any run may start.
-        self.resume(&folder, folder.step() == 0).map(Some)
+        let is_seed = folder.step() == 0;
+        self.resume(folder, is_seed).map(Some)
     }
 
     fn open_named(&self, step: usize, steps: &[usize]) -> Result<StepFolder> {
@@ -255,7 +265,7 @@ impl CheckpointManager {
             let folder = StepFolder::open(path, usage)
                 .map_err(|damage| Error::Checkpoint(format!("{key}: {} cannot be used: {damage}", path.display())))?;
             if keys.initial_load_model_only || folder.kind() == Kind::Full {
-                return self.resume(&folder, keys.initial_load_model_only).map(Some);
+                return self.resume(folder, keys.initial_load_model_only).map(Some);
             }
         }
         if !keys.initial_load_model_only {
@@ -271,7 +281,7 @@ impl CheckpointManager {
         Ok(Some(weights_alone(path, Weights::open(path)?)))
     }
 
-    fn resume(&self, folder: &StepFolder, model_only: bool) -> Result<Resume> {
+    fn resume(&self, folder: StepFolder, model_only: bool) -> Result<Resume> {
         info!("Loading the checkpoint from {}.", folder.path().display());
         if model_only {
             return Ok(weights_alone(folder.path(), folder.model()?));
@@ -288,6 +298,9 @@ impl CheckpointManager {
             train_state: wanted(CheckpointState::TrainState).then_some(progress.train_state),
             lr_scheduler: wanted(CheckpointState::LrScheduler).then_some(progress.lr_scheduler),
             dataloader: wanted(CheckpointState::Dataloader).then_some(progress.dataloader),
+            optimizer_steps: wanted(CheckpointState::Optimizer).then_some(progress.optimizer_steps),
+            loss_guard: wanted(CheckpointState::TrainState).then_some(progress.loss_guard),
+            folder: Some(folder),
         })
     }
 
@@ -360,7 +373,8 @@ impl Why {
             Self::Interval => "checkpoint.interval",
             Self::First => "the first step",
             Self::Last => "the last step",
-            Self::Interrupt => "before stopping",
+            Self::Asked => "asked for by SIGUSR1",
+            Self::Interrupt | Self::Fault => "before stopping",
             Self::Seed => "seed",
         }
     }
@@ -400,6 +414,9 @@ fn weights_alone(source: &Path, model: Weights) -> Resume {
         train_state: None,
         lr_scheduler: None,
         dataloader: None,
+        optimizer_steps: None,
+        loss_guard: None,
+        folder: None,
     }
 }
 

@@ -22,11 +22,14 @@ pub struct Progress {
     pub train_state: TrainState,
     pub lr_scheduler: Value,
     pub dataloader: Value,
+    /// Steps that the optimizer took: fewer than the run's where some were skipped.
+    pub optimizer_steps: u64,
+    pub loss_guard: Value,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrainState {
-    /// Optimizer steps taken.
+    /// Steps done, those that were skipped included.
     pub step: usize,
     pub n_tokens_seen: u64,
     /// Every random number of the run follows from it.
