@@ -7,3 +7,6 @@
 mod binary;
 mod common;
 mod kills;
+mod numbers;
+mod resume;
+mod signals;
