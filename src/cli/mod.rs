@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use crate::config::{Override, split_overrides};
 use crate::tools::{logging, signals};
 
+pub mod checkpoint;
 pub mod config;
 pub mod convert;
 pub mod download_tokenizer;
@@ -30,6 +31,7 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Generate(generate::Args),
+    Checkpoint(checkpoint::Args),
     Models(models::Args),
     Config(config::Args),
     Convert(convert::Args),
@@ -50,6 +52,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Train(args) => train::run(args, &overrides),
         Command::Config(args) => config::run(args, &overrides),
         _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
+        Command::Checkpoint(args) => checkpoint::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Models(args) => models::run(args),

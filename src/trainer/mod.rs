@@ -75,6 +75,8 @@ impl Trainer {
             return Ok(());
         }
 
+        let (model, optimizer) = (self.model.state()?, self.optimizer.state(self.model.trained())?);
+        self.checkpoints.rehearse(self.step, last_step, model.iter().chain(&optimizer))?;
         let interrupt = Interrupt::install()?;
         let mut metrics = self.run.metrics(&self.config, self.step)?;
         info!("Training starts at step {}.", self.step + 1);
@@ -101,6 +103,7 @@ impl Trainer {
 
     /// A step, and all that is due after it.
     fn step_and_save(&mut self, metrics: &mut MetricsLogger) -> Result<()> {
+        self.checkpoints.check()?;
         let step = self.train_step()?;
         profiler::span_in(Category::Metrics, "metrics").around(|| self.log(metrics, step));
         if self.validates() {
