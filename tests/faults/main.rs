@@ -7,3 +7,7 @@
 mod binary;
 mod common;
 mod kills;
+#[cfg(target_os = "linux")]
+mod operations;
+#[cfg(target_os = "linux")]
+mod preloaded;
