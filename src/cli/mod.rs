@@ -75,9 +75,10 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Logging, and quiet ends of pipes: all but training end when nobody reads on.
+/// Logging, errors for files that may not grow, and quiet ends of pipes: all but training end when nobody reads on.
 fn prepare(command: &Command) -> crate::Result<()> {
     logging::init()?;
+    signals::survive_file_size_limit()?;
     match command {
         Command::Train(_) => Ok(()),
         _ => signals::end_on_broken_pipe(),

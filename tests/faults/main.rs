@@ -5,9 +5,15 @@
 
 #[path = "../common/binary.rs"]
 mod binary;
+mod commands;
 mod common;
+mod damage;
 mod kills;
 #[cfg(target_os = "linux")]
 mod operations;
 #[cfg(target_os = "linux")]
+mod power;
+#[cfg(target_os = "linux")]
 mod preloaded;
+#[cfg(target_os = "linux")]
+mod room;
