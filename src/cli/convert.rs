@@ -99,7 +99,8 @@ pub fn run(args: Args) -> Result<()> {
     };
     bar.finish_and_clear();
     converted?;
-    super::print(format_args!("{}\n", args.to.display()))
+    say!("{}", args.to.display());
+    Ok(())
 }
 
 /// The job that a converted model could have come from.

@@ -11,6 +11,12 @@ use crate::config::{Override, split_overrides};
 use crate::tools::{logging, signals};
 use crate::{Error, Result};
 
+/// As `println!`, but what cannot be written is an error.
+macro_rules! say {
+    ($($words:tt)*) => { crate::cli::print(format_args!("{}\n", format_args!($($words)*)))? };
+}
+
+pub mod checkpoint;
 pub mod config;
 pub mod convert;
 pub mod download_tokenizer;
@@ -33,6 +39,7 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Generate(generate::Args),
+    Checkpoint(checkpoint::Args),
     Models(models::Args),
     Config(config::Args),
     Convert(convert::Args),
@@ -53,6 +60,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Train(args) => train::run(args, &overrides),
         Command::Config(args) => config::run(args, &overrides),
         _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
+        Command::Checkpoint(args) => checkpoint::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Models(args) => models::run(args),
@@ -82,9 +90,10 @@ fn print(text: impl Display) -> Result<()> {
     write!(out, "{text}").and_then(|()| out.flush()).map_err(Error::io("cannot write", "standard output"))
 }
 
-/// Logging, and quiet ends of pipes: all but training end when nobody reads on.
+/// Logging, errors for files that may not grow, and quiet ends of pipes: all but training end when nobody reads on.
 fn prepare(command: &Command) -> Result<()> {
     logging::init()?;
+    signals::survive_file_size_limit()?;
     match command {
         Command::Train(_) => Ok(()),
         _ => signals::end_on_broken_pipe(),

@@ -106,5 +106,6 @@ pub fn run(args: Args) -> Result<()> {
     bar.finish_and_clear();
     let counts = counts?;
     let plural = if counts.shards == 1 { "" } else { "s" };
-    super::print(format_args!("{}, {} shard{plural} in {}\n", describe(&counts), counts.shards, args.output.display()))
+    say!("{}, {} shard{plural} in {}", describe(&counts), counts.shards, args.output.display());
+    Ok(())
 }

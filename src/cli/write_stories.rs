@@ -25,7 +25,8 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     write(&args).map_err(Error::io("cannot write stories", &args.output))?;
-    super::print(format_args!("{}: {} stories\n", args.output.display(), args.count))
+    say!("{}: {} stories", args.output.display(), args.count);
+    Ok(())
 }
 
 fn write(args: &Args) -> std::io::Result<()> {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use std::{io, thread};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
@@ -151,6 +151,13 @@ pub fn end_on_broken_pipe() -> Result<()> {
     flag::register_conditional_default(SIGPIPE, Arc::new(AtomicBool::new(true)))
         .map(drop)
         .map_err(Error::io("cannot be handled", "SIGPIPE"))
+}
+
+/// Has a write beyond the limit of a file's size (`ulimit -f`) fail like one to a full disk, instead of ending the process.
+pub fn survive_file_size_limit() -> Result<()> {
+    flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))
+        .map(drop)
+        .map_err(Error::io("cannot be handled", "SIGXFSZ"))
 }
 
 #[cfg(test)]

@@ -73,7 +73,7 @@ pub fn check(then: &StepFolder, loaded: &Loaded, now: &JobConfig, tokenizer: &[T
         match effect(&change.key, now) {
             Effect::Refused => refused.push((&change.key, format!("this run cannot go on with {change}"))),
             Effect::OtherNumbers => warn_of(change),
-            Effect::Schedule if !has_same_schedule(&before, now, then.step()) => warn_of(change),
+            Effect::Schedule if !has_same_schedule(&before, now) => warn_of(change),
             Effect::Schedule | Effect::None => info!("changed since the checkpoint: {change}"),
         }
     }
@@ -107,11 +107,11 @@ fn warn_of(change: &config::Change) {
     warn!("changed since the checkpoint: {change}: the run goes on, no longer bit for bit as without that change");
 }
 
-/// Whether the learning rates are equal from `step` on, as far as both schedules go.
-fn has_same_schedule(before: &JobConfig, now: &JobConfig, step: usize) -> bool {
+/// Whether the learning rates were and will be the same, as far as both schedules go.
+fn has_same_schedule(before: &JobConfig, now: &JobConfig) -> bool {
     // What is odd about the old one was said then.
     let before_schedule = with_default(NoSubscriber::default(), || schedule(before));
     let now_schedule = with_default(NoSubscriber::default(), || schedule(now));
     let common = before.training.steps.min(now.training.steps);
-    (step..common).all(|index| before_schedule.factor(index) == now_schedule.factor(index))
+    (0..common).all(|index| before_schedule.factor(index) == now_schedule.factor(index))
 }

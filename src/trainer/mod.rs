@@ -71,6 +71,8 @@ impl Trainer {
             return Ok(());
         }
 
+        let (model, optimizer) = (self.model.state()?, self.optimizer.state(self.model.trained())?);
+        self.checkpoints.rehearse(self.step, last_step, model.iter().chain(&optimizer))?;
         let mut metrics = self.run.metrics(&self.config, self.step)?;
         let config = self.config.clone();
         bugs::advise(move || step::last_checkpoint(&config));
@@ -103,6 +105,7 @@ impl Trainer {
 
     /// A step, and all that is due after it.
     fn step_and_save(&mut self, metrics: &mut MetricsLogger, interrupt: &Interrupt) -> Result<()> {
+        self.checkpoints.check()?;
         let waiting = Instant::now();
         let read = || self.loader.next_batches(self.grad_accum, &|| interrupt.check_patience());
         let batches = profiler::span_in(Category::Data, "data_loading").around(read);

@@ -5,8 +5,18 @@
 
 #[path = "../common/binary.rs"]
 mod binary;
+mod commands;
 mod common;
+mod damage;
 mod kills;
 mod numbers;
+#[cfg(target_os = "linux")]
+mod operations;
+#[cfg(target_os = "linux")]
+mod power;
+#[cfg(target_os = "linux")]
+mod preloaded;
 mod resume;
+#[cfg(target_os = "linux")]
+mod room;
 mod signals;

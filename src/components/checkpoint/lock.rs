@@ -1,6 +1,6 @@
 //! One process at a time in a dump folder.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::Path;
 use std::thread;
@@ -9,7 +9,10 @@ use std::time::Duration;
 use chrono::Local;
 use tracing::warn;
 
+use super::staged::create_folder;
 use crate::{Error, Result};
+
+const LOCK: &str = ".lock";
 
 /// An advisory lock on a dump folder, held until dropped or until the process ends, however it ends.
 pub struct DumpFolderLock {
@@ -17,13 +20,20 @@ pub struct DumpFolderLock {
 }
 
 impl DumpFolderLock {
+    /// That of the run which writes, or wrote, into a folder of checkpoints; `None` if none ever did.
+    pub fn of_checkpoints(folder: &Path) -> Result<Option<Self>> {
+        let folder = folder.canonicalize().map_err(Error::io("find", folder))?;
+        let dump_folder = folder.ancestors().skip(1).find(|above| above.join(LOCK).is_file());
+        dump_folder.map(Self::acquire).transpose()
+    }
+
     /// Creates the folder if need be.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] naming the process that holds the folder.
     pub fn acquire(dump_folder: &Path) -> Result<Self> {
-        fs::create_dir_all(dump_folder).map_err(Error::io("create", dump_folder))?;
-        let path = dump_folder.join(".lock");
+        create_folder(dump_folder)?;
+        let path = dump_folder.join(LOCK);
         let mut file = File::options()
             .read(true)
             .write(true)

@@ -58,11 +58,7 @@ impl StepFolder {
         // Without locks on this file system, an open file still outlives its name.
         let _ = reading.lock_shared();
         let manifest = Manifest::read(path)?;
-        if let Some(step) =
-            path.file_name().and_then(|name| step_of(name.to_str()?)).filter(|step| *step != manifest.step)
-        {
-            return Err(format!("{MANIFEST} is that of step-{}, not of step-{step}", manifest.step));
-        }
+        manifest.is_of(path)?;
         manifest.verify(path, |name| usage == Use::Everything || !name.starts_with("optimizer"))?;
         Ok(Self { path: path.to_owned(), manifest, _reading: reading })
     }
