@@ -141,6 +141,8 @@ impl Run {
             train_state: TrainState { step, n_tokens_seen: 0, seed: 0 },
             lr_scheduler: Default::default(),
             dataloader: Default::default(),
+            optimizer_steps: 0,
+            loss_guard: serde_json::Value::Null,
         };
         let state = State { model: &model, optimizer: &optimizer, progress: &progress };
         manager.save(step, why, &state).unwrap();
