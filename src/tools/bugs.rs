@@ -66,7 +66,14 @@ mod tests {
             let output = child.output().unwrap();
             assert_eq!(output.status.code(), Some(EXIT_CODE), "{output:?}");
             let message = String::from_utf8_lossy(&output.stderr);
-            for words in ["bug in titan: two and two", "bugs.rs:", "thread `adder`", "report it", "step-7 is whole"] {
+            for words in [
+                "this is a bug in titan: ",
+                "two and two",
+                "bugs.rs:",
+                "thread `adder`",
+                "report it",
+                "step-7 is whole",
+            ] {
                 assert!(message.contains(words), "{message}");
             }
             return;

@@ -1,4 +1,4 @@
-/* A wall clock that jumps with every look at it: a year ahead, then to before 1970. To be preloaded. */
+/* A wall clock that jumps with every look at it: a year ahead, a year back. To be preloaded. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <time.h>
@@ -8,6 +8,6 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
     static int looks;
     if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
     int result = real(clock, now);
-    if (clock == CLOCK_REALTIME) now->tv_sec = looks++ % 2 ? -now->tv_sec : now->tv_sec + 31536000;
+    if (clock == CLOCK_REALTIME) now->tv_sec += looks++ % 2 ? -31536000 : 31536000;
     return result;
 }

@@ -46,10 +46,11 @@ fn plain(n: usize) -> Vec<[u16; ROW]> {
     vec![std::array::from_fn(|i| 1 + i as u16 % 4); n]
 }
 
-/// Sets one element of a weight.
+/// Sets one element of a weight, counted over and over.
 fn set(weights: &mut HashMap<String, Tensor>, name: &str, at: usize, value: f32) {
     let shape = weights[name].dims().to_vec();
     let mut values: Vec<f32> = weights[name].flatten_all().unwrap().to_vec1().unwrap();
+    let at = at % values.len();
     values[at] = value;
     weights.insert(name.to_owned(), Tensor::from_vec(values, shape, &Device::Cpu).unwrap());
 }
@@ -78,13 +79,10 @@ fn the_first_stage_and_parameter_that_went_bad_are_named_and_nothing_is_saved() 
         assert_stopped(&ended, &["step 1: the loss is ", &format!("the {stage}: the weight of `{name}` holds ")]);
         assert!(!job.step(1).exists());
     }
-    // Each number is one, but a product of two is not.
+    // Each weight is a number, but a product of two is none.
     let job = job(&plain(6), &["--optimizer.lr=1e30", "--lr_scheduler.warmup_steps=0"], |_| ());
     let ended = job.run();
-    assert_stopped(
-        &ended,
-        &["step 2: the loss is ", "the output of `layers.0`: its weights are finite, the largest 1."],
-    );
+    assert_stopped(&ended, &["step 2: the loss is ", "the gradient of `head`: its weights are finite, the largest 1."]);
     held("a loss or gradient norm that is not finite: step, stage and parameter are named, nothing is saved", "6 of 6");
 }
 
@@ -98,13 +96,14 @@ fn a_step_that_poisons_weights_is_never_saved() {
     held("weights that a step made infinite: not saved", "1 of 1");
 }
 
-/// Rows 3 and 5 hold a token whose embedding is finite as it is stored and infinite as it is read, in bfloat16.
+/// Rows 3 and 5 hold a token whose embedding is finite as it is stored, and infinite once it is multiplied.
 fn poisoned_job(flags: &[&str]) -> Job {
     let poison = VOCAB_SIZE - 1;
     let mut rows = plain(6);
     rows[2][7] = poison;
     rows[4][0] = poison;
-    let flags = [&["--optimizer.weight_decay=0"][..], flags].concat();
+    let finite = ["--optimizer.weight_decay=0", "--model.args.embedding_multiplier=1e10"];
+    let flags = [&finite[..], flags].concat();
     job(&rows, &flags, |weights| {
         let dim = weights["tok_embeddings.weight"].dims()[1];
         set(weights, "tok_embeddings.weight", usize::from(poison) * dim, f32::MAX);

@@ -54,7 +54,7 @@ fn a_run_that_meets_a_bad_record_has_saved_what_it_had_done() {
     write(&job, &[&lines[..4], &[bad], &lines[5..]].concat());
     let ended = job.run();
     let done = job.losses().len();
-    assert!(ended.code == Some(1) && ended.log.contains("data.jsonl:5: "), "{}", ended.log);
+    assert!(ended.code == Some(1) && ended.log.contains("data.jsonl:5:"), "{}", ended.log);
     assert!(done > 0 && ended.announced() == Some(done), "{done} steps: {}", ended.log);
     write(&job, &lines);
     job.run().assert_succeeded();
@@ -95,7 +95,7 @@ struct Continued(Job);
 
 impl Continued {
     fn new() -> Self {
-        let job = Job::new(&["--training.steps=2"]);
+        let job = Job::new(&["--training.steps=2", "--lr_scheduler.warmup_steps=0"]);
         job.run().assert_succeeded();
         Self(job)
     }
@@ -138,8 +138,7 @@ fn what_may_change_in_a_run_that_goes_on_is_logged_with_what_it_means() {
         assert!(ended.log.contains(&format!("training.steps: 2 -> 4{OTHER}\n")), "{}", ended.log);
     }
 
-    let constant = ["--lr_scheduler.warmup_steps=0", "--lr_scheduler.decay_ratio=0"];
-    let job = Job::new(&[&constant[..], &["--training.steps=2"]].concat());
+    let job = Job::new(&["--training.steps=2", "--lr_scheduler.warmup_steps=0", "--lr_scheduler.decay_ratio=0"]);
     job.run().assert_succeeded();
     let ended = Continued(job).with(&["--training.steps=4"]);
     assert!(ended.log.contains("training.steps: 2 -> 4\n"), "{}", ended.log);
