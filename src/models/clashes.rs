@@ -1,6 +1,7 @@
 //! Arguments that no decoder can be built with.
 
 use super::args::{AttentionKind, DecoderArgs, FeedForwardKind, MoeArgs, NormType, QkNormOver, RopeLayout};
+use super::layer::LayerArgs;
 
 /// Arguments that contradict each other, or that nothing can be built with.
 #[derive(Debug)]
@@ -24,8 +25,7 @@ impl DecoderArgs {
         }
         let mut clashes = Vec::new();
         self.patterns(&mut clashes);
-        let latent =
-            || (0..self.n_layers.min(self.latent_pattern.len().max(1))).map(|i| self.layer(i).latent_dim.is_some());
+        let latent = || self.attentions().map(|layer| layer.latent_dim.is_some());
         if latent().any(|is_latent| !is_latent) {
             self.grouped_attention(&mut clashes);
         }
@@ -53,7 +53,7 @@ impl DecoderArgs {
                 self.head_dim.unwrap_or(1),
                 self.kv_lora_rank.unwrap_or(1),
                 self.every_n_layers_nope.unwrap_or(1),
-                self.fixed_attn_block_size.unwrap_or(1).min(self.sliding_window.unwrap_or(1)),
+                self.fixed_attn_block_size.unwrap_or(1).min(self.sliding_window.unwrap_or(1)).min(self.floor_scale),
             ],
         ];
         let widths = [self.hidden_dim, self.inter_dim, self.moe_inter_dim].map(|width| width.unwrap_or(1));
@@ -63,6 +63,13 @@ impl DecoderArgs {
         }
         let beyond = sizes.any(|size| size >= 1 << 32) || self.q_lora_rank >= 1 << 32;
         beyond.then(|| clash(&[], "a size is beyond any machine", "sizes must be below 2^32"))
+    }
+
+    /// Layers enough for each kind of attention that the model has, with rotary positions and without, to be among them.
+    fn attentions(&self) -> impl Iterator<Item = LayerArgs> {
+        let period = self.latent_pattern.len().max(1) * self.rope_pattern.len().max(1);
+        // A layer that `every_n_layers_nope` leaves out need not be left out a period later.
+        (0..self.n_layers.min(2 * period)).map(|index| self.layer(index))
     }
 
     /// Lists whose words need an argument that is not there, and arguments that no word needs.
@@ -88,6 +95,14 @@ impl DecoderArgs {
         if self.every_n_layers_nope.is_some() && !self.rope_pattern.is_empty() {
             let keys = &["rope_pattern", "every_n_layers_nope"];
             push(keys, "two rules say which layers rotate", "set one of them");
+        }
+        if self.attn_temperature_tuning && self.attentions().all(|layer| layer.rope.is_some()) {
+            let keys = &["attn_temperature_tuning", "rope_pattern", "every_n_layers_nope"];
+            push(keys, "every layer rotates, and none is tuned", "add false to `rope_pattern`");
+        }
+        if self.qk_unit_norm && !self.attentions().any(|layer| layer.rope.is_some() && layer.latent_dim.is_none()) {
+            let keys = &["qk_unit_norm", "rope_pattern", "kv_lora_rank"];
+            push(keys, "no layer of grouped-query attention rotates", "set `qk_unit_norm` to false");
         }
         if self.latent_pattern.contains(&true) && self.kv_lora_rank.is_none() {
             push(&["latent_pattern", "kv_lora_rank"], "latents have no width", "set `kv_lora_rank`");
@@ -321,6 +336,8 @@ mod tests {
             ("attention_pattern = ['chunked']", "attention_pattern fixed_attn_block_size"),
             ("local_rope_theta = 1e4", "local_rope_theta attention_pattern"),
             ("every_n_layers_nope = 4\nrope_pattern = [true]", "rope_pattern every_n_layers_nope"),
+            ("attn_temperature_tuning = true", "attn_temperature_tuning rope_pattern every_n_layers_nope"),
+            ("rope_pattern = [false]\nqk_unit_norm = true", "qk_unit_norm rope_pattern kv_lora_rank"),
             ("latent_pattern = [true, false]", "latent_pattern kv_lora_rank"),
             ("feed_forward_pattern = ['moe']", "feed_forward_pattern moe_args moe_enabled"),
             (

@@ -60,6 +60,7 @@ impl Trainer {
     pub fn build(loaded: Loaded) -> Result<Self> {
         let text = Text::of(&loaded.config)?;
         let args = decoder_args(&loaded.config, &text.vocabulary)?;
+        let data = train_spec(&loaded.config);
         loaded.notices.iter().for_each(|notice| warn!("{notice}"));
         let mut config = loaded.config;
         config.model.args = ModelArgs::all(&args);
@@ -96,8 +97,8 @@ impl Trainer {
         info!("Seed: {seed}");
 
         // Data before memory: what is wrong with a dataset shows at once.
-        let mut loader = train_loader(&config, &text, seed)?;
-        let validator = validator(&config, &text)?;
+        let mut loader = train_loader(&config, &data, &text, seed)?;
+        let validator = validator(&config, &data, &text)?;
 
         let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
         model.adapt(&config.model.lora, seed)?;
@@ -206,6 +207,19 @@ impl Text {
     }
 }
 
+/// The arguments of the model that a job trains; those of its flavor's vocabulary, where its tokenizer is not there.
+pub fn model_args(config: &JobConfig) -> Result<DecoderArgs> {
+    let vocabulary = match Text::of(config) {
+        Ok(text) => text.vocabulary,
+        Err(error @ Error::Tokenizer(_)) => {
+            warn!("{error}\n   = training will ask for it; the vocabulary shown is that of the flavor");
+            Vocabulary { vocab_size: 0, eos_id: None }
+        }
+        Err(error) => return Err(error),
+    };
+    decoder_args(config, &vocabulary)
+}
+
 /// The flavor's arguments with `[model.args]` over them, fitted to the vocabulary and to the sequences.
 fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderArgs> {
     let model = &config.model;
@@ -291,12 +305,13 @@ fn train_spec(config: &JobConfig) -> DatasetSpec {
         messages_field: config.data.messages_field.clone(),
         prompt_field: config.data.prompt_field.clone(),
         completion_field: config.data.completion_field.clone(),
+        masks_examples: config.model.args.0.get("attn_mask_type").and_then(|mask| mask.as_str()) != Some("causal"),
         max_bad_records: config.data.max_bad_records,
         validates: None,
     }
 }
 
-fn train_loader(config: &JobConfig, text: &Text, seed: u64) -> Result<Loader> {
+fn train_loader(config: &JobConfig, data: &DatasetSpec, text: &Text, seed: u64) -> Result<Loader> {
     let options = LoaderOptions {
         batch_size: config.training.local_batch_size,
         seq_len: config.training.seq_len,
@@ -306,10 +321,10 @@ fn train_loader(config: &JobConfig, text: &Text, seed: u64) -> Result<Loader> {
         repeat: true,
         num_workers: config.data.num_workers,
     };
-    Loader::new(&train_spec(config), text.encoder(), options, &hub::open_dataset)
+    Loader::new(data, text.encoder(), options, &hub::open_dataset)
 }
 
-fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
+fn validator(config: &JobConfig, data: &DatasetSpec, text: &Text) -> Result<Option<Validator>> {
     let validation = &config.validation;
     if !validation.enable {
         return Ok(None);
@@ -318,7 +333,7 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
         dataset: validation.dataset.clone(),
         dataset_path: validation.dataset_path.clone(),
         validates: Some(config.training.dataset.clone()),
-        ..train_spec(config)
+        ..data.clone()
     };
     let options = LoaderOptions {
         batch_size: validation.local_batch_size,
@@ -336,9 +351,7 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
 /// Refuses a model whose weights, gradients and moments alone are more than the machine holds, rather than be killed by
 /// the system.
 fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> Result<()> {
-    let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
-    let frozen = if model.adapters().is_some() { model.n_params() } else { 0 };
-    let needed = (trained * precision.training_bytes() + frozen * precision.frozen_bytes()) as f64;
+    let needed = model.training_bytes(precision) as f64;
     let there = facts.total_memory_bytes as f64;
     if there > 0.0 && needed > there {
         return Err(Error::Model(format!(

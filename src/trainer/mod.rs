@@ -3,6 +3,8 @@
 mod build;
 mod profile;
 
+pub use build::model_args;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 

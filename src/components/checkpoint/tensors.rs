@@ -203,7 +203,7 @@ impl TensorFiles {
             safetensors::Dtype::F32 => file.read::<f32>(info, rows),
             safetensors::Dtype::F16 => file.read::<f16>(info, rows),
             safetensors::Dtype::BF16 => file.read::<bf16>(info, rows),
-            safetensors::Dtype::F8_E4M3 => file.read::<u8>(info, rows),
+            safetensors::Dtype::F8_E4M3 | safetensors::Dtype::U8 => file.read::<u8>(info, rows),
             other => {
                 Err(fault(&file.path, format!("holds `{name}` as {other}, which are no weights that titan knows")))
             }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::json::JsonLines;
 use super::parquet::ParquetColumn;
+use super::parquet_rows::ParquetRows;
 use super::text::TextPieces;
 use super::{Content, Format};
 use crate::{Error, Result};
@@ -65,10 +66,10 @@ pub fn open(path: &Path, name: &str, format: Format, fields: &Fields, place: Pla
     Ok(match format {
         Format::Text => Box::new(TextPieces::new(text()?, name, place)),
         Format::Json => Box::new(JsonLines::new(text()?, name, fields, place)),
-        Format::Parquet => {
-            let Fields::Text(column) = fields else { unreachable!("conversations are read from JSON lines only") };
-            Box::new(ParquetColumn::open(file()?, name, column, place)?)
-        }
+        Format::Parquet => match fields {
+            Fields::Text(column) => Box::new(ParquetColumn::open(file()?, name, column, place)?),
+            Fields::Chat { .. } | Fields::Instruct { .. } => Box::new(ParquetRows::open(file()?, name, fields, place)?),
+        },
         Format::Shipped(bytes) => {
             let fields = Fields::Text("text".to_owned());
             Box::new(JsonLines::new(text_at(Cursor::new(bytes), name, place)?, name, &fields, place))
