@@ -106,6 +106,8 @@ fn export(case: &str, export_dtype: ExportDtype, model: &[(String, Tensor)]) -> 
         train_state: TrainState { step: 5, n_tokens_seen: 0, seed: 0 },
         lr_scheduler: json!(null),
         dataloader: json!(null),
+        optimizer_steps: 0,
+        loss_guard: json!(null),
     };
     let mut manager = CheckpointManager::open(settings, dump_folder.path(), assets).unwrap();
     manager.save(5, Why::Last, &State { model, optimizer: &[], progress: &progress }).unwrap();

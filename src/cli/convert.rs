@@ -101,7 +101,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     bar.finish_and_clear();
     converted?;
-    println!("{}", args.to.display());
+    say!("{}", args.to.display());
     Ok(())
 }
 

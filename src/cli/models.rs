@@ -63,8 +63,7 @@ pub fn run(args: Args) -> Result<()> {
             }
         }
     };
-    print!("{text}");
-    Ok(())
+    super::print(text)
 }
 
 /// The model of a job as it is trained: with its vocabulary, its adapters and its number types.

@@ -13,6 +13,7 @@ use crate::models::args::{AttnMaskType, AttnType};
 use crate::{Error, Result, models};
 
 mod activation_checkpoint;
+mod changes;
 mod check;
 mod checkpoint;
 mod comm;
@@ -41,6 +42,7 @@ mod training;
 mod validation;
 
 pub use activation_checkpoint::{AcMode, ActivationCheckpoint};
+pub use changes::{Change, changes};
 pub use checkpoint::{AsyncMode, Checkpoint, CheckpointState, ExportDtype};
 pub use comm::{Comm, CommMode};
 pub use compile::{Compile, Component};
@@ -62,7 +64,7 @@ pub use quantize::{
     QuantizeGroupedMm, QuantizeLinear,
 };
 pub use schema::json_schema;
-pub use training::{Dtype, Training};
+pub use training::{Dtype, NanPolicy, SpikePolicy, Training};
 pub use validation::Validation;
 
 use diagnostic::{Document, Origin, Origins};

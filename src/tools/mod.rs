@@ -1,5 +1,6 @@
-//! Logging, profiling, signals, random numbers, and facts about the device.
+//! Logging, profiling, signals, panics, random numbers, and facts about the device.
 
+pub mod bugs;
 pub mod device;
 pub mod logging;
 pub mod memory;

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use tracing::{info, warn};
 
-use super::Trainer;
 use super::profile::StepProfiler;
+use super::{Trainer, continuation};
 use crate::autograd::Precision;
 use crate::components::checkpoint::{Assets, CheckpointManager, Weights, holds_hugging_face, read_config};
+use crate::components::loss_guard::LossGuard;
 use crate::components::lr_scheduler::LrScheduler;
 use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
 use crate::components::optimizer::{Optimizer, OptimizerKind};
@@ -62,16 +63,10 @@ impl Trainer {
         let args = decoder_args(&loaded.config, &text.vocabulary)?;
         let data = train_spec(&loaded.config);
         loaded.notices.iter().for_each(|notice| warn!("{notice}"));
-        let mut config = loaded.config;
+        let mut config = loaded.config.clone();
         config.model.args = ModelArgs::all(&args);
         if config.job.print_config {
             info!("Running with this config:\n{}", config.to_toml());
-        }
-        if let Some(file) = &config.job.save_config_file {
-            let path = config.job.dump_folder.join(file);
-            let folder = path.parent().unwrap_or(&config.job.dump_folder);
-            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-            std::fs::write(&path, config.to_toml()).map_err(Error::io("write", &path))?;
         }
 
         let device = Device::Cpu;
@@ -79,9 +74,20 @@ impl Trainer {
         info!("Device: {facts}");
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
+        // From here on the dump folder is this process's.
+        if let Some(file) = &config.job.save_config_file {
+            let path = config.job.dump_folder.join(file);
+            let folder = path.parent().unwrap_or(&config.job.dump_folder);
+            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+            std::fs::write(&path, config.to_toml()).map_err(Error::io("write", &path))?;
+        }
         let adapts = config.model.lora.rank.is_some();
         let base = adapts.then(|| checkpoints.open_base()).transpose()?;
         let resume = checkpoints.find()?;
+        if let Some(then) = resume.as_ref().and_then(|resume| resume.folder.as_ref()) {
+            let tokenizer = text.tokenizer.as_ref().map_or(&[][..], |tokenizer| tokenizer.files());
+            continuation::check(then, &loaded, &config, tokenizer)?;
+        }
         let train_state = resume.as_ref().and_then(|resume| resume.train_state.clone());
         let seed = match (&train_state, config.debug.seed) {
             (Some(state), Some(seed)) if state.seed != seed => {
@@ -137,22 +143,20 @@ impl Trainer {
         }
         if let Some(resume) = &resume {
             if let Some(weights) = &resume.optimizer {
-                load_moments(&mut optimizer, &model, weights, step as u64)?;
+                load_moments(&mut optimizer, &model, weights, resume.optimizer_steps.unwrap_or(step as u64))?;
             }
             if let Some(state) = &resume.dataloader {
                 loader.load_state(state)?;
             }
         }
 
+        let mut guard = LossGuard::new(&config.training);
+        if let Some(state) = resume.as_ref().and_then(|resume| resume.loss_guard.as_ref()) {
+            guard.load_state(state)?;
+        }
+
         let profiling = &config.profiling;
-        let scheduler = &config.lr_scheduler;
-        let schedule = LrScheduler::new(
-            config.training.steps,
-            scheduler.warmup_steps,
-            scheduler.decay_ratio,
-            scheduler.decay_type,
-            scheduler.min_lr_factor,
-        );
+        let schedule = schedule(&config);
         let local_batch_size = config.training.local_batch_size;
         Ok(Self {
             recompute: recompute(&config),
@@ -165,6 +169,7 @@ impl Trainer {
             model,
             optimizer,
             schedule,
+            guard,
             loader,
             validator,
             checkpoints,
@@ -363,6 +368,11 @@ fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> R
         )));
     }
     Ok(())
+}
+
+pub fn schedule(config: &JobConfig) -> LrScheduler {
+    let keys = &config.lr_scheduler;
+    LrScheduler::new(config.training.steps, keys.warmup_steps, keys.decay_ratio, keys.decay_type, keys.min_lr_factor)
 }
 
 fn recompute(config: &JobConfig) -> Recompute {

@@ -284,7 +284,8 @@ fn indexed_files(index: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn listed_files(folder: &Path) -> Result<Vec<String>> {
+/// The names of all `.safetensors` of a folder, in order.
+pub fn listed_files(folder: &Path) -> Result<Vec<String>> {
     let entries = fs::read_dir(folder).map_err(Error::io("read", folder))?;
     let mut names: Vec<String> = entries
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())

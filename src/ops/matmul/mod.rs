@@ -236,15 +236,15 @@ fn product_to<T: Operand, U>(a: Mat<T>, b: Mat<T>, to: impl FnOnce(&mut [MaybeUn
 }
 
 /// The rate of the best of several square products, in floating-point operations per second: what this machine can do.
-/// Takes a fifth of a second or so.
+/// Takes a twentieth of a second or so.
 pub fn measured_peak_flops(dtype: DType) -> f64 {
     typed!(T = dtype; peak_of::<T>())
 }
 
 fn peak_of<T: Operand>() -> f64 {
-    const SIZE: usize = 2048;
-    const AT_LEAST: usize = 2;
-    const BUDGET: Duration = Duration::from_millis(200);
+    const SIZE: usize = 1024;
+    const AT_LEAST: usize = 3;
+    const BUDGET: Duration = Duration::from_millis(50);
     let values = vec![T::store(1.0); SIZE * SIZE];
     let start = Instant::now();
     let mut best_s = f64::INFINITY;
