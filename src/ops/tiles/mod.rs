@@ -57,6 +57,8 @@ static BF16: LazyLock<Vec<Isa>> = LazyLock::new(|| match *AVX512 && is_x86_featu
 pub trait Number: Element + Default {
     /// The `k` of a tile.
     const STEP: usize;
+    /// Most columns of tiles of a block.
+    const COLUMNS: usize;
 
     /// What this processor has for these numbers, the best first.
     fn isas() -> &'static [Isa];
@@ -109,7 +111,7 @@ pub struct Left<T> {
     pub tile: usize,
 }
 
-/// A block of one or two columns of tiles of a product: `c = a b`, or `c += a b`.
+/// A block of at most [`Number::COLUMNS`] columns of tiles of a product: `c = a b`, or `c += a b`.
 #[derive(Clone, Copy)]
 pub struct Block<T> {
     /// Tiles of the left operand.
@@ -128,7 +130,7 @@ pub struct Block<T> {
     pub c_stride: usize,
     /// Rows of tiles.
     pub m: usize,
-    /// Columns of tiles, 1 or 2.
+    /// Columns of tiles.
     pub n: usize,
     pub add: bool,
 }
@@ -151,6 +153,7 @@ impl Isa {
 
 impl Number for bf16 {
     const STEP: usize = STEP;
+    const COLUMNS: usize = 2;
 
     fn isas() -> &'static [Isa] {
         &BF16
@@ -231,6 +234,7 @@ impl Number for bf16 {
 
 impl Number for f32 {
     const STEP: usize = 16;
+    const COLUMNS: usize = 4;
 
     fn isas() -> &'static [Isa] {
         if *AVX512 { &[Isa::Avx512] } else { &[] }
@@ -493,7 +497,7 @@ pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32
         return;
     }
     let ((a_stride, a_step), (b_stride, b_step)) = (a.tiles.strides(), b.tiles.strides());
-    for j in (0..n).step_by(2) {
+    for j in (0..n).step_by(T::COLUMNS) {
         // SAFETY: inside the three buffers by the assertions of `part` and above.
         unsafe {
             isa.block(Block {
@@ -506,7 +510,7 @@ pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32
                 c: c.as_mut_ptr().add(j * TILE),
                 c_stride,
                 m,
-                n: (n - j).min(2),
+                n: (n - j).min(T::COLUMNS),
                 add,
             });
         }
