@@ -117,7 +117,7 @@ impl Trainer {
         );
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
-        check_memory(&model, precision, &facts)?;
+        check_memory(&model, precision, config.checkpoint.in_background(), &facts)?;
         model.allocate(precision, &device, true)?;
         let kind = OptimizerKind {
             decoupled: config.optimizer.name == OptimizerName::AdamW,
@@ -333,12 +333,13 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
     Ok(Some(Validator::new(loader, validation.steps)))
 }
 
-/// Refuses a model whose weights, gradients and moments alone are more than the machine holds, rather than be killed by
-/// the system.
-fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> Result<()> {
+/// Refuses a model whose weights, gradients and moments, and the copy that is saved in the background, are alone more than
+/// the machine holds, rather than be killed by the system.
+fn check_memory(model: &Decoder, precision: Precision, saves_copy: bool, facts: &DeviceFacts) -> Result<()> {
     let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
     let frozen = if model.adapters().is_some() { model.n_params() } else { 0 };
-    let needed = (trained * precision.training_bytes() + frozen * precision.frozen_bytes()) as f64;
+    let copied = if saves_copy { 3 * precision.storage.size_in_bytes() } else { 0 }; // weight and moments
+    let needed = (trained * (precision.training_bytes() + copied) + frozen * precision.frozen_bytes()) as f64;
     let there = facts.total_memory_bytes as f64;
     if there > 0.0 && needed > there {
         return Err(Error::Model(format!(
