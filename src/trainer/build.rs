@@ -124,7 +124,7 @@ impl Trainer {
         );
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
-        check_memory(&model, precision, &facts)?;
+        check_memory(&model, precision, config.checkpoint.in_background(), &facts)?;
         model.allocate(precision, &device, true)?;
         let kind = OptimizerKind {
             decoupled: config.optimizer.name == OptimizerName::AdamW,
@@ -353,10 +353,13 @@ fn validator(config: &JobConfig, data: &DatasetSpec, text: &Text) -> Result<Opti
     Ok(Some(Validator::new(loader, validation.steps)))
 }
 
-/// Refuses a model whose weights, gradients and moments alone are more than the machine holds, rather than be killed by
-/// the system.
-fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> Result<()> {
-    let needed = model.training_bytes(precision) as f64;
+/// Refuses a model whose weights, gradients and moments, and the copy that is saved in the background, are alone more than
+/// the machine holds, rather than be killed by the system.
+fn check_memory(model: &Decoder, precision: Precision, saves_copy: bool, facts: &DeviceFacts) -> Result<()> {
+    let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
+    // Weight and moments.
+    let copied = if saves_copy { 3 * precision.storage.size_in_bytes() } else { 0 };
+    let needed = (model.training_bytes(precision) + trained * copied) as f64;
     let there = facts.total_memory_bytes as f64;
     if there > 0.0 && needed > there {
         return Err(Error::Model(format!(

@@ -147,7 +147,7 @@ mod tests {
         let rows = |shape: &[usize]| pieces(shape).into_iter().map(Option::unwrap).collect::<Vec<_>>();
         assert_eq!(rows(&[5, PIECE / 2]), [0..2, 2..4, 4..5]);
         assert_eq!(rows(&[2, 2 * PIECE]), [0..1, 1..2], "a row is not divided");
-        assert_eq!(rows(&[3]), [0..3]);
+        assert_eq!(pieces(&[3]), [Some(0..3)]);
         assert_eq!(pieces(&[]), [None]);
         assert_eq!(pieces(&[0, 4]), []);
     }

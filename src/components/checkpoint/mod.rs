@@ -27,7 +27,7 @@ use candle_core::Tensor;
 use serde_json::Value;
 use tracing::{error, info};
 
-use crate::config::{self, AsyncMode, CheckpointState};
+use crate::config::{self, CheckpointState};
 use crate::models::args::DecoderArgs;
 use crate::{Error, Result};
 
@@ -361,7 +361,7 @@ impl CheckpointManager {
             self.writer.purge(step);
         } else {
             info!("Saving the checkpoint of step {step} ({}).", why.in_words());
-            if goes_on && self.keys.async_mode != AsyncMode::Disabled {
+            if goes_on && self.keys.in_background() {
                 self.background.begin(self.writer.clone(), step, state)?;
             } else {
                 self.writer.save(step, state)?;
