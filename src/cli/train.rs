@@ -8,7 +8,8 @@ use crate::{Error, Result};
 /// Train a model as a job config says.
 ///
 /// Any key of the config can be overridden: `titan train --config configs/debug_model.toml --training.steps 100
-/// --checkpoint.enable`; `titan config --list` explains them all. Ctrl-C saves and stops; the same command goes on.
+/// --checkpoint.enable`; `titan config --list` explains them all. Ctrl-C saves and stops, and a second one stops at once; the
+/// same command goes on. SIGUSR1 saves without stopping.
 #[derive(clap::Args)]
 pub struct Args {
     /// The job config, a TOML file.

@@ -104,7 +104,7 @@ fn poisoned_job(flags: &[&str]) -> Job {
     let mut rows = plain(6);
     rows[2][7] = poison;
     rows[4][0] = poison;
-    let flags = [&["--optimizer.weight_decay=0"], flags].concat();
+    let flags = [&["--optimizer.weight_decay=0"][..], flags].concat();
     job(&rows, &flags, |weights| {
         let dim = weights["tok_embeddings.weight"].dims()[1];
         set(weights, "tok_embeddings.weight", usize::from(poison) * dim, f32::MAX);

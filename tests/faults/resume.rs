@@ -32,6 +32,40 @@ fn data_that_changed_since_the_checkpoint_is_named() {
 }
 
 #[test]
+fn a_run_that_meets_a_bad_record_has_saved_what_it_had_done() {
+    let job = || {
+        Job::new(&[
+            "--training.dataset=json",
+            "--training.dataset_path=data.jsonl",
+            "--training.steps=40",
+            "--checkpoint.interval=1000",
+            "--data.no-shuffle",
+        ])
+    };
+    let text = fs::read_to_string(Job::new(&[]).folder().join("words.txt")).unwrap();
+    let lines = vec![serde_json::json!({ "text": &text[..400] }).to_string(); 20];
+    let write = |job: &Job, lines: &[String]| fs::write(job.folder().join("data.jsonl"), lines.join("\n")).unwrap();
+    let unbroken = job();
+    write(&unbroken, &lines);
+    let outcome = unbroken.outcome();
+
+    let job = job();
+    let bad = lines[4].replace('}', "");
+    write(&job, &[&lines[..4], &[bad], &lines[5..]].concat());
+    let ended = job.run();
+    let done = job.losses().len();
+    assert!(ended.code == Some(1) && ended.log.contains("data.jsonl:5: "), "{}", ended.log);
+    assert!(done > 0 && ended.announced() == Some(done), "{done} steps: {}", ended.log);
+    write(&job, &lines);
+    job.run().assert_succeeded();
+    job.assert_came_to(&outcome);
+    held(
+        "a bad record ends the run: what was done is saved, and once it is mended the run goes on as unbroken",
+        "1 of 1",
+    );
+}
+
+#[test]
 fn of_two_runs_in_one_folder_one_trains_and_the_other_says_who_does() {
     let times = amount(3, 30);
     for _ in 0..times {
