@@ -95,12 +95,16 @@ impl Trainer {
 
         info!("Seed: {seed}");
 
-        // Data before memory: what is wrong with a dataset shows at once.
+        let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
+        model.adapt(&config.model.lora, seed)?;
+        let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
+        let precision = Precision { storage, compute };
+        check_memory(&model, precision, &config, &facts)?;
+
+        // Data before memory is taken: what is wrong with a dataset shows at once.
         let mut loader = train_loader(&config, &text, seed)?;
         let validator = validator(&config, &text)?;
 
-        let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
-        model.adapt(&config.model.lora, seed)?;
         let flops_per_token = model.flops_per_token(config.training.seq_len);
         let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
         info!(
@@ -115,9 +119,6 @@ impl Trainer {
             },
             flops_per_token as f64 / 1e6
         );
-        let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
-        let precision = Precision { storage, compute };
-        check_memory(&model, precision, &facts)?;
         model.allocate(precision, &device, true)?;
         let kind = OptimizerKind {
             decoupled: config.optimizer.name == OptimizerName::AdamW,
@@ -333,23 +334,43 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
     Ok(Some(Validator::new(loader, validation.steps)))
 }
 
-/// Refuses a model whose weights, gradients and moments alone are more than the machine holds, rather than be killed by
-/// the system.
-fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> Result<()> {
-    let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
-    let frozen = if model.adapters().is_some() { model.n_params() } else { 0 };
-    let needed = (trained * precision.training_bytes() + frozen * precision.frozen_bytes()) as f64;
+/// Refuses a run that takes more than the machine holds, rather than be killed by the system. Counted is what cannot be
+/// done without: weights, gradients and moments, and of a batch what each layer takes in.
+fn check_memory(model: &Decoder, precision: Precision, config: &JobConfig, facts: &DeviceFacts) -> Result<()> {
+    // In floating point, where absurd sizes do not wrap around.
+    let count = |parameters: &mut dyn Iterator<Item = usize>| parameters.map(|n| n as f64).sum::<f64>();
+    let trained = count(&mut model.trained_parameters().map(|parameter| parameter.numel()));
+    let all = count(&mut model.parameters().map(|parameter| parameter.numel()));
+    let frozen = if model.adapters().is_some() { all } else { 0.0 };
+    let of_weights = trained * precision.training_bytes() as f64 + frozen * precision.frozen_bytes() as f64;
+
+    let of_layer = (model.args().dim * precision.compute.size_in_bytes()) as f64;
+    let tokens = |rows: usize, seq_len: usize| rows as f64 * seq_len as f64;
+    let (training, validation) = (&config.training, &config.validation);
+    let kept = tokens(training.local_batch_size, training.seq_len) * of_layer * (model.args().n_layers + 1) as f64;
+    let passing = tokens(validation.local_batch_size, validation.seq_len) * of_layer * 2.0;
+    let (batch, batch_keys) = match validation.enable && passing > kept {
+        true => (passing, "[validation]"),
+        false => (kept, "[training]"),
+    };
+
     let there = facts.total_memory_bytes as f64;
-    if there > 0.0 && needed > there {
-        return Err(Error::Model(format!(
-            "weights, gradients and optimizer state of {} parameters take {:.1} GiB, this machine has {:.1} GiB\n   = a \
-             smaller flavor, or smaller sizes in [model.args]",
-            grouped(model.n_params() as f64, 0),
-            needed / GIB,
-            there / GIB
-        )));
+    if there == 0.0 || of_weights + batch <= there {
+        return Ok(());
     }
-    Ok(())
+    let remedy = if of_weights > batch {
+        "a smaller `model.flavor`, or smaller sizes in [model.args]".to_owned()
+    } else {
+        format!("a smaller `local_batch_size` or `seq_len` in {batch_keys}")
+    };
+    Err(Error::Config(format!(
+        "error: this run takes more than the {:.1} GiB of memory that there are: weights, gradients and optimizer state of \
+         {} parameters {:.1} GiB, what the layers take in of a batch {:.1} GiB\n   = {remedy}",
+        there / GIB,
+        grouped(all, 0),
+        of_weights / GIB,
+        batch / GIB
+    )))
 }
 
 fn recompute(config: &JobConfig) -> Recompute {

@@ -5,5 +5,15 @@
 
 #[path = "../common/binary.rs"]
 mod binary;
+mod bounded;
 mod common;
+mod hostile;
+#[cfg(feature = "hub")]
+mod hub;
+#[cfg(feature = "hub")]
+#[path = "../common/hub_server.rs"]
+mod hub_server;
+mod inputs;
+mod jobs;
 mod kills;
+mod mutation;

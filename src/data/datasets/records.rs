@@ -10,6 +10,9 @@ use super::text::TextPieces;
 use super::{Content, Format};
 use crate::{Error, Result};
 
+/// A longer record is malformed: whole in memory, it and its tokens could take all there is. Books have a tenth of it.
+pub const MAX_RECORD_BYTES: usize = 32 << 20;
+
 const BUFFER_BYTES: usize = 256 * 1024;
 
 /// Which fields of a record make a document, and of what kind.
