@@ -45,12 +45,16 @@ pub enum Error {
     Training(String),
 
     /// The user stopped a run; not a fault, but not the end of the run either.
-    #[error("stopped by {signal} after step {step}; {}", if *saved {
-        "its state is saved: the same command goes on"
-    } else {
-        "nothing was saved, as checkpoint.enable is false"
+    #[error("stopped by {signal} after step {step}; {}", match (*step, *saved) {
+        (0, _) => "there was nothing to save",
+        (_, true) => "its state is saved: the same command goes on",
+        (_, false) => "nothing was saved, as this run saves no checkpoints",
     })]
     Interrupted { signal: Signal, step: usize, saved: bool },
+
+    /// Something that a run waits for was given up, as the user wants the run to stop.
+    #[error("given up, as the run was asked to stop")]
+    AskedToStop,
 
     /// A fault of the tensor library; reaching a user it is a bug of titan.
     #[error("internal tensor error: {0}")]

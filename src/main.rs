@@ -5,6 +5,7 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    titan::tools::bugs::explain_panics();
     titan::tools::memory::keep_freed_pages();
     titan::cli::main(std::env::args_os())
 }

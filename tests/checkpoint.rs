@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
@@ -12,7 +13,7 @@ use titan::Error;
 use titan::components::checkpoint::{
     Assets, CheckpointManager, Kind, Parameter, Progress, Resume, State, TrainState, Weights, Why, open_step, steps_in,
 };
-use titan::config::{self, CheckpointState, ExportDtype};
+use titan::config::{self, AsyncMode, CheckpointState, ExportDtype};
 use titan::models::Decoder;
 use titan::models::args::DecoderArgs;
 
@@ -97,6 +98,8 @@ fn progress(step: usize) -> Progress {
         train_state: TrainState { step, n_tokens_seen: 100 * step as u64, seed: 7 },
         lr_scheduler: json!({ "last_step": step }),
         dataloader: json!({ "document": 3 * step }),
+        optimizer_steps: step as u64,
+        loss_guard: json!(null),
     }
 }
 
@@ -495,6 +498,56 @@ fn a_save_that_fails_is_not_announced_and_says_where() {
     let (result, log) = logged(|| manager.save(20, Why::Interval, &state));
     assert!(result.unwrap_err().to_string().contains(".tmp-step-20: create: "));
     assert!(!log.contains("Finished saving"), "{log}");
+}
+
+#[test]
+fn a_save_in_the_background_holds_the_state_as_it_was_when_it_began() {
+    let run = Run::with(|settings| settings.async_mode = AsyncMode::Async);
+    let mut manager = run.open();
+    let weights = model(10);
+    for step in [10, 20] {
+        let now = model(step);
+        weights.iter().zip(&now).for_each(|((_, tensor), (_, now))| tensor.slice_set(now, 0, 0).unwrap());
+        let progress = progress(step);
+        let state = State { model: &weights, optimizer: &[], progress: &progress };
+        manager.save(step, Why::Interval, &state).unwrap();
+        // Training goes on.
+        weights.iter().for_each(|(_, tensor)| tensor.zero_set().unwrap());
+    }
+    drop(manager);
+    assert_eq!(steps_in(&run.folder()).unwrap(), [10, 20]);
+    assert_eq!(step_of_weights(&run.found().unwrap()), 20);
+    fs::remove_dir_all(run.path(20)).unwrap();
+    assert_eq!(step_of_weights(&run.found().unwrap()), 10);
+}
+
+#[test]
+fn a_fault_in_the_background_stops_the_run_at_its_next_step() {
+    let run = Run::with(|settings| settings.async_mode = AsyncMode::Async);
+    let mut manager = run.open();
+    fs::remove_dir_all(run.folder()).unwrap();
+    let progress = progress(20);
+    let state = State { model: &model(20), optimizer: &[], progress: &progress };
+    let begun = |manager: &mut CheckpointManager, why| manager.save(20, why, &state);
+    begun(&mut manager, Why::Interval).unwrap();
+    let start = Instant::now();
+    let error = loop {
+        match manager.check() {
+            Err(error) => break error,
+            Ok(()) => assert!(start.elapsed() < Duration::from_secs(60), "no fault is found"),
+        }
+    };
+    assert!(error.to_string().contains(".tmp-step-20: create: "), "{error}");
+    manager.check().expect("an error is told once");
+
+    // The next save, should it come first, does not begin; the last one is tried in any case.
+    begun(&mut manager, Why::Interval).unwrap();
+    assert!(begun(&mut manager, Why::Interval).is_err());
+    begun(&mut manager, Why::Interval).unwrap();
+    fs::create_dir_all(run.folder()).unwrap();
+    begun(&mut manager, Why::Interrupt).unwrap();
+    drop(manager);
+    assert_eq!(step_of_weights(&run.found().unwrap()), 20);
 }
 
 #[test]

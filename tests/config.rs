@@ -185,7 +185,6 @@ const MISTAKES: &[Mistake] = &[
         "[activation_checkpoint]\nmode = \"memory_budget\"",
         &["cannot be \"memory_budget\"", "\"selective\", \"full\", \"none\""],
     ),
-    file("[checkpoint]\nasync_mode = \"async\"", &["`checkpoint.async_mode` cannot be \"async\""]),
     file("[experimental]\ncustom_import = \"my.module\"", &["titan runs no Python"]),
     // Not even TOML
     file("[training]\nsteps = \nseq_len = 4\nstpes = 5", &["unknown key `training.stpes`", "did you mean"]),

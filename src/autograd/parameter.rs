@@ -123,6 +123,11 @@ impl StageBuilder {
     pub fn buffers(&self) -> &StageBuffers {
         self.buffers.get().expect("a stage is allocated before it is used")
     }
+
+    /// The gradients of a stage that is trained, `(numel,)` f32.
+    pub fn grads(&self) -> &Tensor {
+        self.buffers().grads.as_ref().expect("a model that trains has gradients")
+    }
 }
 
 /// A trainable tensor: a window of its stage's buffers. Frozen, it may have an adapter that is trained in its place.

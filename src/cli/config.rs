@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use tracing::warn;
+
 use crate::Result;
 use crate::config::{self, Override};
 
@@ -24,7 +26,7 @@ pub struct Args {
 pub fn run(args: Args, overrides: &[Override]) -> Result<()> {
     let loaded = config::load(args.config.as_deref(), overrides)?;
     for notice in &loaded.notices {
-        eprintln!("note: {notice}");
+        warn!("{notice}");
     }
     let text = if args.schema {
         format!("{:#}\n", config::json_schema().as_value())
@@ -33,6 +35,5 @@ pub fn run(args: Args, overrides: &[Override]) -> Result<()> {
     } else {
         loaded.to_toml_with_origins()
     };
-    print!("{text}");
-    Ok(())
+    super::print(text)
 }

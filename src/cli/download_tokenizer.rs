@@ -78,7 +78,7 @@ pub fn run(args: Args) -> Result<()> {
     let name = args.repo_id.rsplit('/').next().unwrap_or_default();
     let dir = args.local_dir.join(name);
     for file in &files {
-        println!("{}", repo.save(file, &dir)?.display());
+        say!("{}", repo.save(file, &dir)?.display());
     }
     Ok(())
 }

@@ -1,13 +1,22 @@
 //! The command line: one file per subcommand, arguments in, text and exit code out.
 
 use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use crate::config::{Override, split_overrides};
 use crate::tools::{logging, signals};
+use crate::{Error, Result};
 
+/// As `println!`, but what cannot be written is an error.
+macro_rules! say {
+    ($($words:tt)*) => { crate::cli::print(format_args!("{}\n", format_args!($($words)*)))? };
+}
+
+pub mod checkpoint;
 pub mod config;
 pub mod convert;
 pub mod download_tokenizer;
@@ -30,6 +39,7 @@ struct Cli {
 enum Command {
     Train(train::Args),
     Generate(generate::Args),
+    Checkpoint(checkpoint::Args),
     Models(models::Args),
     Config(config::Args),
     Convert(convert::Args),
@@ -39,7 +49,7 @@ enum Command {
     WriteStories(write_stories::Args),
 }
 
-/// Parses `argv`, runs the subcommand, and turns an [`crate::Error`] into a message and an exit code.
+/// Parses `argv`, runs the subcommand, and turns an [`Error`] into a message and an exit code.
 pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
     let (argv, overrides) = split_overrides(argv);
     let cli = match Cli::try_parse_from(argv) {
@@ -50,6 +60,7 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Train(args) => train::run(args, &overrides),
         Command::Config(args) => config::run(args, &overrides),
         _ if !overrides.is_empty() => Err(takes_no_overrides(&overrides)),
+        Command::Checkpoint(args) => checkpoint::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Models(args) => models::run(args),
@@ -61,29 +72,37 @@ pub fn main(argv: impl IntoIterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            match error {
-                // A config report brings its own headings.
-                crate::Error::Config(ref report) => eprintln!("{report}"),
-                crate::Error::Interrupted { .. } => eprintln!("{error}"),
-                ref error => eprintln!("error: {error}"),
-            }
+            let heading = match error {
+                // A config report brings its own headings, and to be stopped is no error.
+                Error::Config(_) | Error::Interrupted { .. } => "",
+                _ => "error: ",
+            };
+            // Where nobody reads it, the exit code tells.
+            let _ = writeln!(io::stderr(), "{heading}{error}");
             ExitCode::from(error.exit_code())
         }
     }
 }
 
-/// Logging, and quiet ends of pipes: all but training end when nobody reads on.
-fn prepare(command: &Command) -> crate::Result<()> {
+/// Writes a result of a command to standard output.
+fn print(text: impl Display) -> Result<()> {
+    let mut out = io::stdout();
+    write!(out, "{text}").and_then(|()| out.flush()).map_err(Error::io("cannot write", "standard output"))
+}
+
+/// Logging, errors for files that may not grow, and quiet ends of pipes: all but training end when nobody reads on.
+fn prepare(command: &Command) -> Result<()> {
     logging::init()?;
+    signals::survive_file_size_limit()?;
     match command {
         Command::Train(_) => Ok(()),
         _ => signals::end_on_broken_pipe(),
     }
 }
 
-fn takes_no_overrides(overrides: &[Override]) -> crate::Error {
+fn takes_no_overrides(overrides: &[Override]) -> Error {
     let flags: Vec<_> = overrides.iter().map(|given| given.flag.as_str()).collect();
-    crate::Error::Usage(format!(
+    Error::Usage(format!(
         "this subcommand takes no job config keys: {}; only `train` and `config` do",
         flags.join(", ")
     ))

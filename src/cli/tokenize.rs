@@ -106,6 +106,6 @@ pub fn run(args: Args) -> Result<()> {
     bar.finish_and_clear();
     let counts = counts?;
     let plural = if counts.shards == 1 { "" } else { "s" };
-    println!("{}, {} shard{plural} in {}", describe(&counts), counts.shards, args.output.display());
+    say!("{}, {} shard{plural} in {}", describe(&counts), counts.shards, args.output.display());
     Ok(())
 }

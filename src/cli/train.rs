@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use crate::config::{self, Override};
+use crate::tools::signals::Interrupt;
 use crate::trainer::Trainer;
 use crate::{Error, Result};
 
@@ -22,5 +23,6 @@ pub fn run(args: Args, overrides: &[Override]) -> Result<()> {
                 .into(),
         ));
     }
-    Trainer::build(config::load(args.config.as_deref(), overrides)?)?.run()
+    let interrupt = Interrupt::install()?;
+    Trainer::build(config::load(args.config.as_deref(), overrides)?)?.run(&interrupt)
 }

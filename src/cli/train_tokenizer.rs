@@ -53,14 +53,15 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::Data(format!("no text in {}", args.paths.join(", "))));
     }
     train::save(&tokenizer, &args.output)?;
-    println!(
+    say!(
         "{}: vocabulary of {}, {:.2} bytes per token",
         args.output.display(),
         tokenizer.vocab_size(),
         sample_bytes as f64 / n_tokens as f64
     );
     if tokenizer.vocab_size() < args.vocab_size {
-        println!("the text has too few different pairs for a vocabulary of {}", args.vocab_size);
+        let vocab_size = args.vocab_size;
+        say!("the text has too few different pairs for a vocabulary of {vocab_size}");
     }
     Ok(())
 }

@@ -25,7 +25,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     write(&args).map_err(Error::io("cannot write stories", &args.output))?;
-    println!("{}: {} stories", args.output.display(), args.count);
+    say!("{}: {} stories", args.output.display(), args.count);
     Ok(())
 }
 

@@ -50,12 +50,9 @@ impl Optimizer {
     /// Scales the gradients so that their norm over all parameters is at most `max_norm`, steps, and zeroes the
     /// gradients. Returns the norm before clipping. Where that is not finite, nothing but the gradients changes.
     pub fn step(&mut self, stages: &[StageBuilder], lr: f64, max_norm: f64) -> Result<f64> {
-        let grads = |stage: &StageBuilder| stage.buffers().grads.clone().expect("a model that trains has gradients");
-        let span = |stage: &StageBuilder| profiler::span(stage.name());
-        let squares = stages.iter().map(|stage| span(stage).around(|| sum_of_squares(&grads(stage))));
-        let norm = squares.sum::<Result<f64>>()?.sqrt();
+        let norm = grad_norm(stages)?;
         if !norm.is_finite() {
-            stages.iter().try_for_each(|stage| grads(stage).zero_set())?;
+            zero_grads(stages)?;
             return Ok(norm);
         }
         self.t += 1;
@@ -70,9 +67,16 @@ impl Optimizer {
             grad_scale: (max_norm / (norm + 1e-6)).min(1.0),
         };
         for (stage, moments) in stages.iter().zip(&self.moments) {
-            let _span = span(stage);
+            let _span = profiler::span(stage.name());
             adam_step(stage.buffers(), &moments.exp_avg, &moments.exp_avg_sq, &step)?;
         }
+        Ok(norm)
+    }
+
+    /// Zeroes the gradients, and changes nothing else. Returns their norm over all parameters.
+    pub fn discard(&self, stages: &[StageBuilder]) -> Result<f64> {
+        let norm = grad_norm(stages)?;
+        zero_grads(stages)?;
         Ok(norm)
     }
 
@@ -99,4 +103,13 @@ impl Optimizer {
     pub fn set_steps(&mut self, steps: u64) {
         self.t = steps;
     }
+}
+
+fn grad_norm(stages: &[StageBuilder]) -> Result<f64> {
+    let squares = stages.iter().map(|stage| profiler::span(stage.name()).around(|| sum_of_squares(stage.grads())));
+    Ok(squares.sum::<Result<f64>>()?.sqrt())
+}
+
+fn zero_grads(stages: &[StageBuilder]) -> Result<()> {
+    Ok(stages.iter().try_for_each(|stage| stage.grads().zero_set())?)
 }

@@ -31,12 +31,19 @@ impl Validator {
         Self { loader, steps }
     }
 
-    pub fn run<M: Stages>(&mut self, model: &M, device: &Device) -> Result<Validated> {
+    /// Gives up when `goes_on`, which is asked now and then, fails.
+    pub fn run<M: Stages>(
+        &mut self,
+        model: &M,
+        device: &Device,
+        goes_on: &dyn Fn() -> Result<()>,
+    ) -> Result<Validated> {
         let start = Instant::now();
         self.loader.rewind();
         let (mut sum, mut batches, mut n_tokens, mut n_targets) = (0.0, 0, 0, 0);
         while self.steps.is_none_or(|steps| batches < steps) {
-            let batch = profiler::span("data_loading").around(|| self.loader.next_batch())?;
+            goes_on()?;
+            let batch = profiler::span("data_loading").around(|| self.loader.next_batch_while(goes_on))?;
             let Some(batch) = batch else { break };
             n_tokens += batch.labels.len() as u64;
             let counted = batch.n_targets();

@@ -36,8 +36,8 @@ pub struct Checkpoint {
     pub last_save_in_hf: bool,
     /// Number type of the exported weights.
     pub export_dtype: ExportDtype,
-    /// Save on another thread while training goes on.
-    #[schemars(extend("x-not-yet" = "titan does not save in the background yet"))]
+    /// Save while training goes on: "async" copies the state to host memory and writes it from there, on another thread.
+    /// "async_with_pinned_mem" is the same where the device is the CPU, whose copy needs no pinned memory.
     pub async_mode: AsyncMode,
     /// Checkpoints that stay; older ones are removed. 0: all. 1 is refused, for then a fault while saving loses all.
     pub keep_latest_k: usize,

@@ -14,6 +14,7 @@ use crate::tools::files;
 use crate::{Error, Result, models};
 
 mod activation_checkpoint;
+mod changes;
 mod check;
 mod checkpoint;
 mod comm;
@@ -42,6 +43,7 @@ mod training;
 mod validation;
 
 pub use activation_checkpoint::{AcMode, ActivationCheckpoint};
+pub use changes::{Change, changes};
 pub use checkpoint::{AsyncMode, Checkpoint, CheckpointState, ExportDtype};
 pub use comm::{Comm, CommMode};
 pub use compile::{Compile, Component};
@@ -63,7 +65,7 @@ pub use quantize::{
     QuantizeGroupedMm, QuantizeLinear,
 };
 pub use schema::json_schema;
-pub use training::{Dtype, Training};
+pub use training::{Dtype, NanPolicy, SpikePolicy, Training};
 pub use validation::Validation;
 
 use diagnostic::{Document, Origin, Origins};

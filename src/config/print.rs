@@ -18,16 +18,20 @@ fn section(table: &Table, path: &str, decorate: &dyn Fn(&str, String) -> String,
         *text += &format!("{gap}{}\n", decorate(path, format!("[{path}]")));
     }
     for (name, value) in values {
-        let value = match value {
-            // Display would write 1e-15 with all its zeros.
-            Value::Float(number) => format!("{number:?}"),
-            value => value.to_string(),
-        };
-        *text += &format!("{}\n", decorate(&here(name), format!("{name} = {value}")));
+        *text += &format!("{}\n", decorate(&here(name), format!("{name} = {}", self::value(value))));
     }
     for (name, value) in tables {
         if let Value::Table(table) = value {
             section(table, &here(name), decorate, text);
         }
+    }
+}
+
+/// A value as TOML has it.
+pub(super) fn value(value: &Value) -> String {
+    match value {
+        // Display would write 1e-15 with all its zeros.
+        Value::Float(number) => format!("{number:?}"),
+        value => value.to_string(),
     }
 }

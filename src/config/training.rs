@@ -10,8 +10,8 @@ use super::schema::{ONE_DEVICE, PYTHON};
 pub struct Training {
     /// "c4_test": the stories that titan ships. "c4": Hugging Face's `allenai/c4`, fetched as it is needed. Your own
     /// files by their kind: "text", "json" (JSONL, also compressed), "parquet", "tokens" (written by `titan tokenize`);
-    /// `dataset_path` says where. To fine-tune: "chat" (JSONL of `messages`, of which those of the assistant are learned),
-    /// "instruct" (JSONL of `prompt` and `completion`, which is learned). Anything with a slash is a dataset of the Hugging Face hub.
+    /// `dataset_path` says where. To fine-tune: "chat" (JSONL or Parquet of `messages`, of which those of the assistant are
+    /// learned), "instruct" (JSONL or Parquet of `prompt` and `completion`, which is learned). Anything with a slash is a dataset of the Hugging Face hub.
     pub dataset: String,
     /// A file, a folder or a glob such as "data/*.jsonl.zst". "none": the dataset's own place.
     pub dataset_path: Option<String>,
@@ -32,6 +32,20 @@ pub struct Training {
     /// Optimizer steps of the run. Running again with more goes on from the last checkpoint.
     #[schemars(range(min = 1))]
     pub steps: usize,
+    /// What becomes of a step whose loss or gradient norm is not finite, which is never applied: "stop" ends the run and
+    /// says what went bad first, "skip" says so and goes on with the next step.
+    pub nan_policy: NanPolicy,
+    /// What becomes of a step whose loss is out of line with the last `spike_window` losses: "log" says so, "skip" does
+    /// not apply it.
+    pub spike_policy: SpikePolicy,
+    /// A loss is out of line if it is more than so many standard deviations above the mean.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub spike_z_score: f64,
+    /// Losses of applied steps that a loss is compared with. Before there are as many, none is out of line.
+    #[schemars(range(min = 2))]
+    pub spike_window: usize,
+    /// Steps that `nan_policy` and `spike_policy` may skip in the whole run before it stops.
+    pub max_skipped_steps: usize,
     /// Keep parameters, gradients and optimizer state in host memory.
     #[schemars(extend("x-not-yet" = "titan does not offload to the CPU yet"))]
     pub enable_cpu_offload: bool,
@@ -48,6 +62,21 @@ pub struct Training {
     /// Look for reference cycles in Python's objects.
     #[schemars(extend("x-no-effect" = PYTHON))]
     pub gc_debug: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum NanPolicy {
+    Stop,
+    Skip,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SpikePolicy {
+    Off,
+    Log,
+    Skip,
 }
 
 /// A number type for training.
@@ -77,6 +106,11 @@ impl Default for Training {
             seq_len: 2048,
             max_norm: 1.0,
             steps: 10_000,
+            nan_policy: NanPolicy::Stop,
+            spike_policy: SpikePolicy::Off,
+            spike_z_score: 6.0,
+            spike_window: 100,
+            max_skipped_steps: 10,
             enable_cpu_offload: false,
             dtype: Dtype::Float32,
             mixed_precision_param: Dtype::Bfloat16,

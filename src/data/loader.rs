@@ -1,8 +1,9 @@
 //! Batches for the trainer, read ahead on other threads, from a position that can be saved.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde::Deserialize;
 use tracing::{info, warn};
@@ -11,7 +12,7 @@ use crate::data::datasets::{self, DatasetSpec, Position, StopOnDrop};
 use crate::data::packing::{Batch, Packing, Positioned};
 use crate::data::pipeline::{Encode, Plan, Tokenized, join, spawn};
 use crate::data::remote::OpenRemote;
-use crate::data::state::State;
+use crate::data::state::{Fingerprints, State};
 use crate::{Error, Result};
 
 /// Batches that may wait for the trainer.
@@ -40,6 +41,8 @@ pub struct Loader {
     plan: Plan,
     /// Of the first token behind the batches that were taken.
     position: Position,
+    /// Of the files, where the data repeats: a run over data that ends is never resumed.
+    fingerprints: Fingerprints,
     /// A batch that was read to see whether the data is good.
     ready: Option<Positioned>,
     running: Option<Running>,
@@ -73,6 +76,7 @@ impl Loader {
         let origin = dataset.files().origin.clone();
         let is_remote = dataset.files().is_remote();
 
+        let fingerprints = if repeat { Fingerprints::of(dataset.files())? } else { Fingerprints::default() };
         let mut loader = Self {
             dataset: spec.dataset.clone(),
             packing: Packing {
@@ -82,16 +86,18 @@ impl Loader {
                 dp_rank,
                 dp_degree,
                 keeps_whole: spec.is_of_examples(),
+                masks: spec.masks_examples,
                 said: Arc::default(),
             },
             plan: Plan { dataset, encoder, shuffle, repeat, n_workers: num_workers.unwrap_or_else(default_workers) },
             position: Position::default(),
+            fingerprints,
             ready: None,
             running: None,
         };
         // What is remote may not be wanted from its beginning, should a state be loaded.
         if !is_remote {
-            loader.ready = loader.pull()?;
+            loader.ready = loader.pull(&|| Ok(()))?;
         }
         Ok(loader)
     }
@@ -101,15 +107,22 @@ impl Loader {
     /// # Errors
     /// What went wrong on the way to this batch. Calling again tries again.
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
+        self.next_batch_while(&|| Ok(()))
+    }
+
+    /// As [`Loader::next_batch`], but gives up waiting when `waits` fails, which is asked now and then.
+    pub fn next_batch_while(&mut self, waits: &dyn Fn() -> Result<()>) -> Result<Option<Batch>> {
         let next = match self.ready.take() {
             Some(ready) => Some(ready),
-            None => self.pull()?,
+            None => self.pull(waits)?,
         };
         let Some((batch, position)) = next else { return Ok(None) };
-        if position.epoch > self.position.epoch {
-            let (name, epoch) = (&self.dataset, position.epoch + 1);
-            match self.position.epoch {
-                0 => warn!("dataset {name}: all of it was read, and it starts over: epoch {epoch}"),
+        let (before, epoch) = (self.position.epoch + 1, position.epoch + 1);
+        // Data smaller than a batch begins anew in every step: the second, fourth, eighth ... time tells enough.
+        if epoch.ilog2() > before.ilog2() {
+            let name = &self.dataset;
+            match before {
+                1 => warn!("dataset {name}: all of it was read, and it starts over: epoch {epoch}"),
                 _ => info!("dataset {name}: epoch {epoch}"),
             }
         }
@@ -117,12 +130,34 @@ impl Loader {
         Ok(Some(batch))
     }
 
-    fn pull(&mut self) -> Result<Option<Positioned>> {
+    /// The next `n` batches of data that repeats, or none of them: after an error the position is as before.
+    ///
+    /// # Errors
+    /// As [`Loader::next_batch_while`].
+    pub fn next_batches(&mut self, n: usize, waits: &dyn Fn() -> Result<()>) -> Result<Vec<Batch>> {
+        let before = self.position.clone();
+        let ended = || Error::Data("the training data ended, though it should repeat".into());
+        let batches = (0..n).map(|_| self.next_batch_while(waits)?.ok_or_else(ended)).collect::<Result<_>>();
+        if batches.is_err() {
+            self.position = before;
+            self.running = None;
+        }
+        batches
+    }
+
+    fn pull(&mut self, waits: &dyn Fn() -> Result<()>) -> Result<Option<Positioned>> {
+        const NOW_AND_THEN: Duration = Duration::from_millis(20);
         let running = match self.running.take() {
             Some(running) => running,
             None => self.start()?,
         };
-        match running.batches.recv() {
+        let next = loop {
+            match running.batches.recv_timeout(NOW_AND_THEN) {
+                Err(RecvTimeoutError::Timeout) => waits()?,
+                next => break next,
+            }
+        };
+        match next {
             Ok(batch) => {
                 let batch = batch?;
                 self.running = Some(running);
@@ -162,7 +197,8 @@ impl Loader {
 
     fn state_here(&self) -> State {
         let Plan { dataset, shuffle, .. } = &self.plan;
-        State::new(&self.dataset, self.packing.seq_len, *shuffle, self.position.clone(), dataset.files())
+        let (seq_len, position) = (self.packing.seq_len, self.position.clone());
+        State::new(&self.dataset, seq_len, *shuffle, position, dataset.files(), &self.fingerprints)
     }
 
     /// Continues where [`Loader::state`] was taken: the batches that followed it follow again, bit for bit.
@@ -176,7 +212,7 @@ impl Loader {
         let state = State::deserialize(state)
             .map_err(|error| Error::Checkpoint(format!("the saved data position cannot be read: {error}")))?;
         let files = self.plan.dataset.files();
-        for change in state.changes(&self.state_here(), files) {
+        for change in state.changes(&self.state_here()) {
             warn!("{change}: the run goes on, but on other tokens than without that change");
         }
 

@@ -5,7 +5,11 @@
 //! are freed the moment its backward is done. No code outside knows how backward is organised, and no layer knows which
 //! mode is on.
 
+mod diagnosis;
+
 use candle_core::Tensor;
+
+pub use diagnosis::{Fault, diagnose, largest_gradient};
 
 use crate::Result;
 use crate::autograd::{StageBuilder, Value};
@@ -18,7 +22,8 @@ pub struct MicroBatch {
     /// `(b, s)`, u32; so are `labels`, of which those that are [`IGNORE_INDEX`](crate::ops::IGNORE_INDEX) do not count.
     pub tokens: Tensor,
     pub labels: Tensor,
-    /// Where in its row the document of each token begins, `b · s` numbers; `None`: end-of-text tokens tell.
+    /// Where in its row the document of each token begins, `b · s` numbers; `None`: in a model that masks
+    /// documents, end-of-text tokens tell.
     pub document_starts: Option<Vec<u32>>,
 }
 
@@ -93,15 +98,36 @@ enum Kept {
     Graph(Value),
 }
 
+/// What comes out of a stage.
+#[derive(Clone, Copy)]
+enum Out<'a> {
+    Activations(&'a Tensor),
+    Loss(f32),
+    /// Of the stage's input, as are now those of its parameters.
+    Gradients(&'a Tensor),
+}
+
 /// Runs a micro-batch forward and backward: adds the gradients of `scale` times the mean loss to the accumulators of all
 /// parameters, and returns that loss.
 pub fn forward_backward<M: Stages>(model: &M, batch: &MicroBatch, scale: f64, recompute: Recompute) -> Result<f32> {
+    watched(model, batch, scale, recompute, &mut |_, _| Ok(()))
+}
+
+/// As [`forward_backward`]; shows `watch` what comes out of each stage, by its number.
+fn watched<M: Stages>(
+    model: &M,
+    batch: &MicroBatch,
+    scale: f64,
+    recompute: Recompute,
+    watch: &mut impl FnMut(usize, Out) -> Result<()>,
+) -> Result<f32> {
     let MicroBatch { tokens, labels, document_starts } = batch;
     let span = |category, stage: usize| profiler::span_in(category, model.stages()[stage].name());
     let head = model.n_blocks() + 1;
     let context =
         profiler::span_in(Category::Forward, "context").around(|| model.context(tokens, document_starts.as_deref()))?;
     let mut x = span(Category::Forward, 0).around(|| model.embed(tokens))?;
+    watch(0, Out::Activations(&x))?;
     let mut kept = Vec::with_capacity(model.n_blocks());
     for index in 0..model.n_blocks() {
         let _span = span(Category::Forward, index + 1);
@@ -113,11 +139,14 @@ pub fn forward_backward<M: Stages>(model: &M, batch: &MicroBatch, scale: f64, re
             x = y.tensor().clone();
             kept.push(Kept::Graph(y));
         }
+        watch(index + 1, Out::Activations(&x))?;
     }
 
     let LossAndGrad { loss, dx } =
         span(Category::ForwardBackward, head).around(|| model.loss_grad(x, labels, scale))?;
     let mut grad = dx;
+    watch(head, Out::Loss(loss))?;
+    watch(head, Out::Gradients(&grad))?;
     while let Some(block) = kept.pop() {
         let index = kept.len();
         let graph = match block {
@@ -126,8 +155,10 @@ pub fn forward_backward<M: Stages>(model: &M, batch: &MicroBatch, scale: f64, re
                 .around(|| model.block(index, &Value::input(x), &context, Pass::Recompute))?,
         };
         grad = span(Category::Backward, index + 1).around(|| graph.backward(grad))?;
+        watch(index + 1, Out::Gradients(&grad))?;
     }
     span(Category::Backward, 0).around(|| model.embed_backward(tokens, &grad))?;
+    watch(0, Out::Gradients(&grad))?;
     Ok(loss)
 }
 

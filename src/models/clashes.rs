@@ -1,6 +1,7 @@
 //! Arguments that no decoder can be built with.
 
 use super::args::{AttentionKind, DecoderArgs, FeedForwardKind, MoeArgs, NormType, QkNormOver, RopeLayout};
+use super::layer::LayerArgs;
 
 /// No model is wider; the parameters of a layer this wide still fit an integer.
 const WIDTH: usize = 1 << 24;
@@ -27,8 +28,7 @@ impl DecoderArgs {
         }
         let mut clashes = Vec::new();
         self.patterns(&mut clashes);
-        let latent =
-            || (0..self.n_layers.min(self.latent_pattern.len().max(1))).map(|i| self.layer(i).latent_dim.is_some());
+        let latent = || self.attentions().map(|layer| layer.latent_dim.is_some());
         if latent().any(|is_latent| !is_latent) {
             self.grouped_attention(&mut clashes);
         }
@@ -51,7 +51,7 @@ impl DecoderArgs {
         const EXPERTS: usize = 1 << 14;
         let or_one = |size: Option<usize>| size.unwrap_or(1);
         let experts = |size: fn(&MoeArgs) -> usize| self.moe_args.as_ref().map_or(1, size);
-        let sizes: [(&[&str], usize, usize); 24] = [
+        let sizes: [(&[&str], usize, usize); 25] = [
             (&["dim"], self.dim, WIDTH),
             (&["n_layers"], self.n_layers, LAYERS),
             (&["n_heads"], self.n_heads, WIDTH),
@@ -76,10 +76,18 @@ impl DecoderArgs {
             (&["moe_args.num_experts"], experts(|moe| moe.num_experts), EXPERTS),
             (&["moe_args.num_shared_experts"], experts(|moe| moe.num_shared_experts.max(1)), EXPERTS),
             (&["moe_args.top_k"], experts(|moe| moe.top_k), EXPERTS),
+            (&["floor_scale"], self.floor_scale, POSITIONS),
         ];
         let (keys, size, most) = sizes.into_iter().find(|(_, size, most)| !(1..=*most).contains(size))?;
         let what = if size == 0 { "cannot be 0".to_owned() } else { format!("{size} is beyond any model") };
         Some(clash(keys, format!("`{}` {what}", keys[0]), format!("at least 1, and at most {most}")))
+    }
+
+    /// Layers enough for each kind of attention that the model has, with rotary positions and without, to be among them.
+    fn attentions(&self) -> impl Iterator<Item = LayerArgs> {
+        let period = self.latent_pattern.len().max(1) * self.rope_pattern.len().max(1);
+        // A layer that `every_n_layers_nope` leaves out need not be left out a period later.
+        (0..self.n_layers.min(2 * period)).map(|index| self.layer(index))
     }
 
     /// Lists whose words need an argument that is not there, and arguments that no word needs.
@@ -105,6 +113,14 @@ impl DecoderArgs {
         if self.every_n_layers_nope.is_some() && !self.rope_pattern.is_empty() {
             let keys = &["rope_pattern", "every_n_layers_nope"];
             push(keys, "two rules say which layers rotate", "set one of them");
+        }
+        if self.attn_temperature_tuning && self.attentions().all(|layer| layer.rope.is_some()) {
+            let keys = &["attn_temperature_tuning", "rope_pattern", "every_n_layers_nope"];
+            push(keys, "every layer rotates, and none is tuned", "add false to `rope_pattern`");
+        }
+        if self.qk_unit_norm && !self.attentions().any(|layer| layer.rope.is_some() && layer.latent_dim.is_none()) {
+            let keys = &["qk_unit_norm", "rope_pattern", "kv_lora_rank"];
+            push(keys, "no layer of grouped-query attention rotates", "set `qk_unit_norm` to false");
         }
         if self.latent_pattern.contains(&true) && self.kv_lora_rank.is_none() {
             push(&["latent_pattern", "kv_lora_rank"], "latents have no width", "set `kv_lora_rank`");
@@ -353,6 +369,8 @@ mod tests {
             ("attention_pattern = ['chunked']", "attention_pattern fixed_attn_block_size"),
             ("local_rope_theta = 1e4", "local_rope_theta attention_pattern"),
             ("every_n_layers_nope = 4\nrope_pattern = [true]", "rope_pattern every_n_layers_nope"),
+            ("attn_temperature_tuning = true", "attn_temperature_tuning rope_pattern every_n_layers_nope"),
+            ("rope_pattern = [false]\nqk_unit_norm = true", "qk_unit_norm rope_pattern kv_lora_rank"),
             ("latent_pattern = [true, false]", "latent_pattern kv_lora_rank"),
             ("feed_forward_pattern = ['moe']", "feed_forward_pattern moe_args moe_enabled"),
             (

@@ -22,7 +22,7 @@ pub struct DeviceFacts {
 }
 
 impl DeviceFacts {
-    /// The host's processor. Takes half a second or so to measure the peak, in the precision that is faster.
+    /// The host's processor. Takes a tenth of a second or so to measure the peak, in the precision that is faster.
     pub fn cpu() -> Self {
         Self {
             name: cpu_name(),

@@ -1,5 +1,6 @@
-//! Logging, profiling, signals, random numbers, files and panics of others, and facts about the device.
+//! Logging, profiling, signals, panics, random numbers, files of others, and facts about the device.
 
+pub mod bugs;
 pub mod device;
 pub mod files;
 pub mod logging;

@@ -6,16 +6,18 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use std::{io, thread};
 
-use signal_hook::consts::{SIGINT, SIGPIPE, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{Error, Result};
 
 /// A signal that asks a run to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
+    /// The terminal is gone.
+    Hangup,
     /// Ctrl-C.
     Interrupt,
     /// What `kill`, service managers and batch systems send.
@@ -23,18 +25,26 @@ pub enum Signal {
 }
 
 impl Signal {
+    const ALL: [Self; 3] = [Self::Hangup, Self::Interrupt, Self::Terminate];
+
     /// As the system numbers it.
     pub fn number(self) -> u8 {
         match self {
+            Self::Hangup => 1,
             Self::Interrupt => 2,
             Self::Terminate => 15,
         }
+    }
+
+    fn of_number(number: i32) -> Option<Self> {
+        Self::ALL.into_iter().find(|signal| i32::from(signal.number()) == number)
     }
 }
 
 impl fmt::Display for Signal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Hangup => "SIGHUP",
             Self::Interrupt => "SIGINT",
             Self::Terminate => "SIGTERM",
         })
@@ -43,48 +53,95 @@ impl fmt::Display for Signal {
 
 /// Signals this soon after the first are the same request: `timeout` and batch systems signal a process and then its
 /// whole group, and the second of the two must not cost the checkpoint.
-const SAME_REQUEST: Duration = Duration::from_millis(500);
+const SAME_REQUEST: Duration = Duration::from_millis(100);
 
-/// Whether the user has asked the run to stop.
-#[derive(Clone, Debug)]
+/// How long a run that was asked to stop goes on waiting for data and measuring. A step and a save are always finished.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the user asks of a run by signals.
+#[derive(Clone, Debug, Default)]
 pub struct Interrupt {
-    /// The number of the latest signal, 0 before any.
+    /// The number of the latest signal that asks to stop, 0 before any.
     received: Arc<AtomicUsize>,
+    /// Whether the next such signal ends the process on the spot.
+    at_once: Arc<AtomicBool>,
+    /// Whether [`PATIENCE`] is over.
+    impatient: Arc<AtomicBool>,
+    save: Arc<AtomicBool>,
 }
 
 impl Interrupt {
-    /// From now on a first SIGINT or SIGTERM only says so, here and in one log line, and a second ends the process at
-    /// once with 128 + its number.
+    /// From now on SIGHUP, SIGINT and SIGTERM end the process with 128 + their number, until [`Interrupt::begin`]; SIGUSR1
+    /// asks for a checkpoint. Under `nohup`, SIGHUP stays without effect.
     pub fn install() -> Result<Self> {
         Self::try_install().map_err(Error::io("cannot be handled", "SIGINT and SIGTERM"))
     }
 
     fn try_install() -> io::Result<Self> {
-        let received = Arc::new(AtomicUsize::new(0));
-        let asked_before = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
-            flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&asked_before))?;
-            flag::register_usize(signal, Arc::clone(&received), signal as usize)?;
+        let this = Self::default();
+        this.at_once.store(true, Ordering::Relaxed);
+        let mut stops = vec![SIGINT, SIGTERM];
+        if !is_ignored(SIGHUP) {
+            stops.push(SIGHUP);
         }
+        for &signal in &stops {
+            flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&this.at_once))?;
+            flag::register_usize(signal, Arc::clone(&this.received), signal as usize)?;
+        }
+        flag::register(SIGUSR1, Arc::clone(&this.save))?;
+
         // A handler may not print, and a step may be long: a thread answers the user right away.
-        let mut signals = Signals::new([SIGINT, SIGTERM])?;
+        let mut signals = Signals::new([&stops[..], &[SIGUSR1]].concat())?;
+        let Self { at_once, impatient, .. } = this.clone();
         thread::Builder::new().name("signals".into()).spawn(move || {
-            if signals.forever().next().is_some() {
+            for signal in signals.forever() {
+                if signal == SIGUSR1 {
+                    info!("SIGUSR1: saving a checkpoint after this step");
+                    continue;
+                }
                 warn!("stopping after this step; press Ctrl-C again to stop at once");
                 thread::sleep(SAME_REQUEST);
-                asked_before.store(true, Ordering::Relaxed);
+                at_once.store(true, Ordering::Relaxed);
+                thread::sleep(PATIENCE);
+                impatient.store(true, Ordering::Relaxed);
+                return;
             }
         })?;
-        Ok(Self { received })
+        Ok(this)
+    }
+
+    /// There is something to lose: from now on a first signal only asks, here and in one log line. A second one still
+    /// ends the process at once.
+    pub fn begin(&self) {
+        self.at_once.store(false, Ordering::Relaxed);
     }
 
     /// The signal that asked the run to stop, if any has.
     pub fn requested(&self) -> Option<Signal> {
-        match self.received.load(Ordering::Relaxed) as i32 {
-            SIGINT => Some(Signal::Interrupt),
-            SIGTERM => Some(Signal::Terminate),
-            _ => None,
-        }
+        Signal::of_number(self.received.load(Ordering::Relaxed) as i32)
+    }
+
+    /// Whether a checkpoint was asked for since the last call.
+    pub fn takes_save_request(&self) -> bool {
+        self.save.swap(false, Ordering::Relaxed)
+    }
+
+    /// For whatever waits, now and then.
+    ///
+    /// # Errors
+    /// [`Error::AskedToStop`] some seconds after the user asked the run to stop: time to give up waiting.
+    pub fn check_patience(&self) -> Result<()> {
+        if self.impatient.load(Ordering::Relaxed) { Err(Error::AskedToStop) } else { Ok(()) }
+    }
+}
+
+/// Whether the process was started with this signal ignored, as by `nohup`.
+fn is_ignored(signal: i32) -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: without a new action this only writes the current one, for which there is room; all zeros are one too.
+    unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        action.assume_init().sa_sigaction == libc::SIG_IGN
     }
 }
 
@@ -94,6 +151,13 @@ pub fn end_on_broken_pipe() -> Result<()> {
     flag::register_conditional_default(SIGPIPE, Arc::new(AtomicBool::new(true)))
         .map(drop)
         .map_err(Error::io("cannot be handled", "SIGPIPE"))
+}
+
+/// Has a write beyond the limit of a file's size (`ulimit -f`) fail like one to a full disk, instead of ending the process.
+pub fn survive_file_size_limit() -> Result<()> {
+    flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))
+        .map(drop)
+        .map_err(Error::io("cannot be handled", "SIGXFSZ"))
 }
 
 #[cfg(test)]
@@ -128,6 +192,7 @@ mod tests {
             return;
         }
         let interrupt = Interrupt::install().unwrap();
+        interrupt.begin();
         assert_eq!(interrupt.requested(), None);
         raise(SIGTERM).unwrap();
         assert_eq!(interrupt.requested(), Some(Signal::Terminate));
@@ -141,6 +206,7 @@ mod tests {
             return;
         }
         let interrupt = Interrupt::install().unwrap();
+        interrupt.begin();
         raise(SIGINT).unwrap();
         raise(SIGINT).unwrap();
         assert_eq!(interrupt.requested(), Some(Signal::Interrupt));
@@ -153,11 +219,53 @@ mod tests {
             assert_eq!(output.status.code(), Some(130), "{output:?}");
             return;
         }
-        let _interrupt = Interrupt::install().unwrap();
+        Interrupt::install().unwrap().begin();
         raise(SIGTERM).unwrap();
         thread::sleep(4 * SAME_REQUEST);
         raise(SIGINT).unwrap();
         unreachable!("the second signal has ended the process");
+    }
+
+    #[test]
+    fn a_signal_before_anything_can_be_lost_ends_the_process() {
+        if !is_child() {
+            let output = child("a_signal_before_anything_can_be_lost_ends_the_process").output().unwrap();
+            assert_eq!(output.status.code(), Some(143), "{output:?}");
+            return;
+        }
+        Interrupt::install().unwrap();
+        raise(SIGTERM).unwrap();
+        unreachable!("the signal has ended the process");
+    }
+
+    #[test]
+    fn a_request_for_a_checkpoint_is_met_once_and_stops_nothing() {
+        if !is_child() {
+            let output = child("a_request_for_a_checkpoint_is_met_once_and_stops_nothing").output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            return;
+        }
+        let interrupt = Interrupt::install().unwrap();
+        raise(SIGUSR1).unwrap();
+        assert_eq!([(); 2].map(|()| interrupt.takes_save_request()), [true, false]);
+        assert_eq!(interrupt.requested(), None);
+    }
+
+    #[test]
+    fn patience_ends_some_time_after_the_request() {
+        if !is_child() {
+            let output = child("patience_ends_some_time_after_the_request").output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            return;
+        }
+        let interrupt = Interrupt::install().unwrap();
+        interrupt.begin();
+        raise(SIGTERM).unwrap();
+        thread::sleep(PATIENCE / 2);
+        interrupt.check_patience().unwrap();
+        thread::sleep(PATIENCE);
+        assert!(matches!(interrupt.check_patience(), Err(Error::AskedToStop)));
+        assert_eq!(interrupt.requested(), Some(Signal::Terminate));
     }
 
     #[test]

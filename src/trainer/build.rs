@@ -6,10 +6,11 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use tracing::{info, warn};
 
-use super::Trainer;
 use super::profile::StepProfiler;
+use super::{Trainer, continuation};
 use crate::autograd::Precision;
 use crate::components::checkpoint::{Assets, CheckpointManager, Weights, holds_hugging_face, read_config};
+use crate::components::loss_guard::LossGuard;
 use crate::components::lr_scheduler::LrScheduler;
 use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
 use crate::components::optimizer::{Optimizer, OptimizerKind};
@@ -60,17 +61,12 @@ impl Trainer {
     pub fn build(loaded: Loaded) -> Result<Self> {
         let text = Text::of(&loaded.config)?;
         let args = decoder_args(&loaded.config, &text.vocabulary)?;
+        let data = train_spec(&loaded.config);
         loaded.notices.iter().for_each(|notice| warn!("{notice}"));
-        let mut config = loaded.config;
+        let mut config = loaded.config.clone();
         config.model.args = ModelArgs::all(&args);
         if config.job.print_config {
             info!("Running with this config:\n{}", config.to_toml());
-        }
-        if let Some(file) = &config.job.save_config_file {
-            let path = config.job.dump_folder.join(file);
-            let folder = path.parent().unwrap_or(&config.job.dump_folder);
-            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-            std::fs::write(&path, config.to_toml()).map_err(Error::io("write", &path))?;
         }
 
         let device = Device::Cpu;
@@ -78,9 +74,20 @@ impl Trainer {
         info!("Device: {facts}");
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
+        // From here on the dump folder is this process's.
+        if let Some(file) = &config.job.save_config_file {
+            let path = config.job.dump_folder.join(file);
+            let folder = path.parent().unwrap_or(&config.job.dump_folder);
+            std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+            std::fs::write(&path, config.to_toml()).map_err(Error::io("write", &path))?;
+        }
         let adapts = config.model.lora.rank.is_some();
         let base = adapts.then(|| checkpoints.open_base()).transpose()?;
         let resume = checkpoints.find()?;
+        if let Some(then) = resume.as_ref().and_then(|resume| resume.folder.as_ref()) {
+            let tokenizer = text.tokenizer.as_ref().map_or(&[][..], |tokenizer| tokenizer.files());
+            continuation::check(then, &loaded, &config, tokenizer)?;
+        }
         let train_state = resume.as_ref().and_then(|resume| resume.train_state.clone());
         let seed = match (&train_state, config.debug.seed) {
             (Some(state), Some(seed)) if state.seed != seed => {
@@ -102,8 +109,8 @@ impl Trainer {
         check_memory(&model, precision, &config, &facts)?;
 
         // Data before memory is taken: what is wrong with a dataset shows at once.
-        let mut loader = train_loader(&config, &text, seed)?;
-        let validator = validator(&config, &text)?;
+        let mut loader = train_loader(&config, &data, &text, seed)?;
+        let validator = validator(&config, &data, &text)?;
 
         let flops_per_token = model.flops_per_token(config.training.seq_len);
         let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
@@ -137,22 +144,20 @@ impl Trainer {
         }
         if let Some(resume) = &resume {
             if let Some(weights) = &resume.optimizer {
-                load_moments(&mut optimizer, &model, weights, step as u64)?;
+                load_moments(&mut optimizer, &model, weights, resume.optimizer_steps.unwrap_or(step as u64))?;
             }
             if let Some(state) = &resume.dataloader {
                 loader.load_state(state)?;
             }
         }
 
+        let mut guard = LossGuard::new(&config.training);
+        if let Some(state) = resume.as_ref().and_then(|resume| resume.loss_guard.as_ref()) {
+            guard.load_state(state)?;
+        }
+
         let profiling = &config.profiling;
-        let scheduler = &config.lr_scheduler;
-        let schedule = LrScheduler::new(
-            config.training.steps,
-            scheduler.warmup_steps,
-            scheduler.decay_ratio,
-            scheduler.decay_type,
-            scheduler.min_lr_factor,
-        );
+        let schedule = schedule(&config);
         let local_batch_size = config.training.local_batch_size;
         Ok(Self {
             recompute: recompute(&config),
@@ -165,6 +170,7 @@ impl Trainer {
             model,
             optimizer,
             schedule,
+            guard,
             loader,
             validator,
             checkpoints,
@@ -205,6 +211,19 @@ impl Text {
             eos_id: self.vocabulary.eos_id,
         }
     }
+}
+
+/// The arguments of the model that a job trains; those of its flavor's vocabulary, where its tokenizer is not there.
+pub fn model_args(config: &JobConfig) -> Result<DecoderArgs> {
+    let vocabulary = match Text::of(config) {
+        Ok(text) => text.vocabulary,
+        Err(error @ Error::Tokenizer(_)) => {
+            warn!("{error}\n   = training will ask for it; the vocabulary shown is that of the flavor");
+            Vocabulary { vocab_size: 0, eos_id: None }
+        }
+        Err(error) => return Err(error),
+    };
+    decoder_args(config, &vocabulary)
 }
 
 /// The flavor's arguments with `[model.args]` over them, fitted to the vocabulary and to the sequences.
@@ -292,12 +311,13 @@ fn train_spec(config: &JobConfig) -> DatasetSpec {
         messages_field: config.data.messages_field.clone(),
         prompt_field: config.data.prompt_field.clone(),
         completion_field: config.data.completion_field.clone(),
+        masks_examples: config.model.args.0.get("attn_mask_type").and_then(|mask| mask.as_str()) != Some("causal"),
         max_bad_records: config.data.max_bad_records,
         validates: None,
     }
 }
 
-fn train_loader(config: &JobConfig, text: &Text, seed: u64) -> Result<Loader> {
+fn train_loader(config: &JobConfig, data: &DatasetSpec, text: &Text, seed: u64) -> Result<Loader> {
     let options = LoaderOptions {
         batch_size: config.training.local_batch_size,
         seq_len: config.training.seq_len,
@@ -307,10 +327,10 @@ fn train_loader(config: &JobConfig, text: &Text, seed: u64) -> Result<Loader> {
         repeat: true,
         num_workers: config.data.num_workers,
     };
-    Loader::new(&train_spec(config), text.encoder(), options, &hub::open_dataset)
+    Loader::new(data, text.encoder(), options, &hub::open_dataset)
 }
 
-fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
+fn validator(config: &JobConfig, data: &DatasetSpec, text: &Text) -> Result<Option<Validator>> {
     let validation = &config.validation;
     if !validation.enable {
         return Ok(None);
@@ -319,7 +339,7 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
         dataset: validation.dataset.clone(),
         dataset_path: validation.dataset_path.clone(),
         validates: Some(config.training.dataset.clone()),
-        ..train_spec(config)
+        ..data.clone()
     };
     let options = LoaderOptions {
         batch_size: validation.local_batch_size,
@@ -371,6 +391,11 @@ fn check_memory(model: &Decoder, precision: Precision, config: &JobConfig, facts
         of_weights / GIB,
         batch / GIB
     )))
+}
+
+pub fn schedule(config: &JobConfig) -> LrScheduler {
+    let keys = &config.lr_scheduler;
+    LrScheduler::new(config.training.steps, keys.warmup_steps, keys.decay_ratio, keys.decay_type, keys.min_lr_factor)
 }
 
 fn recompute(config: &JobConfig) -> Recompute {

@@ -1,27 +1,34 @@
 //! The training loop: owns the parts, and the order in which they act.
 
 mod build;
+mod continuation;
 mod profile;
+mod step;
 
-use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+pub use build::model_args;
+
+use std::time::Instant;
 
 use candle_core::Device;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::components::checkpoint::{CheckpointManager, Progress, State, TrainState, Why};
+use crate::components::loss_guard::LossGuard;
 use crate::components::lr_scheduler::LrScheduler;
 use crate::components::metrics::{MetricsLogger, StepRecord};
 use crate::components::optimizer::Optimizer;
 use crate::components::validate::Validator;
 use crate::config::JobConfig;
-use crate::data::{Batch, Loader};
-use crate::engine::{self, Recompute};
+use crate::data::Loader;
+use crate::engine::Recompute;
 use crate::models::Decoder;
+use crate::ops::magnitude;
+use crate::tools::bugs;
 use crate::tools::profiler::{self, Category};
 use crate::tools::signals::Interrupt;
 use crate::{Error, Result};
 use profile::StepProfiler;
+use step::Step;
 
 /// One run of training, from the job config to the last checkpoint.
 pub struct Trainer {
@@ -31,27 +38,18 @@ pub struct Trainer {
     recompute: Recompute,
     optimizer: Optimizer,
     schedule: LrScheduler,
+    guard: LossGuard,
     loader: Loader,
     /// Micro-batches per optimizer step.
     grad_accum: usize,
     validator: Option<Validator>,
     checkpoints: CheckpointManager,
     profiler: Option<StepProfiler>,
-    /// Optimizer steps taken.
+    /// Steps done, those that were skipped included.
     step: usize,
     n_tokens_seen: u64,
     seed: u64,
     run: build::RunFacts,
-}
-
-/// What a step found out.
-struct Step {
-    loss: f32,
-    grad_norm: f64,
-    lr: f64,
-    n_tokens: u64,
-    data_loading: Duration,
-    tokens_per_expert: BTreeMap<usize, Vec<u64>>,
 }
 
 impl Trainer {
@@ -60,7 +58,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Interrupted`] if the user stopped the run; [`Error::Training`] if the loss is no longer a number.
-    pub fn run(mut self) -> Result<()> {
+    pub fn run(mut self, interrupt: &Interrupt) -> Result<()> {
         if self.config.checkpoint.create_seed_checkpoint {
             self.save(Why::Seed)?;
             info!("Stopping after the seed checkpoint, as checkpoint.create_seed_checkpoint asks.");
@@ -75,22 +73,30 @@ impl Trainer {
             return Ok(());
         }
 
-        let interrupt = Interrupt::install()?;
+        let (model, optimizer) = (self.model.state()?, self.optimizer.state(self.model.trained())?);
+        self.checkpoints.rehearse(self.step, last_step, model.iter().chain(&optimizer))?;
         let mut metrics = self.run.metrics(&self.config, self.step)?;
+        let config = self.config.clone();
+        bugs::advise(move || step::last_checkpoint(&config));
+        interrupt.begin();
         info!("Training starts at step {}.", self.step + 1);
         while self.step < last_step {
             if let Some(profiler) = &mut self.profiler {
                 profiler.step_begins(self.step + 1);
             }
             let span = profiler::span_in(Category::Step, format_args!("step {}", self.step + 1));
-            span.around(|| self.step_and_save(&mut metrics))?;
+            match span.around(|| self.step_and_save(&mut metrics, interrupt)) {
+                // Given up before the step had begun: all is as after the last one.
+                Ok(()) | Err(Error::AskedToStop) => {}
+                Err(error) => return Err(error),
+            }
             let signal = interrupt.requested().filter(|_| self.step < last_step);
             if let Some(profiler) = &mut self.profiler {
                 profiler.step_ends(self.step, signal.is_some() || self.step == last_step);
             }
             if let Some(signal) = signal {
                 drop(metrics); // The progress bar leaves the terminal before the last words.
-                self.save(Why::Interrupt)?; // does nothing if this step is saved already
+                self.save_what_was_done(Why::Interrupt)?;
                 return Err(Error::Interrupted { signal, step: self.step, saved: self.checkpoints.saves() });
             }
         }
@@ -100,59 +106,39 @@ impl Trainer {
     }
 
     /// A step, and all that is due after it.
-    fn step_and_save(&mut self, metrics: &mut MetricsLogger) -> Result<()> {
-        let step = self.train_step()?;
+    fn step_and_save(&mut self, metrics: &mut MetricsLogger, interrupt: &Interrupt) -> Result<()> {
+        self.checkpoints.check()?;
+        let waiting = Instant::now();
+        let read = || self.loader.next_batches(self.grad_accum, &|| interrupt.check_patience());
+        let batches = profiler::span_in(Category::Data, "data_loading").around(read);
+        let batches = batches.inspect_err(|error| self.rescue(error))?;
+        let step = self.train_step(batches, waiting.elapsed())?;
         profiler::span_in(Category::Metrics, "metrics").around(|| self.log(metrics, step));
         if self.validates() {
-            profiler::span_in(Category::Validation, "validation").around(|| self.validate(metrics))?;
+            let span = profiler::span_in(Category::Validation, "validation");
+            span.around(|| self.validate(metrics, interrupt)).inspect_err(|error| self.rescue(error))?;
         }
-        if let Some(why) = self.checkpoints.due(self.step, self.config.training.steps) {
+        let asked = interrupt.takes_save_request().then_some(Why::Asked);
+        if asked.is_some() && !self.checkpoints.saves() {
+            warn!("SIGUSR1: nothing is saved, as this run saves no checkpoints");
+        }
+        if let Some(why) = self.checkpoints.due(self.step, self.config.training.steps).or(asked) {
             profiler::span_in(Category::Checkpoint, "checkpoint").around(|| self.save(why))?;
         }
         Ok(())
     }
 
-    /// Gradient accumulation, expert biases, clipping, and the optimizer.
-    fn train_step(&mut self) -> Result<Step> {
-        let waiting = Instant::now();
-        let read = || (0..self.grad_accum).map(|_| self.next_batch()).collect::<Result<Vec<_>>>();
-        let batches = profiler::span_in(Category::Data, "data_loading").around(read)?;
-        let data_loading = waiting.elapsed();
-        let n_tokens = batches.iter().map(|batch| batch.labels.len() as u64).sum();
-        let n_targets: usize = batches.iter().map(Batch::n_targets).sum();
-
-        let mut loss = 0.0;
-        for (i, batch) in batches.into_iter().enumerate() {
-            // Each token that is learned weighs the same, however many of them its batch has.
-            let scale = batch.n_targets() as f64 / n_targets as f64;
-            let batch = batch.micro_batch(&self.device)?;
-            self.model.drop_out(Some((self.step * self.grad_accum + i + 1) as u64));
-            loss += f64::from(engine::forward_backward(&self.model, &batch, scale, self.recompute)?);
+    /// Saves before the run ends by a fault that has spoilt nothing.
+    fn rescue(&mut self, error: &Error) {
+        let is_fault = !matches!(error, Error::AskedToStop);
+        if is_fault && let Err(another) = self.save_what_was_done(Why::Fault) {
+            warn!("{another}");
         }
-        self.model.drop_out(None);
-        let step = self.step + 1;
-        let _span = profiler::span_in(Category::Optimizer, "optimizer");
-        let loads = self.model.expert_loads().into_iter();
-        let moves = self.model.adapters().is_none();
-        let tokens_per_expert = loads.map(|(layer, load)| (layer, load.rebalance(moves))).collect();
-
-        let lr = self.config.optimizer.lr * self.schedule.factor(self.step);
-        let grad_norm = self.optimizer.step(self.model.trained(), lr, self.config.training.max_norm)?;
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(Error::Training(format!(
-                "step {step}: the loss is {loss} and the gradient norm {grad_norm}; the step was not applied, nothing \
-                 was saved\n   = a lower optimizer.lr or longer lr_scheduler.warmup_steps may keep the run stable; \
-                 it goes on from its last checkpoint"
-            )));
-        }
-        self.step = step;
-        self.n_tokens_seen += n_tokens;
-        Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading, tokens_per_expert })
     }
 
-    fn next_batch(&mut self) -> Result<Batch> {
-        let batch = self.loader.next_batch()?;
-        batch.ok_or_else(|| Error::Data("the training data ended, though it should repeat".into()))
+    /// Of a run that has not begun there is nothing worth saving; nor is there if this step is saved already.
+    fn save_what_was_done(&mut self, why: Why) -> Result<()> {
+        if self.step > 0 { self.save(why) } else { Ok(()) }
     }
 
     fn log(&self, metrics: &mut MetricsLogger, step: Step) {
@@ -174,26 +160,50 @@ impl Trainer {
         self.validator.is_some() && (self.step == 1 || self.step.is_multiple_of(self.config.validation.freq))
     }
 
-    fn validate(&mut self, metrics: &mut MetricsLogger) -> Result<()> {
-        if let Some(validator) = &mut self.validator {
-            let found = validator.run(&self.model, &self.device)?;
-            metrics.validation(self.step as u64, found.loss, found.n_tokens, found.elapsed);
+    fn validate(&mut self, metrics: &mut MetricsLogger, interrupt: &Interrupt) -> Result<()> {
+        let Some(validator) = &mut self.validator else { return Ok(()) };
+        match validator.run(&self.model, &self.device, &|| interrupt.check_patience()) {
+            Ok(found) => metrics.validation(self.step as u64, found.loss, found.n_tokens, found.elapsed),
+            Err(Error::AskedToStop) => warn!("the validation after step {} is given up", self.step),
+            Err(error) => return Err(error),
         }
         Ok(())
     }
 
     fn save(&mut self, why: Why) -> Result<()> {
+        if self.checkpoints.saves() {
+            self.check_weights()?;
+        }
         let (step, n_tokens_seen, seed) = (self.step, self.n_tokens_seen, self.seed);
         let progress = Progress {
             train_state: TrainState { step, n_tokens_seen, seed },
             lr_scheduler: serde_json::json!({ "steps": step }),
             dataloader: self.loader.state(),
+            optimizer_steps: self.optimizer.steps(),
+            loss_guard: self.guard.state(),
         };
         let (model, optimizer) = (self.model.state()?, self.optimizer.state(self.model.trained())?);
         self.checkpoints.save(step, why, &State { model: &model, optimizer: &optimizer, progress: &progress })?;
         if why == Why::Last && self.model.adapters().is_some() && self.checkpoints.exports() {
             self.model.merge()?;
             self.checkpoints.export(step, &self.model.state()?)?;
+        }
+        Ok(())
+    }
+    /// A step may poison weights that its loss and its gradients did not show.
+    fn check_weights(&self) -> Result<()> {
+        for parameter in self.model.trained_parameters() {
+            let largest = magnitude(&parameter.weights()?)?;
+            if !largest.is_finite() {
+                return Err(Error::Training(format!(
+                    "after step {} the weight of `{}` holds {largest}; nothing is saved
+   = a lower optimizer.lr may keep                      the run stable
+   = {}",
+                    self.step,
+                    parameter.fqn(),
+                    step::last_checkpoint(&self.config)
+                )));
+            }
         }
         Ok(())
     }

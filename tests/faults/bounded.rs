@@ -47,7 +47,7 @@ pub fn examine(command: &mut Command) -> Verdict {
     let shown = &stderr[..stderr.floor_char_boundary(2000)];
     let status = status.unwrap_or_else(|excess| panic!("{command:?}: {excess}\n{shown}"));
     let code = status.code().unwrap_or_else(|| panic!("{command:?}: {status}\n{shown}"));
-    for trace in ["panicked at", "stack backtrace", "overflowed its stack"] {
+    for trace in ["bug in titan", "panicked at", "stack backtrace", "overflowed its stack"] {
         assert!(!stderr.contains(trace), "{command:?}\n{shown}");
     }
     Verdict { code, stderr }

@@ -6,7 +6,9 @@
 #[path = "../common/binary.rs"]
 mod binary;
 mod bounded;
+mod commands;
 mod common;
+mod damage;
 mod hostile;
 #[cfg(feature = "hub")]
 mod hub;
@@ -17,3 +19,14 @@ mod inputs;
 mod jobs;
 mod kills;
 mod mutation;
+mod numbers;
+#[cfg(target_os = "linux")]
+mod operations;
+#[cfg(target_os = "linux")]
+mod power;
+#[cfg(target_os = "linux")]
+mod preloaded;
+mod resume;
+#[cfg(target_os = "linux")]
+mod room;
+mod signals;

@@ -13,7 +13,8 @@ use super::staged::Staged;
 use super::step_folder::{step_name, step_of};
 use super::tensors::{self, Entry, SHARD_BYTES};
 use super::weights::{CONFIG_JSON, Parameter, Parameters};
-use super::{CheckpointManager, json_text, seal};
+use super::writer::seal;
+use super::{CheckpointManager, json_text};
 use crate::models::args::DecoderArgs;
 use crate::models::hf::{self, ExpertTensors, Family, Mapping};
 use crate::{Error, Result};
@@ -166,32 +167,32 @@ impl CheckpointManager {
         let keys = &self.keys;
         let dtype: DType = keys.export_dtype.into();
         let suffix = if keys.last_save_in_hf { "hf" } else { hf::dtype_name(dtype) };
-        let path = self.folder.join(format!("{}-{suffix}", step_name(step)));
+        let path = self.writer.folder.join(format!("{}-{suffix}", step_name(step)));
         let shapes: Vec<_> = model.iter().map(|(name, tensor)| (name.clone(), tensor.dims().to_vec())).collect();
         let tensors: HashMap<&str, &Tensor> = model.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let export = Export {
             shapes: &shapes,
             parameters: &tensors,
             dtype: Some(dtype),
-            tokenizer_files: &self.assets.tokenizer_files,
+            tokenizer_files: &self.writer.assets.tokenizer_files,
             max_shard_bytes: SHARD_BYTES,
             progress: &|_| (),
         };
         let as_trained = || model.iter().all(|(name, tensor)| tensor.dtype() == export.dtype_of(name));
         if keys.last_save_in_hf {
             export.write_hugging_face(&path, &self.hugging_face_model()?)?;
-        } else if self.base.is_none() && as_trained() {
+        } else if self.writer.base.is_none() && as_trained() {
             info!("The model alone, in {}, is {}/model.safetensors", hf::dtype_name(dtype), step_name(step));
             return Ok(());
         } else {
-            export.write(&path, step, &self.assets.config_toml)?;
+            export.write(&path, step, &self.writer.assets.config_toml)?;
         }
         info!("Exported the model in {} to {}", hf::dtype_name(dtype), path.display());
         Ok(())
     }
 
     pub(super) fn hugging_face_model(&self) -> Result<HuggingFaceModel<'_>> {
-        let assets = &self.assets;
+        let assets = &self.writer.assets;
         Ok(HuggingFaceModel {
             family: Family::of(&assets.model_name, &assets.args)?,
             args: &assets.args,

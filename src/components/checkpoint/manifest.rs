@@ -10,16 +10,19 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::staged::hex;
+use super::step_folder::{CONFIG, step_of};
 use crate::tools::files::is_plain;
 
 pub const MANIFEST: &str = "manifest.json";
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     pub format_version: u32,
     pub step: usize,
     pub kind: Kind,
+    /// Fingerprint of the config of the run: equal in the steps that one config made.
+    pub config_sha256: String,
     /// By path relative to the folder, with `/`.
     pub files: BTreeMap<String, FileFacts>,
     /// Of this manifest with this field empty.
@@ -41,12 +44,20 @@ pub struct FileFacts {
     pub sha256: String,
 }
 
+/// The part of a manifest that every version has.
+#[derive(Deserialize)]
+struct Versioned {
+    format_version: u32,
+}
+
 /// What is wrong with a folder, in words for its owner.
 pub type Damage = String;
 
 impl Manifest {
     pub fn new(step: usize, kind: Kind, files: BTreeMap<String, FileFacts>) -> Self {
-        let mut manifest = Self { format_version: FORMAT_VERSION, step, kind, files, sha256: String::new() };
+        let config_sha256 = files.get(CONFIG).map_or_else(String::new, |facts| facts.sha256.clone());
+        let format_version = FORMAT_VERSION;
+        let mut manifest = Self { format_version, step, kind, config_sha256, files, sha256: String::new() };
         let mut hasher = Sha256::new();
         hasher.update(manifest.to_json());
         manifest.sha256 = hex(hasher);
@@ -64,10 +75,13 @@ impl Manifest {
 
     /// Accepts a manifest only if it is, byte for byte, what titan wrote.
     fn from_json(json: &[u8]) -> Result<Self, Damage> {
-        let found: Self = serde_json::from_slice(json).map_err(|error| format!("{MANIFEST} is damaged: {error}"))?;
-        if found.format_version > FORMAT_VERSION {
-            return Err(format!("{MANIFEST}: format version {} needs a newer titan", found.format_version));
+        let damaged = |error| format!("{MANIFEST} is damaged: {error}");
+        let Versioned { format_version } = serde_json::from_slice(json).map_err(damaged)?;
+        if format_version != FORMAT_VERSION {
+            let needed = if format_version > FORMAT_VERSION { "a newer" } else { "an older" };
+            return Err(format!("{MANIFEST}: format version {format_version} needs {needed} titan"));
         }
+        let found: Self = serde_json::from_slice(json).map_err(damaged)?;
         let manifest = Self::new(found.step, found.kind, found.files);
         if manifest.to_json() != json {
             return Err(format!("{MANIFEST} is damaged: its hash does not match"));
@@ -76,6 +90,16 @@ impl Manifest {
             return Err(format!("{MANIFEST} names a file outside its folder: {path}"));
         }
         Ok(manifest)
+    }
+
+    /// Whether it is that of this folder, going by the name.
+    pub fn is_of(&self, folder: &Path) -> Result<(), Damage> {
+        match folder.file_name().and_then(|name| step_of(name.to_str()?)) {
+            Some(step) if step != self.step => {
+                Err(format!("{MANIFEST} is that of step-{}, not of step-{step}", self.step))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Compares the folder with the manifest: names and sizes of all files, hashes of those that `hashed` selects.

@@ -12,46 +12,58 @@
 //! | `manifest.json` | [`manifest::Manifest`]: step, kind, size and sha256 of every file |
 //!
 //! A folder is written under a hidden name, made durable and renamed, so that a `step-N` that exists is complete; the
-//! manifest is verified before anything is loaded.
+//! manifest is verified before anything is loaded. With `async_mode` that happens on another thread, to a copy of the
+//! state as it was after the step.
 //!
 //! The last step is a full `step-N` like any other, from which a longer run can go on. What `last_save_model_only` asks
 //! for stands beside it and is never removed: `step-N-hf` with `last_save_in_hf`, a folder that `transformers` loads;
 //! else `step-N-bfloat16` (or whatever `export_dtype` says), a checkpoint without training state. Where `export_dtype`
 //! is the type that was trained, `step-N/model.safetensors` already is that export.
 
-use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use serde_json::Value;
-use tracing::{info, warn};
+use tracing::{error, info};
 
-use crate::config::{self, CheckpointState};
+use crate::config::{self, AsyncMode, CheckpointState};
 use crate::models::args::DecoderArgs;
 use crate::{Error, Result};
 
+mod background;
 mod base;
 mod export;
 mod fp8;
+mod inspect;
 mod lock;
 pub mod manifest;
+mod merged;
+mod mxfp4;
+mod room;
 mod staged;
 mod step_folder;
+mod survey;
 mod tensors;
 mod weights;
+mod writer;
 
 pub use base::Base;
 pub use export::{Export, HuggingFaceModel};
+pub use inspect::{Statistics, TensorFacts, inspect};
 pub use lock::DumpFolderLock;
 pub use manifest::Kind;
+pub use merged::Merged;
 pub use step_folder::{Progress, StepFolder, TrainState, Use, open_step, step_name, step_of, steps_in};
+pub use survey::{Found, Survey};
 pub use tensors::SHARD_BYTES;
 pub use weights::{Fitted, Parameter, Parameters, Weights, holds_hugging_face, read_config};
+pub use writer::remove_unless_read;
 
+use background::Background;
 use base::BASE;
-use manifest::{Damage, MANIFEST, Manifest};
-use staged::Staged;
+use manifest::{Damage, MANIFEST};
+use writer::Writer;
 
 /// What makes a checkpoint self-contained.
 #[derive(Clone, Debug)]
@@ -85,8 +97,12 @@ pub enum Why {
     /// `enable_first_step_checkpoint`.
     First,
     Last,
+    /// The user asked for it.
+    Asked,
     /// The user stops the run.
     Interrupt,
+    /// The run cannot go on.
+    Fault,
     /// `create_seed_checkpoint`: step 0.
     Seed,
 }
@@ -99,6 +115,11 @@ pub struct Resume {
     pub train_state: Option<TrainState>,
     pub lr_scheduler: Option<Value>,
     pub dataloader: Option<Value>,
+    /// Steps that the optimizer took.
+    pub optimizer_steps: Option<u64>,
+    pub loss_guard: Option<Value>,
+    /// The step that the run goes on from; `None` where it only lends its weights.
+    pub folder: Option<StepFolder>,
 }
 
 impl Resume {
@@ -111,12 +132,11 @@ impl Resume {
 /// Saves and finds the checkpoints of one run. While it lives, no other process can train in the dump folder.
 pub struct CheckpointManager {
     keys: config::Checkpoint,
-    folder: PathBuf,
-    assets: Assets,
-    /// The step of `folder` that was loaded whole or saved last: its state need not be written again.
+    writer: Writer,
+    background: Background,
+    /// The step that was loaded whole or saved last: its state need not be written again.
     on_disk: Option<usize>,
-    /// Of a run that trains adapters.
-    base: Option<Base>,
+    /// Given up last, after the save that may be running in the background.
     _lock: DumpFolderLock,
 }
 
@@ -128,12 +148,16 @@ impl CheckpointManager {
     /// but the config asks for it: better now than after the last step.
     pub fn open(keys: config::Checkpoint, dump_folder: &Path, assets: Assets) -> Result<Self> {
         let lock = DumpFolderLock::acquire(dump_folder)?;
-        let folder = dump_folder.join(&keys.folder);
-        let manager = Self { keys, folder, assets, on_disk: None, base: None, _lock: lock };
+        let writer = Writer {
+            folder: dump_folder.join(&keys.folder),
+            assets: Arc::new(assets),
+            keep_latest_k: keys.keep_latest_k,
+            base: None,
+        };
+        let manager = Self { keys, writer, background: Background::default(), on_disk: None, _lock: lock };
         if manager.saves() {
-            fs::create_dir_all(&manager.folder).map_err(Error::io("create", &manager.folder))?;
-            staged::sync_folder(dump_folder)?;
-            staged::recover(&manager.folder)?;
+            staged::create_folder(&manager.writer.folder)?;
+            staged::recover(&manager.writer.folder)?;
             if manager.keys.last_save_in_hf {
                 manager.hugging_face_model()?.config()?;
             }
@@ -152,7 +176,7 @@ impl CheckpointManager {
                 "adapters need weights: set checkpoint.initial_load_path or checkpoint.initial_load_in_hf".into(),
             ));
         };
-        self.base = Some(Base::new(&source, self.keys.initial_load_in_hf)?);
+        self.writer.base = Some(Base::new(&source, self.keys.initial_load_in_hf)?);
         Ok(weights)
     }
 
@@ -186,15 +210,15 @@ impl CheckpointManager {
         if !self.keys.enable {
             return Ok(None);
         }
-        let steps = steps_in(&self.folder)?;
+        let steps = steps_in(&self.writer.folder)?;
         let folder = match self.keys.load_step {
             Some(step) => self.open_named(step, &steps)?,
-            None if steps.is_empty() && self.base.is_some() => return Ok(None),
+            None if steps.is_empty() && self.writer.base.is_some() => return Ok(None),
             None if steps.is_empty() => return self.initial(),
-            None => step_folder::newest(&self.folder, &steps, open_full)?,
+            None => step_folder::newest(&self.writer.folder, &steps, open_full)?,
         };
         let of_adapters = folder.base()?;
-        match (&self.base, &of_adapters) {
+        match (&self.writer.base, &of_adapters) {
             (None, None) => {}
             (Some(base), Some(then)) => then.check(base)?,
             (base, _) => {
@@ -211,16 +235,17 @@ impl CheckpointManager {
         }
         self.on_disk = self.keys.exclude_from_loading.is_empty().then_some(folder.step());
         // Step 0 is a seed checkpoint: initial weights, from which any run may start.
-        self.resume(&folder, folder.step() == 0).map(Some)
+        let is_seed = folder.step() == 0;
+        self.resume(folder, is_seed).map(Some)
     }
 
     fn open_named(&self, step: usize, steps: &[usize]) -> Result<StepFolder> {
-        let path = self.folder.join(step_name(step));
+        let path = self.writer.folder.join(step_name(step));
         if !path.is_dir() {
             return Err(Error::Checkpoint(format!(
                 "checkpoint.load_step = {step}, but there is no {}\n   = {}",
                 path.display(),
-                step_folder::describe(&self.folder, steps)
+                step_folder::describe(&self.writer.folder, steps)
             )));
         }
         open_full(&path).map_err(|damage| {
@@ -232,14 +257,14 @@ impl CheckpointManager {
         let keys = &self.keys;
         let (key, path) = match &keys.initial_load_path {
             Some(path) => ("checkpoint.initial_load_path", path),
-            None if keys.initial_load_in_hf => ("model.hf_assets_path", &self.assets.hf_assets_path),
+            None if keys.initial_load_in_hf => ("model.hf_assets_path", &self.writer.assets.hf_assets_path),
             None => return Ok(None),
         };
         if !path.exists() {
             return Err(Error::Checkpoint(format!("{key}: there is no {}", path.display())));
         }
         if keys.initial_load_in_hf {
-            let Assets { model_name, args, .. } = &self.assets;
+            let Assets { model_name, args, .. } = &*self.writer.assets;
             let weights = Weights::open_hugging_face(path, model_name, args, keys.initial_load_in_hf_quantized)?;
             return Ok(Some(weights_alone(path, weights)));
         }
@@ -255,7 +280,7 @@ impl CheckpointManager {
             let folder = StepFolder::open(path, usage)
                 .map_err(|damage| Error::Checkpoint(format!("{key}: {} cannot be used: {damage}", path.display())))?;
             if keys.initial_load_model_only || folder.kind() == Kind::Full {
-                return self.resume(&folder, keys.initial_load_model_only).map(Some);
+                return self.resume(folder, keys.initial_load_model_only).map(Some);
             }
         }
         if !keys.initial_load_model_only {
@@ -271,7 +296,7 @@ impl CheckpointManager {
         Ok(Some(weights_alone(path, Weights::open(path)?)))
     }
 
-    fn resume(&self, folder: &StepFolder, model_only: bool) -> Result<Resume> {
+    fn resume(&self, folder: StepFolder, model_only: bool) -> Result<Resume> {
         info!("Loading the checkpoint from {}.", folder.path().display());
         if model_only {
             return Ok(weights_alone(folder.path(), folder.model()?));
@@ -288,67 +313,71 @@ impl CheckpointManager {
             train_state: wanted(CheckpointState::TrainState).then_some(progress.train_state),
             lr_scheduler: wanted(CheckpointState::LrScheduler).then_some(progress.lr_scheduler),
             dataloader: wanted(CheckpointState::Dataloader).then_some(progress.dataloader),
+            optimizer_steps: wanted(CheckpointState::Optimizer).then_some(progress.optimizer_steps),
+            loss_guard: wanted(CheckpointState::TrainState).then_some(progress.loss_guard),
+            folder: Some(folder),
         })
     }
 
-    /// Writes `step-N`, and after the last step what `last_save_model_only` asks for, unless the run trains adapters, which
-    /// would have to be merged before [`CheckpointManager::export`]; then removes the oldest steps
-    /// beyond `keep_latest_k`. When this returns, all of it is durable.
+    /// Before the first step: whether a checkpoint can be written at all, and whether there is room for the next, and for
+    /// those to come until `last_step`. `tensors`: all that a checkpoint holds.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be written, [`Error::Checkpoint`] if the next checkpoint will not fit.
+    pub fn rehearse<'a>(
+        &self,
+        step: usize,
+        last_step: usize,
+        tensors: impl Iterator<Item = &'a (String, Tensor)>,
+    ) -> Result<()> {
+        if !self.saves() {
+            return Ok(());
+        }
+        let interval = self.keys.interval;
+        let to_come = last_step / interval - step / interval + usize::from(!last_step.is_multiple_of(interval));
+        self.writer.rehearse(room::checkpoint_bytes(tensors, &self.writer.assets), to_come)
+    }
+
+    /// Writes `step-N`; then removes the oldest steps beyond `keep_latest_k`. After the last step also what
+    /// `last_save_model_only` asks for, unless the run trains adapters, which would have to be merged before
+    /// [`CheckpointManager::export`].
+    ///
+    /// When this returns, all of it is durable; with `async_mode`, and where training goes on, it will be some time after
+    /// [`CheckpointManager::check`] found no fault.
     ///
     /// `None`: this run does not save.
     pub fn save(&mut self, step: usize, why: Why, state: &State) -> Result<Option<PathBuf>> {
         if !self.saves() {
             return Ok(None);
         }
-        let path = self.folder.join(step_name(step));
-        if self.on_disk != Some(step) {
-            let start = Instant::now();
-            info!("Saving the checkpoint of step {step} ({}).", why.in_words());
-            self.write_step(step, state)?;
-            self.on_disk = Some(step);
-            info!("Finished saving the checkpoint in {:.2} seconds: {}", start.elapsed().as_secs_f64(), path.display());
+        let goes_on = matches!(why, Why::Interval | Why::First | Why::Asked);
+        match self.background.wait() {
+            Ok(saved) => self.on_disk = saved.or(self.on_disk),
+            Err(error) if goes_on => return Err(error),
+            // The state at the end is worth another try.
+            Err(error) => error!("{error}"),
         }
-        if why == Why::Last && self.exports() && self.base.is_none() {
+        if self.on_disk == Some(step) {
+            self.writer.purge(step);
+        } else {
+            info!("Saving the checkpoint of step {step} ({}).", why.in_words());
+            if goes_on && self.keys.async_mode != AsyncMode::Disabled {
+                self.background.begin(self.writer.clone(), step, state)?;
+            } else {
+                self.writer.save(step, state)?;
+                self.on_disk = Some(step);
+            }
+        }
+        if why == Why::Last && self.exports() && self.writer.base.is_none() {
             self.export(step, state.model)?;
         }
-        if let Err(error) = self.purge(step) {
-            // What had to be saved is saved.
-            warn!("old checkpoints stay: {error}");
-        }
-        Ok(Some(path))
+        Ok(Some(self.writer.folder.join(step_name(step))))
     }
 
-    fn write_step(&self, step: usize, state: &State) -> Result<()> {
-        let mut folder = Staged::new(&self.folder, &step_name(step))?;
-        for (stem, tensors) in [("model", state.model), ("optimizer", state.optimizer)] {
-            tensors::write(&mut folder, stem, tensors::entries(tensors), tensors::SHARD_BYTES, &|_| ())?;
-        }
-        if let Some(base) = &self.base {
-            folder.write_bytes(BASE, &json_text(base))?;
-        }
-        folder.write_bytes(step_folder::TRAIN_STATE, &json_text(state.progress))?;
-        seal(folder, step, Kind::Full, &self.assets.config_toml, &self.assets.tokenizer_files)
-    }
-
-    /// Removes all but the `keep_latest_k` newest steps. The one just saved stays in any case, so does one that is
-    /// being read; a folder without a valid manifest is neither counted nor touched.
-    fn purge(&self, saved: usize) -> Result<()> {
-        let keep = self.keys.keep_latest_k;
-        if keep == 0 {
-            return Ok(());
-        }
-        let others = steps_in(&self.folder)?.into_iter().rev().filter(|step| *step != saved);
-        let complete = others.map(step_name).filter(|name| Manifest::read(&self.folder.join(name)).is_ok());
-        for name in complete.skip(keep - 1) {
-            let manifest = self.folder.join(&name).join(MANIFEST);
-            let is_read =
-                File::open(&manifest).is_ok_and(|file| matches!(file.try_lock(), Err(fs::TryLockError::WouldBlock)));
-            if is_read {
-                warn!("{} is being read and stays for now", self.folder.join(&name).display());
-                continue;
-            }
-            staged::discard(&self.folder, &name)?;
-            info!("Removed {name}: checkpoint.keep_latest_k = {keep}");
+    /// Fails if a save in the background has.
+    pub fn check(&mut self) -> Result<()> {
+        if self.background.is_finished() {
+            self.on_disk = self.background.wait()?.or(self.on_disk);
         }
         Ok(())
     }
@@ -360,27 +389,11 @@ impl Why {
             Self::Interval => "checkpoint.interval",
             Self::First => "the first step",
             Self::Last => "the last step",
-            Self::Interrupt => "before stopping",
+            Self::Asked => "asked for by SIGUSR1",
+            Self::Interrupt | Self::Fault => "before stopping",
             Self::Seed => "seed",
         }
     }
-}
-
-/// Adds what every checkpoint carries, the manifest last, and gives the folder its name.
-fn seal(
-    mut folder: Staged,
-    step: usize,
-    kind: Kind,
-    config_toml: &str,
-    tokenizer_files: &[(String, Vec<u8>)],
-) -> Result<()> {
-    folder.write_bytes(step_folder::CONFIG, config_toml.as_bytes())?;
-    for (name, bytes) in tokenizer_files {
-        folder.write_bytes(&format!("{}{name}", step_folder::TOKENIZER), bytes)?;
-    }
-    let manifest = Manifest::new(step, kind, folder.files().clone());
-    folder.write_bytes(MANIFEST, &manifest.to_json())?;
-    folder.commit().map(drop)
 }
 
 /// A folder from which training can go on.
@@ -400,6 +413,9 @@ fn weights_alone(source: &Path, model: Weights) -> Resume {
         train_state: None,
         lr_scheduler: None,
         dataloader: None,
+        optimizer_steps: None,
+        loss_guard: None,
+        folder: None,
     }
 }
 

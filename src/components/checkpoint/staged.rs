@@ -17,6 +17,8 @@ use crate::{Error, Result};
 const STAGING: &str = ".tmp-";
 /// What [`Staged::commit`] calls the folder that it replaces, for the moment between two renames.
 const REPLACED: &str = ".old-";
+/// What [`try_out`] calls its folder.
+const TRIAL: &str = "trial";
 
 pub struct Staged {
     parent: PathBuf,
@@ -113,11 +115,33 @@ pub fn sync_folder(path: &Path) -> Result<()> {
     File::open(path).and_then(|folder| folder.sync_all()).map_err(Error::io("sync", path))
 }
 
+/// Creates a folder, and those above it that are missing, so that they outlast a power cut.
+pub fn create_folder(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    create_folder(parent)?;
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists || !path.is_dir() => {
+            Err(Error::io("create", path)(error))
+        }
+        _ => sync_folder(parent),
+    }
+}
+
+/// Writes a little in a folder as a save would, and removes it again.
+pub fn try_out(parent: &Path) -> Result<()> {
+    Staged::new(parent, TRIAL)?.write_bytes(TRIAL, b"Can this folder be written?")
+}
+
 /// Removes a folder so that a crash on the way leaves nothing that looks like it.
 pub fn discard(parent: &Path, name: &str) -> Result<()> {
     let doomed = parent.join(format!("{STAGING}{name}"));
     remove(&doomed)?;
     fs::rename(parent.join(name), &doomed).map_err(Error::io("remove", parent.join(name)))?;
+    // Or a power cut could take the files, and leave the name.
+    sync_folder(parent)?;
     remove(&doomed)
 }
 
@@ -127,7 +151,7 @@ pub fn recover(parent: &Path) -> Result<()> {
     for entry in fs::read_dir(parent).map_err(Error::io("read", parent))? {
         let path = entry.map_err(Error::io("read", parent))?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
-        if name.starts_with(&format!("{STAGING}step-")) {
+        if name.strip_prefix(STAGING).is_some_and(|name| name.starts_with("step-") || name == TRIAL) {
             warn!("removing {}: a save that did not finish left it", path.display());
             remove(&path)?;
         } else if let Some(original) = name.strip_prefix(REPLACED).filter(|name| name.starts_with("step-")) {

@@ -22,11 +22,14 @@ pub struct Progress {
     pub train_state: TrainState,
     pub lr_scheduler: Value,
     pub dataloader: Value,
+    /// Steps that the optimizer took: fewer than the run's where some were skipped.
+    pub optimizer_steps: u64,
+    pub loss_guard: Value,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrainState {
-    /// Optimizer steps taken.
+    /// Steps done, those that were skipped included.
     pub step: usize,
     pub n_tokens_seen: u64,
     /// Every random number of the run follows from it.
@@ -55,11 +58,7 @@ impl StepFolder {
         // Without locks on this file system, an open file still outlives its name.
         let _ = reading.lock_shared();
         let manifest = Manifest::read(path)?;
-        if let Some(step) =
-            path.file_name().and_then(|name| step_of(name.to_str()?)).filter(|step| *step != manifest.step)
-        {
-            return Err(format!("{MANIFEST} is that of step-{}, not of step-{step}", manifest.step));
-        }
+        manifest.is_of(path)?;
         manifest.verify(path, |name| usage == Use::Everything || !name.starts_with("optimizer"))?;
         Ok(Self { path: path.to_owned(), manifest, _reading: reading })
     }

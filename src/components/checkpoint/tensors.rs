@@ -206,7 +206,7 @@ impl TensorFiles {
             safetensors::Dtype::F32 => file.read::<f32>(info, rows),
             safetensors::Dtype::F16 => file.read::<f16>(info, rows),
             safetensors::Dtype::BF16 => file.read::<bf16>(info, rows),
-            safetensors::Dtype::F8_E4M3 => file.read::<u8>(info, rows),
+            safetensors::Dtype::F8_E4M3 | safetensors::Dtype::U8 => file.read::<u8>(info, rows),
             other => {
                 Err(fault(&file.path, format!("holds `{name}` as {other}, which are no weights that titan knows")))
             }
@@ -282,7 +282,8 @@ pub(super) fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
     names.iter().map(|name| file_of(path, name)).collect()
 }
 
-fn file_of(folder: &Path, name: &str) -> Result<PathBuf> {
+/// The path of a file of `folder`, which must lie inside it.
+pub(super) fn file_of(folder: &Path, name: &str) -> Result<PathBuf> {
     inside(folder, name)
         .map_err(|error| Error::Checkpoint(format!("{}: cannot open {name:?}: {error}", folder.display())))
 }
@@ -299,7 +300,8 @@ fn indexed_files(index: &Path) -> Result<Vec<String>> {
     Ok(found.weight_map.into_values().collect::<BTreeSet<_>>().into_iter().collect())
 }
 
-fn listed_files(folder: &Path) -> Result<Vec<String>> {
+/// The names of all `.safetensors` of a folder, in order.
+pub fn listed_files(folder: &Path) -> Result<Vec<String>> {
     let entries = fs::read_dir(folder).map_err(Error::io("read", folder))?;
     let mut names: Vec<String> = entries
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())

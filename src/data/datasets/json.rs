@@ -66,32 +66,40 @@ impl JsonLines {
             let reason = full.split(" at line ").next().unwrap_or(&full);
             format!("{name}:{line}:{}: not valid JSON: {reason}", error.column())
         })?;
-        let Value::Object(mut found) = value else {
-            let wanted = self.fields.names().join("`, `");
+        let Value::Object(found) = value else {
+            let wanted = self.fields.names().into_iter().map(|(_, name)| name).collect::<Vec<_>>().join("`, `");
             return Err(format!("{name}:{line}: is {}, not an object with a field `{wanted}`", kind(&value)));
         };
-        let at = format!("{name}:{line}");
-        Ok(match &self.fields {
-            Fields::Text(field) => Content::Text(Record::document(text_of(&at, "text_field", field, &mut found)?)),
-            Fields::Chat { messages: field } => {
+        self.fields.content(format!("{name}:{line}"), found)
+    }
+}
+
+impl Fields {
+    /// What the fields of a record hold. `at`: where it stands.
+    pub fn content(&self, at: String, mut found: Map<String, Value>) -> Parsed {
+        Ok(match self {
+            Self::Text(field) => Content::Text(Record::document(text_of(&at, "text_field", field, &mut found)?)),
+            Self::Chat { messages: field } => {
                 let messages = take(&at, "messages_field", field, &mut found)?;
                 let messages = parse_messages(messages).map_err(|fault| format!("{at}: field `{field}` {fault}"))?;
                 Content::Chat(Conversation { messages, at })
             }
-            Fields::Instruct { prompt, completion } => {
+            Self::Instruct { prompt, completion } => {
                 let prompt = text_of(&at, "prompt_field", prompt, &mut found)?;
                 let completion = text_of(&at, "completion_field", completion, &mut found)?;
                 Content::Instruct(Instruction { prompt, completion })
             }
         })
     }
-}
 
-impl Fields {
-    fn names(&self) -> Vec<&str> {
+    /// The keys of `[data]`, and the fields that they name.
+    pub fn names(&self) -> Vec<(&'static str, &str)> {
         match self {
-            Self::Text(field) | Self::Chat { messages: field } => vec![field],
-            Self::Instruct { prompt, completion } => vec![prompt, completion],
+            Self::Text(text) => vec![("text_field", text)],
+            Self::Chat { messages } => vec![("messages_field", messages)],
+            Self::Instruct { prompt, completion } => {
+                vec![("prompt_field", prompt), ("completion_field", completion)]
+            }
         }
     }
 }

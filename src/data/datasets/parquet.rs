@@ -11,7 +11,6 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use super::Content;
 use super::json::no_such_field;
 use super::records::{MAX_RECORD_BYTES, Parsed, Place, Record, Records};
-use crate::tools::panics::caught;
 use crate::{Error, Result};
 
 const ROWS_AT_ONCE: usize = 256;
@@ -31,10 +30,6 @@ pub struct ParquetColumn {
 
 impl ParquetColumn {
     pub fn open(file: File, name: &str, text_field: &str, place: Place) -> Result<Self> {
-        guarded(name, || Self::open_at(file, name, text_field, place))
-    }
-
-    fn open_at(file: File, name: &str, text_field: &str, place: Place) -> Result<Self> {
         let file = SerializedFileReader::new(file)
             .map_err(|error| Error::Data(format!("{name}: not a complete parquet file: {error}")))?;
 
@@ -131,16 +126,10 @@ impl ParquetColumn {
     }
 }
 
-/// The parquet crate panics on some damaged files.
-fn guarded<T>(name: &str, read: impl FnOnce() -> Result<T>) -> Result<T> {
-    caught(|| Ok(read())).map_err(|fault| Error::Data(format!("{name}: cannot be read any further: {fault}")))?
-}
-
 impl Records for ParquetColumn {
     fn next(&mut self) -> Result<Option<Parsed>> {
         if self.ahead.is_empty() {
-            let name = self.name.clone();
-            guarded(&name, || self.read_ahead())?;
+            self.read_ahead()?;
         }
         let record = self.ahead.pop_front();
         self.row += u64::from(record.is_some());
