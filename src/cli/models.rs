@@ -201,7 +201,7 @@ fn precision(training: &Training) -> Precision {
 }
 
 fn training_memory(model: &Decoder, precision: Precision) -> String {
-    let gib = model.training_bytes(precision) as f64 / GIB;
+    let gib = model.training_bytes(precision) / GIB;
     format!("{} GiB", grouped(gib, if gib < 10.0 { 2 } else { 0 }))
 }
 

@@ -19,7 +19,7 @@ pub struct Data {
     /// Malformed records that are skipped and counted before the run stops. 0: the first one stops it.
     pub max_bad_records: usize,
     /// Threads that tokenize ahead of training. "none": as many as the machine allows.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1000))]
     pub num_workers: Option<usize>,
 }
 

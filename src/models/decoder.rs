@@ -243,11 +243,13 @@ impl Decoder {
         self.stages.iter().map(StageBuilder::numel).sum()
     }
 
-    /// What weights, gradients and optimizer state take in training.
-    pub fn training_bytes(&self, precision: Precision) -> usize {
-        let trained: usize = self.trained().iter().map(StageBuilder::numel).sum();
-        let frozen = if self.adapters.is_some() { self.n_params() } else { 0 };
-        trained * precision.training_bytes() + frozen * precision.frozen_bytes()
+    /// What weights, gradients and optimizer state take in training. In floating point, where absurd sizes do not wrap around.
+    pub fn training_bytes(&self, precision: Precision) -> f64 {
+        let count = |stages: &[StageBuilder]| {
+            stages.iter().flat_map(StageBuilder::parameters).map(|parameter| parameter.numel() as f64).sum::<f64>()
+        };
+        let frozen = if self.adapters.is_some() { count(&self.stages) } else { 0.0 };
+        count(self.trained()) * precision.training_bytes() as f64 + frozen * precision.frozen_bytes() as f64
     }
 
     /// Number of parameters that a token meets: an expert's count as often as it is chosen.

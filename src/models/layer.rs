@@ -151,7 +151,7 @@ impl DecoderArgs {
     /// Width of a dense feed-forward: `hidden_dim`, else two thirds of `4 * dim`, times `ffn_dim_multiplier`, up to a
     /// multiple of `multiple_of`.
     pub fn ffn_hidden_dim(&self) -> usize {
-        let made = || self.unrounded_hidden_dim().next_multiple_of(self.multiple_of);
+        let made = || rounded_up(self.unrounded_hidden_dim(), self.multiple_of);
         self.hidden_dim.or(self.inter_dim).unwrap_or_else(made)
     }
 
@@ -162,7 +162,7 @@ impl DecoderArgs {
             Some(moe) if self.auto_scale_hidden_dim => moe.top_k + moe.num_shared_experts,
             _ => 1,
         };
-        let made = || (self.unrounded_hidden_dim() / active).next_multiple_of(self.multiple_of);
+        let made = || rounded_up(self.unrounded_hidden_dim() / active, self.multiple_of);
         self.moe_inter_dim.unwrap_or_else(made)
     }
 
@@ -173,6 +173,11 @@ impl DecoderArgs {
             None => hidden_dim,
         }
     }
+}
+
+/// The multiple of `step` from `width` on; of a width that is no number, the largest there is.
+fn rounded_up(width: usize, step: usize) -> usize {
+    width.checked_next_multiple_of(step).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

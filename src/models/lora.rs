@@ -15,7 +15,7 @@ use crate::{Error, Result};
 #[serde(default, deny_unknown_fields)]
 pub struct Lora {
     /// Rank of the adapters, such as 8 or 16. "none": no adapters, all weights are trained.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub rank: Option<usize>,
     /// Adapters count `alpha / rank` times.
     #[schemars(extend("exclusiveMinimum" = 0))]

@@ -102,12 +102,16 @@ impl Trainer {
 
         info!("Seed: {seed}");
 
-        // Data before memory: what is wrong with a dataset shows at once.
+        let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
+        model.adapt(&config.model.lora, seed)?;
+        let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
+        let precision = Precision { storage, compute };
+        check_memory(&model, precision, &config, &facts)?;
+
+        // Data before memory is taken: what is wrong with a dataset shows at once.
         let mut loader = train_loader(&config, &data, &text, seed)?;
         let validator = validator(&config, &data, &text)?;
 
-        let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
-        model.adapt(&config.model.lora, seed)?;
         let flops_per_token = model.flops_per_token(config.training.seq_len);
         let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
         info!(
@@ -122,9 +126,6 @@ impl Trainer {
             },
             flops_per_token as f64 / 1e6
         );
-        let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
-        let precision = Precision { storage, compute };
-        check_memory(&model, precision, config.checkpoint.in_background(), &facts)?;
         model.allocate(precision, &device, true)?;
         let kind = OptimizerKind {
             decoupled: config.optimizer.name == OptimizerName::AdamW,
@@ -353,24 +354,42 @@ fn validator(config: &JobConfig, data: &DatasetSpec, text: &Text) -> Result<Opti
     Ok(Some(Validator::new(loader, validation.steps)))
 }
 
-/// Refuses a model whose weights, gradients and moments, and the copy that is saved in the background, are alone more than
-/// the machine holds, rather than be killed by the system.
-fn check_memory(model: &Decoder, precision: Precision, saves_copy: bool, facts: &DeviceFacts) -> Result<()> {
-    let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
-    // Weight and moments.
-    let copied = if saves_copy { 3 * precision.storage.size_in_bytes() } else { 0 };
-    let needed = (model.training_bytes(precision) + trained * copied) as f64;
+/// Refuses a run that takes more than the machine holds, rather than be killed by the system. Counted is what cannot be
+/// done without: weights, gradients and moments, what is saved in the background, and of a batch what each layer takes in.
+fn check_memory(model: &Decoder, precision: Precision, config: &JobConfig, facts: &DeviceFacts) -> Result<()> {
+    // In floating point, where absurd sizes do not wrap around. The copy that is saved in the background holds weight and
+    // moments.
+    let copied = if config.checkpoint.in_background() { 3 * precision.storage.size_in_bytes() } else { 0 };
+    let trained: f64 = model.trained_parameters().map(|parameter| parameter.numel() as f64).sum();
+    let of_weights = model.training_bytes(precision) + trained * copied as f64;
+
+    let of_layer = (model.args().dim * precision.compute.size_in_bytes()) as f64;
+    let tokens = |rows: usize, seq_len: usize| rows as f64 * seq_len as f64;
+    let (training, validation) = (&config.training, &config.validation);
+    let kept = tokens(training.local_batch_size, training.seq_len) * of_layer * (model.args().n_layers + 1) as f64;
+    let passing = tokens(validation.local_batch_size, validation.seq_len) * of_layer * 2.0;
+    let (batch, batch_keys) = match validation.enable && passing > kept {
+        true => (passing, "[validation]"),
+        false => (kept, "[training]"),
+    };
+
     let there = facts.total_memory_bytes as f64;
-    if there > 0.0 && needed > there {
-        return Err(Error::Model(format!(
-            "weights, gradients and optimizer state of {} parameters take {:.1} GiB, this machine has {:.1} GiB\n   = a \
-             smaller flavor, or smaller sizes in [model.args]",
-            grouped(model.n_params() as f64, 0),
-            needed / GIB,
-            there / GIB
-        )));
+    if there == 0.0 || of_weights + batch <= there {
+        return Ok(());
     }
-    Ok(())
+    let remedy = if of_weights > batch {
+        "a smaller `model.flavor`, or smaller sizes in [model.args]".to_owned()
+    } else {
+        format!("a smaller `local_batch_size` or `seq_len` in {batch_keys}")
+    };
+    Err(Error::Config(format!(
+        "error: this run takes more than the {:.1} GiB of memory that there are: weights, gradients and optimizer state of \
+         {} parameters {:.1} GiB, what the layers take in of a batch {:.1} GiB\n   = {remedy}",
+        there / GIB,
+        grouped(model.parameters().map(|parameter| parameter.numel() as f64).sum(), 0),
+        of_weights / GIB,
+        batch / GIB
+    )))
 }
 
 pub fn schedule(config: &JobConfig) -> LrScheduler {

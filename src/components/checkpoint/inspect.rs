@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
-use super::tensors::{TensorFiles, inside, listed_files};
+use super::tensors::{TensorFiles, file_of, listed_files};
 use crate::Result;
 
 /// Elements that are read and looked at in one piece.
@@ -40,7 +40,7 @@ pub struct Statistics {
 /// each processor, never a whole checkpoint.
 pub fn inspect(path: &Path, part: &str) -> Result<Vec<TensorFacts>> {
     let files = match path.is_dir() {
-        true => listed_files(path)?.iter().map(|name| inside(path, name)).collect::<Result<_>>()?,
+        true => listed_files(path)?.iter().map(|name| file_of(path, name)).collect::<Result<_>>()?,
         false => vec![path.to_owned()],
     };
     let files = TensorFiles::open_files(path, files)?;

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::staged::hex;
 use super::step_folder::{CONFIG, step_of};
+use crate::tools::files::is_plain;
 
 pub const MANIFEST: &str = "manifest.json";
 const FORMAT_VERSION: u32 = 2;
@@ -168,14 +169,6 @@ fn files_in(folder: &Path, prefix: &str) -> io::Result<Vec<String>> {
         }
     }
     Ok(files)
-}
-
-/// Whether a path from a file stays inside its folder: names only, neither absolute nor with `..`.
-pub fn is_plain(path: &str) -> bool {
-    use std::path::Component;
-    !path.is_empty()
-        && !path.contains(['\\', '\0'])
-        && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 #[cfg(test)]

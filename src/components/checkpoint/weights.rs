@@ -10,13 +10,16 @@ use serde_json::Value;
 use tracing::warn;
 
 use super::manifest::MANIFEST;
-use super::tensors::{TensorFiles, inside};
+use super::tensors::TensorFiles;
 use super::{fp8, mxfp4};
 use crate::models::args::DecoderArgs;
 use crate::models::hf::{self, ExpertTensors, Family, Layout, Mapping};
+use crate::tools::files;
 use crate::{Error, Result};
 
 pub(super) const CONFIG_JSON: &str = "config.json";
+/// Some hold the names of all classes of ImageNet.
+const MAX_CONFIG_BYTES: u64 = 10_000_000;
 
 /// Name and shape.
 pub type Parameter = (String, Vec<usize>);
@@ -71,7 +74,16 @@ impl Weights {
             Family::of(model_name, args)?
         };
         let files = TensorFiles::open(path)?;
-        let mut mappings = hf::mappings(family, args, ExpertTensors::of(files.names()));
+        let experts = ExpertTensors::of(files.names());
+        // Before all names are made up: a config may claim more tensors than memory has room for their names.
+        let (claimed, found) = (hf::least_tensors(family, args, experts), files.names().count());
+        if claimed > found {
+            return Err(Error::Checkpoint(format!(
+                "{}: config.json describes a model of at least {claimed} tensors, the safetensors hold {found}",
+                path.display()
+            )));
+        }
+        let mut mappings = hf::mappings(family, args, experts);
         // A model that was saved as text-only has no prefix.
         const PREFIX: &str = "language_model.";
         if !files.names().any(|name| name.starts_with(PREFIX)) {
@@ -309,8 +321,9 @@ pub fn holds_hugging_face(path: &Path) -> bool {
 
 /// The `config.json` of a folder of Hugging Face's.
 pub fn read_config(folder: &Path) -> Result<Value> {
-    let path = inside(folder, CONFIG_JSON)?;
-    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let path = folder.join(CONFIG_JSON);
+    let text = files::inside(folder, CONFIG_JSON).and_then(|path| files::read_json(&path, MAX_CONFIG_BYTES));
+    let text = text.map_err(Error::io("read", &path))?;
     serde_json::from_slice(&text).map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))
 }
 

@@ -34,8 +34,8 @@ impl ParquetRows {
         let mut columns = Vec::new();
         for (key, wanted) in fields.names() {
             let Some(column) = root.get_fields().iter().find(|column| column.name() == wanted) else {
-                let there = root.get_fields().iter().map(|column| format!("`{}`", column.name()));
-                return Err(Error::Data(no_such_field(name, key, wanted, &there.collect::<Vec<_>>().join(", "))));
+                let there = root.get_fields().iter().map(|column| column.name());
+                return Err(Error::Data(no_such_field(name, key, wanted, there)));
             };
             columns.push(column.clone());
         }

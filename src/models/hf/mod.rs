@@ -168,6 +168,14 @@ pub fn mappings(family: Family, args: &DecoderArgs, experts: ExpertTensors) -> V
     mappings.list
 }
 
+/// Tensors that such a checkpoint has at least: one for each layer, and for each expert that is stored apart.
+pub fn least_tensors(family: Family, args: &DecoderArgs, experts: ExpertTensors) -> usize {
+    let apart = experts == ExpertTensors::Apart && !matches!(family, Family::Llama4 | Family::GptOss);
+    let moe_layers = (0..args.n_layers).filter(|&layer| args.is_moe_layer(layer)).count();
+    let num_experts = args.moe_args.as_ref().map_or(0, |moe| moe.num_experts);
+    args.n_layers + if apart { moe_layers * num_experts } else { 0 }
+}
+
 /// The norms of a layer, as the file and as titan call them: the same names mean others where there are more of them.
 fn norms(position: NormPosition) -> &'static [(&'static str, &'static str)] {
     match position {

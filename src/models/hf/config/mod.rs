@@ -57,6 +57,9 @@ pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
         Family::GptOss => gpt_oss::args(&mut fields),
     };
     if fields.faults.is_empty() {
+        fields.faults.extend(args.clashes().into_iter().map(|clash| format!("{}: {}", clash.what, clash.remedy)));
+    }
+    if fields.faults.is_empty() {
         return Ok((family, args));
     }
     Err(Error::Model(format!(
