@@ -309,6 +309,12 @@ pub fn holds_hugging_face(path: &Path) -> bool {
 
 /// The `config.json` of a folder of Hugging Face's.
 pub fn read_config(folder: &Path) -> Result<Value> {
+    if !folder.join(CONFIG_JSON).exists() {
+        let folder = folder.display();
+        return Err(Error::Checkpoint(format!(
+            "{folder} holds no {CONFIG_JSON}, as every model of Hugging Face's does"
+        )));
+    }
     let path = inside(folder, CONFIG_JSON)?;
     let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
     serde_json::from_slice(&text).map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))
