@@ -55,9 +55,10 @@ impl Adapters {
             if !names.iter().any(|name| is_named(target, name)) {
                 let known: BTreeSet<&str> = names.iter().map(|name| last_part(name)).collect();
                 let known: Vec<String> = known.iter().map(|name| format!("{name:?}")).collect();
-                let names_experts = weights().any(|p| is_of_experts(p) && is_named(target, layer_name(p)));
+                let is_part = |p: &Parameter| p.fqn().split('.').any(|part| is_named(target, part));
+                let names_experts = weights().any(|p| is_of_experts(p) && (is_part(p) || is_named(target, p.fqn())));
                 let what = match names_experts {
-                    true => "are weights of routed experts, which take no adapters",
+                    true => "names weights of routed experts, which take no adapters",
                     false => "is no linear layer in this model's blocks",
                 };
                 return Err(Error::Config(format!(

@@ -218,7 +218,7 @@ pub fn model_args(config: &JobConfig) -> Result<DecoderArgs> {
     let vocabulary = match Text::of(config) {
         Ok(text) => text.vocabulary,
         Err(error @ Error::Tokenizer(_)) => {
-            warn!("{error}\n   = training will ask for it; the vocabulary shown is that of the flavor");
+            warn!("{error}\n  = training will ask for it; the vocabulary shown is that of the flavor");
             Vocabulary { vocab_size: 0, eos_id: None }
         }
         Err(error) => return Err(error),

@@ -322,6 +322,12 @@ pub fn holds_hugging_face(path: &Path) -> bool {
 /// The `config.json` of a folder of Hugging Face's.
 pub fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join(CONFIG_JSON);
+    if !path.exists() {
+        let folder = folder.display();
+        return Err(Error::Checkpoint(format!(
+            "{folder} holds no {CONFIG_JSON}, as every model of Hugging Face's does"
+        )));
+    }
     let text = files::inside(folder, CONFIG_JSON).and_then(|path| files::read_json(&path, MAX_CONFIG_BYTES));
     let text = text.map_err(Error::io("read", &path))?;
     serde_json::from_slice(&text).map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))

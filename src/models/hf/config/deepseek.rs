@@ -28,6 +28,7 @@ pub fn v2_args(fields: &mut Fields) -> DecoderArgs {
     fields.expect("topk_method", "greedy");
     fields.expect("norm_topk_prob", false);
     fields.expect("mlp_bias", false);
+    fields.expect("rope_interleave", true);
     let moe_args = MoeArgs {
         num_shared_experts: fields.size("n_shared_experts", Some(2)),
         top_k: fields.size("num_experts_per_tok", None),
