@@ -4,14 +4,16 @@
     check_hf.py DIR                                   greedy text of titan and of transformers
     check_hf.py DIR --expected tests/golden/hf_llama3/expected.safetensors
                                                       transformers' logits of DIR and those of the file
+    check_hf.py --golden tests/golden                 the same for each hf_* there, converted to titan's format and back
 
-The second kind of file holds `tokens` (b, s) and `logits` (b, s, v). Without a tokenizer in DIR, whose texts could be
+An expected.safetensors holds `tokens` (b, s) and `logits` (b, s, v). Without a tokenizer in DIR, whose texts could be
 compared, it compares logits only. Needs torch, transformers and safetensors, and `titan` in PATH or as --titan.
 """
 
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,13 +25,31 @@ PROMPTS = ["Once upon a time", "The capital of France is", "def main():"]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", type=Path)
+    parser.add_argument("dir", type=Path, nargs="?")
+    parser.add_argument("--golden", type=Path, metavar="FOLDER")
     parser.add_argument("--expected", type=Path)
     parser.add_argument("--tolerance", type=float, default=2e-5, help="of logits, over the largest logit")
     parser.add_argument("--tokens", type=int, default=32, help="length of the greedy texts")
     parser.add_argument("--titan", default="titan")
     args = parser.parse_args()
+    if (args.dir is None) == (args.golden is None):
+        parser.error("name a DIR, or --golden FOLDER")
+    sys.exit(1 if (check_golden(args) if args.golden else check(args)) else 0)
 
+
+def check_golden(args):
+    faults = []
+    for case in sorted(args.golden.glob("hf_*")):
+        with tempfile.TemporaryDirectory() as folder:
+            ours, args.dir = Path(folder) / "titan", Path(folder) / case.name
+            for direction in (["--from-hf", case, "--to", ours], ["--to-hf", ours, "--to", args.dir]):
+                subprocess.run([args.titan, "convert", *direction], check=True, capture_output=True)
+            args.expected = case / "expected.safetensors"
+            faults += check(args)
+    return faults
+
+
+def check(args):
     model, report = AutoModelForCausalLM.from_pretrained(
         args.dir, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -39,7 +59,7 @@ def main():
     faults += compare_logits(model, args) if args.expected else compare_texts(model, args)
     for fault in faults:
         print(f"  {fault}")
-    sys.exit(1 if faults else 0)
+    return faults
 
 
 @torch.no_grad()

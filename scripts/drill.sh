@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What titan promises when the world misbehaves, tried in full (CI tries a part): a table of what was done to it, and how
-# often the promise held. Fails where one did not.
+# What titan promises when the world misbehaves, tried in full (CI tries a part): a table of what was done to it, what is
+# promised for then, and how often it held. Fails where it did not.
 #
 #   scripts/drill.sh              # everything, the better part of an hour
 #   scripts/drill.sh kills        # the drills of tests/faults/kills.rs
@@ -13,7 +13,7 @@ held=0
 TITAN_DRILL=full cargo test --release --test faults -- --nocapture "$@" > "$log" 2>&1 || held=$?
 [ "$held" -eq 0 ] || cat "$log"
 
-echo '| when | held |'
-echo '| --- | --- |'
-grep '^| ' "$log" | sort || true
+echo '| when | then | held |'
+echo '| --- | --- | --- |'
+grep '^| ' "$log" | sort | sed 's/: / | /' || true
 exit "$held"

@@ -76,6 +76,31 @@ const ARCHITECTURES: &[(&str, &str)] = &[
         "#,
     ),
     (
+        "Llama 4",
+        r#"
+        rope_pattern = [true, true, false]
+        attention_pattern = ["chunked", "chunked", "full"]
+        fixed_attn_block_size = 6
+        qk_unit_norm = true
+        attn_temperature_tuning = true
+        floor_scale = 3
+        attn_scale = 0.5
+        "#,
+    ),
+    (
+        "latents without positions",
+        r#"
+        kv_lora_rank = 10
+        qk_nope_head_dim = 6
+        qk_rope_head_dim = 4
+        v_head_dim = 8
+        latent_pattern = [true, true, false]
+        rope_pattern = [true, false, true]
+        attn_temperature_tuning = true
+        floor_scale = 5
+        "#,
+    ),
+    (
         "latents among grouped heads",
         r#"
         norm_type = "layer_norm"

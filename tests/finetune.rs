@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value as Json, json};
 use titan::autograd::{Parameter, Precision};
 use titan::engine::{self, MicroBatch, Recompute, Stages};
-use titan::models::args::{AttnMaskType, AttnType, DecoderArgs};
+use titan::models::args::{AttentionKind, AttnMaskType, AttnType, DecoderArgs, MoeArgs, ScoreFunc};
 use titan::models::lora::Lora;
 use titan::models::{self, Decoder};
 use titan::ops::IGNORE_INDEX;
@@ -101,6 +101,19 @@ fn prompts_carry_no_weight_and_conversations_do_not_see_each_other() {
     }
 }
 
+/// As a validation set of conversations is, beside training on text.
+#[test]
+fn conversations_are_masked_whatever_the_model_does_with_other_documents() {
+    let loss = |attn_mask_type| {
+        let model = initialized(Decoder::new(&DecoderArgs { attn_mask_type, ..args() }, Some(0)).unwrap());
+        let tokens = row(&(0..40).map(|i| i * 7 % 49 + 1).collect::<Vec<_>>());
+        let starts = (0..40).map(|i| i / 10 * 10).collect();
+        let batch = MicroBatch { document_starts: Some(starts), ..MicroBatch::new(tokens.clone(), tokens) };
+        engine::evaluate(&model, &batch).unwrap()
+    };
+    assert_eq!(loss(AttnMaskType::Causal), loss(AttnMaskType::BlockCausal));
+}
+
 fn adapted(targets: &[&str]) -> Decoder {
     let mut model = Decoder::new(&args(), Some(0)).unwrap();
     let targets = targets.iter().map(|target| target.to_string()).collect();
@@ -147,6 +160,142 @@ fn only_adapters_have_gradients_and_memory_for_them_also_when_stages_are_compute
     assert_eq!(all.len(), 2 * (3 + 2 * 3), "{:?}", all.keys());
     assert!(all.values().all(|gradient| gradient.iter().any(|g| *g != 0.0)));
     assert_eq!(gradients(Recompute::All), all);
+}
+
+/// A small model of every family. Tokens go to all experts: a choice that changes would break a difference.
+fn families() -> Vec<(&'static str, DecoderArgs)> {
+    let small = |name: &str, flavor: &str| {
+        let args = models::flavor(name, flavor).unwrap();
+        let moe_args = args.moe_args.clone().map(|moe| MoeArgs { num_experts: 3, top_k: 3, ..moe });
+        let (hidden_dim, moe_inter_dim) = (Some(40), Some(24));
+        let sizes = DecoderArgs { n_layers: 2, n_heads: 4, vocab_size: 50, max_seq_len: 16, ..args };
+        DecoderArgs { dim: 32, hidden_dim, inter_dim: hidden_dim, moe_inter_dim, moe_args, ..sizes }
+    };
+    let grouped = |args| DecoderArgs { n_kv_heads: Some(2), head_dim: Some(8), ..args };
+    let latent = |q_lora_rank| DecoderArgs {
+        q_lora_rank,
+        kv_lora_rank: Some(10),
+        qk_nope_head_dim: 6,
+        qk_rope_head_dim: 4,
+        v_head_dim: 8,
+        ..small("deepseek_v3", "debugmodel")
+    };
+    let experts = MoeArgs {
+        num_experts: 3,
+        num_shared_experts: 0,
+        top_k: 3,
+        score_func: ScoreFunc::Softmax,
+        route_norm: true,
+        score_before_experts: false,
+        use_bias: true,
+        swiglu_limit: Some(7.0),
+        ..Default::default()
+    };
+    let gpt_oss = DecoderArgs {
+        attention_bias: true,
+        attention_out_bias: true,
+        attention_sinks: true,
+        attention_pattern: vec![AttentionKind::Sliding, AttentionKind::Full],
+        sliding_window: Some(5),
+        moe_args: Some(experts),
+        ..small("decoder", "debugmodel")
+    };
+    vec![
+        ("llama3", grouped(small("llama3", "debugmodel"))),
+        ("llama4", DecoderArgs { every_n_layers_nope: Some(2), ..grouped(small("llama4", "debugmodel")) }),
+        ("qwen3", grouped(small("qwen3", "debugmodel"))),
+        ("qwen3 with experts", grouped(small("qwen3", "debugmodel_moe"))),
+        ("deepseek_v3", latent(0)),
+        ("deepseek_v3 with latent queries", latent(12)),
+        ("gpt-oss", grouped(gpt_oss)),
+    ]
+}
+
+/// With adapters on all that takes one.
+fn adapted_family(args: &DecoderArgs) -> Decoder {
+    let mut model = Decoder::new(args, Some(0)).unwrap();
+    model.adapt(&Lora { rank: Some(4), ..Lora::default() }, 5).unwrap();
+    let model = initialized(model);
+    // Noise on everything: neither B nor a norm's weight shall be a constant.
+    for (i, parameter) in model.parameters().chain(model.trained_parameters()).enumerate() {
+        let noise = (0..parameter.numel()).map(|j| (((i * 7919 + j) * 2_654_435_761) % 1000) as f32 / 2500.0 - 0.2);
+        let noise = Tensor::from_iter(noise, &Device::Cpu).unwrap().reshape(parameter.shape()).unwrap();
+        parameter.set(&(parameter.weights().unwrap() + noise).unwrap()).unwrap();
+    }
+    model
+}
+
+/// Along a gradient of its own, the loss rises by the gradient's length.
+#[test]
+fn gradients_of_adapters_are_those_of_differences_in_every_family() {
+    for (name, args) in families() {
+        let model = adapted_family(&args);
+        let tokens = |step: u32| row(&(0..16).map(|i| i * i * step % 50).collect::<Vec<_>>());
+        let batch = MicroBatch::new(tokens(7), tokens(11));
+        engine::forward_backward(&model, &batch, 1.0, Recompute::EveryNth(2)).unwrap();
+        for parameter in model.trained_parameters() {
+            let grad = numbers(&parameter.grad().unwrap());
+            let length = grad.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            assert!(length > 0.0, "{name}: {} has no gradient", parameter.fqn());
+            let step = (0.002 / length).min(0.05);
+            let weights = numbers(&parameter.weights().unwrap());
+            let loss_at = |by: f64| {
+                let moved = weights.iter().zip(&grad).map(|(w, g)| w + (by / length) as f32 * g);
+                let moved = Tensor::from_iter(moved, &Device::Cpu).unwrap();
+                parameter.set(&moved).unwrap();
+                f64::from(engine::evaluate(&model, &batch).unwrap())
+            };
+            let rise = (loss_at(step) - loss_at(-step)) / (2.0 * step);
+            parameter.set(&Tensor::from_vec(weights.clone(), weights.len(), &Device::Cpu).unwrap()).unwrap();
+            let what = format!("{name}: {}: {length} by backward, {rise} by differences", parameter.fqn());
+            // Losses are f32: what they lose to rounding, over the step.
+            assert!((rise - length).abs() <= 0.02 * length + 2e-6 / step, "{what}");
+        }
+    }
+}
+
+#[test]
+fn generation_is_the_same_with_adapters_and_after_they_are_merged_in_every_family() {
+    let tokens = row(&(0..16).map(|i| i * 7 % 50).collect::<Vec<_>>());
+    for (name, args) in families() {
+        let mut model = adapted_family(&args);
+        let expected = model.logits(&tokens).unwrap();
+        for state in ["adapted", "merged"] {
+            assert_close(
+                &format!("{name}, {state}"),
+                &numbers(&model.logits(&tokens).unwrap()),
+                &numbers(&expected),
+                2e-5,
+            );
+            let mut cache = model.cache();
+            for (start, n) in [(0, 9), (9, 1), (10, 5), (15, 1)] {
+                let logits = model.next_logits(&tokens.narrow(1, start, n).unwrap(), &mut cache).unwrap();
+                let expected = expected.narrow(1, start + n - 1, 1).unwrap();
+                let what = format!("{name}, {state}, after {} tokens", start + n);
+                assert_close(&what, &numbers(&logits), &numbers(&expected), 2e-5);
+            }
+            model.merge().unwrap();
+        }
+    }
+}
+
+#[test]
+fn routed_experts_take_no_adapters_and_a_target_that_names_them_is_told_so() {
+    for (name, args) in families() {
+        let model = adapted_family(&args);
+        assert!(model.trained_parameters().all(|p| !p.fqn().contains(".experts.") && !p.fqn().contains("router")));
+        let mut model = Decoder::new(&args, Some(0)).unwrap();
+        let reason = match args.moe_args.is_some() && args.moe_enabled {
+            true => "names weights of routed experts, which take no adapters",
+            false => "is no linear layer in this model's blocks",
+        };
+        let known = if args.kv_lora_rank.is_some() { "\"wkv_b\"" } else { "\"wq\"" };
+        for target in ["layers.1.moe.experts.w?", "experts"] {
+            let lora = Lora { rank: Some(4), targets: vec![target.to_owned()], ..Lora::default() };
+            let refusal = model.adapt(&lora, 0).unwrap_err().to_string();
+            assert!(refusal.contains(reason) && refusal.contains(known), "{name}: {refusal}");
+        }
+    }
 }
 
 /// Losses in full precision, by step.
@@ -306,6 +455,10 @@ fn adapters_are_all_that_is_saved_and_a_resumed_run_goes_on_bit_for_bit() {
         String::from_utf8(succeed(titan(&flags).args(["--checkpoint", checkpoint])).stdout).unwrap()
     };
     assert_eq!(text(&step), text(&merged));
+    let converted = folders[0].path().join("converted");
+    let flags = ["convert", "--to-hf", step.to_str().unwrap(), "--dtype", "bfloat16", "--to"];
+    succeed(titan(&flags).arg(&converted));
+    assert_eq!(text(&converted), text(&merged));
     assert_ne!(text(&step), text(Path::new(base)));
 
     let refusal = |flags: &[&str]| {
@@ -329,6 +482,10 @@ fn models_are_listed_and_unknown_ones_refused_by_name() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.starts_with("llama4/debugmodel: ") && text.contains("of which a token meets"), "{text}");
     assert!(text.contains("layers 1, 3, 5 (3 alike)"), "{text}");
+    let output = succeed(&mut titan(&["models", "configs/llama3_8b_lora.toml"]));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.starts_with("configs/llama3_8b_lora.toml (llama3/8B): 8,030,261,248 parameters"), "{text}");
+    assert!(text.contains("parameters more in adapters, which alone are trained"), "{text}");
     let output = titan(&["models", "llama4/9B"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let message = String::from_utf8_lossy(&output.stderr);

@@ -22,14 +22,18 @@ use titan::models::{self, Decoder};
 const LLAMA3: &str = "hf_llama3";
 const LLAMA4: &str = "hf_llama4";
 const LLAMA4_INTERLEAVED: &str = "hf_llama4_interleaved";
+/// As Meta's are: layers without rotary positions, with tuned temperature, among layers that attend in chunks.
+const LLAMA4_SCOUT: &str = "hf_llama4_scout";
 const DEEPSEEK: &str = "hf_deepseek_v3";
-const CASES: [&str; 13] = [
+const CASES: [&str; 15] = [
     LLAMA3,
     LLAMA4,
     LLAMA4_INTERLEAVED,
+    LLAMA4_SCOUT,
     "hf_qwen3_tied",
     "hf_qwen3_moe",
     DEEPSEEK,
+    "hf_deepseek_v2",
     "hf_mistral",
     "hf_smollm",
     "hf_mixtral",
@@ -189,8 +193,10 @@ fn the_exported_config_describes_the_model_it_came_from() {
         let (family, described) = hf::args_from_config(&json_file(&path.join("config.json"))).unwrap();
         let (_, golden) = hf::args_from_config(&json_file(&golden(case).join("config.json"))).unwrap();
         assert_eq!(family.name(), model_name(case));
-        assert_eq!(described, DecoderArgs { max_seq_len: described.max_seq_len, ..golden }, "{case}");
-        assert_eq!(hf::different_structure(&args, &described), Vec::<String>::new());
+        for source in [&args, &DecoderArgs { max_seq_len: described.max_seq_len, ..golden.clone() }] {
+            assert_eq!(hf::different_structure(source, &described), Vec::<String>::new(), "{case}");
+        }
+        assert_eq!(hf::different_constants(&golden, &described), Vec::<String>::new(), "{case}");
         open(&path, case, &args).unwrap();
     }
 }
@@ -397,10 +403,12 @@ fn experts_in_one_tensor_load_as_those_apart() {
             }
         });
         let args = args(case);
-        let fused = load(&open(folder.path(), case, &args).unwrap(), &parameters(&args)).unwrap();
-        for ((name, fused), (_, apart)) in fused.iter().zip(loaded(case)) {
+        let fused: BTreeMap<_, _> =
+            load(&open(folder.path(), case, &args).unwrap(), &parameters(&args)).unwrap().into_iter().collect();
+        let apart: BTreeMap<_, _> = loaded(case).into_iter().collect();
+        for ((name, fused), (_, apart)) in fused.iter().zip(&apart) {
             let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            assert_eq!((fused.dims(), values(fused)), (apart.dims(), values(&apart)), "{name}");
+            assert_eq!((fused.dims(), values(fused)), (apart.dims(), values(apart)), "{name}");
         }
     }
 }
@@ -443,6 +451,49 @@ fn eight_bit_weights_are_dequantized_where_the_config_or_the_job_says_so() {
     assert!(refusal.contains("_scale_inv: F32 [4, 2], blocks of [128, 128] need [1, 1]"), "{refusal}");
 }
 
+/// 1 and 1.5 in turn along the inputs, times 2 to the power of the output.
+#[test]
+fn four_bit_experts_are_dequantized_as_their_names_say() {
+    let case = "hf_gpt_oss";
+    let name = "model.layers.1.mlp.experts.gate_up_proj";
+    let args = args(case);
+    let (n, hidden) = (args.moe_args.as_ref().unwrap().num_experts, args.moe_hidden_dim());
+    let scales = vec![n, 2 * hidden, args.dim / 32];
+    let blocks = [&scales[..], &[16]].concat();
+    let quantized = |blocks: Vec<usize>| {
+        let folder = rewritten(case, |tensors| {
+            tensors.remove(name).unwrap();
+            let bytes = vec![0x32; blocks.iter().product()];
+            tensors.insert(format!("{name}_blocks"), (Dtype::U8, blocks.clone(), bytes));
+            let exponents = (0..n).flat_map(|_| (0..2 * hidden).map(|output| 127 + output as u8)).collect();
+            tensors.insert(format!("{name}_scales"), (Dtype::U8, scales.clone(), exponents));
+        });
+        let mut config = json_file(&golden(case).join("config.json"));
+        config["quantization_config"] = json!({ "quant_method": "mxfp4" });
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        folder
+    };
+    let folder = quantized(blocks);
+    let parameters = parameters(&args);
+    let weights = open(folder.path(), case, &args).unwrap();
+    let loaded: HashMap<_, _> = load(&weights, &parameters).unwrap().into_iter().collect();
+    for (which, w) in ["w1", "w3"].iter().enumerate() {
+        let name = format!("layers.1.moe.experts.{w}");
+        for expert in loaded[&name].to_vec3::<f32>().unwrap() {
+            for (row, weights) in expert.iter().enumerate() {
+                let power = 2f32.powi((2 * row + which) as i32);
+                let expected: Vec<f32> = (0..args.dim).map(|input| power * [1.0, 1.5][input % 2]).collect();
+                assert_eq!(*weights, expected, "{w} {row}");
+            }
+        }
+        assert_eq!(weights.fit(&parameters).unwrap().dtype(&name), DType::BF16);
+    }
+
+    let folder = quantized(vec![n, hidden, args.dim / 32, 32]);
+    let refusal = load(&open(folder.path(), case, &args).unwrap(), &parameters).unwrap_err().to_string();
+    assert!(refusal.contains("gate_up_proj_blocks: U8 [4, 24, 1, 32], the model's are U8 [4, 48, 1, 16]"), "{refusal}");
+}
+
 #[test]
 fn a_model_of_another_kind_is_refused_before_its_weights_are_read() {
     let case = LLAMA4;
@@ -455,7 +506,9 @@ fn a_model_of_another_kind_is_refused_before_its_weights_are_read() {
     };
     let same = args(case);
     let message = refusal(&same, &|config| config["text_config"]["use_qk_norm"] = json!(true));
-    assert!(message.contains("config.json") && message.contains("use_qk_norm: true"), "{message}");
+    assert!(message.contains("config.json") && message.contains("qk_unit_norm: false here, true there"), "{message}");
+    let message = refusal(&same, &|config| config["text_config"]["hidden_act"] = json!("gelu"));
+    assert!(message.contains("config.json") && message.contains("hidden_act: \"gelu\""), "{message}");
     let other = DecoderArgs { n_heads: 8, n_kv_heads: Some(4), ..same.clone() };
     let message = refusal(&other, &|_| ());
     assert!(message.contains("n_heads: 8 here, 4 there"), "{message}");

@@ -6,7 +6,7 @@ use clap::builder::NonEmptyStringValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use tracing::warn;
 
-use crate::components::checkpoint::{Export, HuggingFaceModel, Parameter, Parameters, SHARD_BYTES};
+use crate::components::checkpoint::{Export, HuggingFaceModel, Merged, Parameter, Parameters, SHARD_BYTES};
 use crate::config::{self, ExportDtype, JobConfig, ModelArgs};
 use crate::generate::Pretrained;
 use crate::models::hf::Family;
@@ -27,6 +27,8 @@ use crate::{Error, Result};
 /// A checkpoint of titan's becomes a folder that `transformers` loads with `AutoModelForCausalLM.from_pretrained`:
 ///
 ///   titan convert --to-hf outputs/checkpoint/step-1000 --to my-model --dtype bfloat16
+///
+/// Of a checkpoint that holds adapters only, the model with its adapters merged.
 #[derive(clap::Args)]
 #[command(verbatim_doc_comment)]
 pub struct Args {
@@ -59,18 +61,18 @@ pub fn run(args: Args) -> Result<()> {
         }
         (None, None) => unreachable!("clap requires one of them"),
     };
-    if model.adapters.is_some() {
-        return Err(Error::Checkpoint(format!(
-            "{} holds adapters only\n   = checkpoint.last_save_model_only writes the model with its adapters merged; \
-             convert that",
-            model.path.display()
-        )));
-    }
     // Documents are told apart in training only; any token will do to describe the model.
-    let shapes = Decoder::new(&model.args, Some(0))?.state_shapes();
-    let fitted = model.weights.fit(&shapes)?;
+    let mut decoder = Decoder::new(&model.args, Some(0))?;
+    let parameters: Box<dyn Parameters + '_> = match &model.adapters {
+        None => Box::new(model.weights.fit(&decoder.base_shapes())?),
+        Some((lora, base)) => {
+            decoder.adapt(lora, 0)?;
+            Box::new(Merged::new(&decoder, base, &model.weights)?)
+        }
+    };
+    let shapes = decoder.base_shapes();
     let dtype: Option<DType> = args.dtype.map(Into::into);
-    let bar = progress_bar(&shapes, dtype, &fitted);
+    let bar = progress_bar(&shapes, dtype, &*parameters);
     let tokenizer = if model.tokenizer_files.is_empty() { None } else { Some(model.tokenizer()?) };
     if tokenizer.is_none() {
         warn!("{} holds no tokenizer: {} will have none either", model.path.display(), args.to.display());
@@ -79,7 +81,7 @@ pub fn run(args: Args) -> Result<()> {
         model.tokenizer_files.iter().map(|file| (file.name.clone(), file.bytes.clone())).collect();
     let export = Export {
         shapes: &shapes,
-        parameters: &fitted,
+        parameters: &*parameters,
         dtype,
         tokenizer_files: &tokenizer_files,
         max_shard_bytes: args.max_shard_size.0,
@@ -91,7 +93,7 @@ pub fn run(args: Args) -> Result<()> {
         let model = HuggingFaceModel {
             family: Family::of(&model.name, &model.args)?,
             args: &model.args,
-            dtype: dtype.unwrap_or(fitted.dtype("tok_embeddings.weight")),
+            dtype: dtype.unwrap_or(parameters.dtype("tok_embeddings.weight")),
             bos_id: tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id()),
             eos_id: tokenizer.as_ref().and_then(|tokenizer| tokenizer.eos_id()),
         };
@@ -116,7 +118,7 @@ fn job(model: &Pretrained) -> JobConfig {
     job
 }
 
-fn progress_bar(shapes: &[Parameter], dtype: Option<DType>, parameters: &impl Parameters) -> ProgressBar {
+fn progress_bar(shapes: &[Parameter], dtype: Option<DType>, parameters: &dyn Parameters) -> ProgressBar {
     let bytes = |(name, shape): &Parameter| {
         shape.iter().product::<usize>() * dtype.unwrap_or(parameters.dtype(name)).size_in_bytes()
     };

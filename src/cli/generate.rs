@@ -75,7 +75,7 @@ pub fn run(args: Args) -> Result<()> {
             return Ok(trained.min(CHAT_POSITIONS));
         }
         let lengths = prompts.iter().map(|prompt| Ok(tokenizer.encode(prompt, true, false)?.len()));
-        Ok(lengths.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0) + args.max_new_tokens)
+        Ok(lengths.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0).saturating_add(args.max_new_tokens))
     })?;
     info!("Checkpoint: {}", checkpoint.path.display());
 

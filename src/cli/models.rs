@@ -1,31 +1,48 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::Path;
 
 use crate::autograd::{Precision, StageBuilder};
 use crate::components::metrics::grouped;
-use crate::config::{ModelArgs, Training};
+use crate::config::{self, ModelArgs, Training};
 use crate::engine::Stages;
 use crate::models::args::DecoderArgs;
-use crate::models::{self, Decoder};
+use crate::models::layer::Span;
+use crate::models::{self, Decoder, hf};
 use crate::tools::device::GIB;
+use crate::trainer;
 use crate::{Error, Result};
 
 /// List the models that titan knows, or show how one is built.
 ///
 /// `titan models` lists all, `titan models llama3` a family, `titan models llama3/8B` shows the layers of one with the shape
-/// of each weight. Nothing is allocated, so that the largest shows as fast as the smallest.
+/// of each weight, and `titan models configs/own_architecture.toml` the model that a job file states. Nothing is allocated,
+/// so that the largest shows as fast as the smallest.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A family, or a model as FAMILY/FLAVOR.
+    /// A family, a model as FAMILY/FLAVOR, or a job config, a TOML file.
     #[arg(value_name = "MODEL")]
     model: Option<String>,
-    /// Tokens per sequence: attention costs more in longer ones.
-    #[arg(long, alias = "seq_len", value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
-    seq_len: u32,
+    /// Tokens per sequence: attention costs more in longer ones [default: 2048, or the job's training.seq_len].
+    #[arg(long, alias = "seq_len", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    seq_len: Option<u32>,
 }
 
+/// Where neither a job nor the command line says it.
+const SEQ_LEN: usize = 2048;
+
 pub fn run(args: Args) -> Result<()> {
-    let seq_len = args.seq_len as usize;
+    let asked = args.seq_len.map(|n| n as usize);
+    let seq_len = asked.unwrap_or(SEQ_LEN);
+    let job = args
+        .model
+        .as_deref()
+        .map(Path::new)
+        .filter(|path| path.is_file() || path.extension().is_some_and(|it| it == "toml"));
+    if let Some(path) = job {
+        print!("{}", structure_of_job(path, asked)?);
+        return Ok(());
+    }
     let text = match args.model.as_deref().map(|model| model.split_once('/').unwrap_or((model, ""))) {
         None => list(models::FAMILIES.iter().copied(), seq_len)?,
         Some((family, flavor)) => {
@@ -36,12 +53,26 @@ pub fn run(args: Args) -> Result<()> {
                 "" => list(std::iter::once((family, *flavors)), seq_len)?,
                 _ => {
                     let args = models::flavor(family, flavor).ok_or_else(|| unknown("flavor", flavor, flavors))?;
-                    structure(&format!("{family}/{flavor}"), &args, seq_len)?
+                    structure(
+                        &format!("{family}/{flavor}"),
+                        &describe(&args)?,
+                        precision(&Training::default()),
+                        seq_len,
+                    )?
                 }
             }
         }
     };
     super::print(text)
+}
+
+/// The model of a job as it is trained: with its vocabulary, its adapters and its number types.
+fn structure_of_job(path: &Path, seq_len: Option<usize>) -> Result<String> {
+    let job = config::load(Some(path), &[])?.config;
+    let mut model = describe(&trainer::model_args(&job)?)?;
+    model.adapt(&job.model.lora, 0)?;
+    let name = format!("{} ({}/{})", path.display(), job.model.name, job.model.flavor);
+    structure(&name, &model, precision(&job.training), seq_len.unwrap_or(job.training.seq_len))
 }
 
 fn unknown(what: &str, name: &str, known: &[&str]) -> Error {
@@ -54,6 +85,7 @@ fn describe(args: &DecoderArgs) -> Result<Decoder> {
 }
 
 fn list<'a>(families: impl Iterator<Item = (&'a str, &'a [&'a str])>, seq_len: usize) -> Result<String> {
+    let precision = precision(&Training::default());
     let mut text = String::new();
     for (family, flavors) in families {
         let heads = ["parameters", "active", "FLOP/token", "to train"];
@@ -67,7 +99,7 @@ fn list<'a>(families: impl Iterator<Item = (&'a str, &'a [&'a str])>, seq_len: u
                 parameters(model.n_params()),
                 parameters(model.n_active_params()),
                 flops(model.flops_per_token(seq_len)),
-                training_memory(&model)
+                training_memory(&model, precision)
             );
         }
         text += "\n";
@@ -76,21 +108,25 @@ fn list<'a>(families: impl Iterator<Item = (&'a str, &'a [&'a str])>, seq_len: u
         text,
         "active: parameters that a token meets. FLOP/token: to train on one, in sequences of {seq_len} (--seq-len).\n{}\n\
          `titan models FAMILY/FLAVOR` shows the layers of one.",
-        what_is_counted()
+        what_is_counted(precision)
     );
     Ok(text)
 }
 
-fn structure(name: &str, args: &DecoderArgs, seq_len: usize) -> Result<String> {
-    let model = describe(args)?;
+fn structure(name: &str, model: &Decoder, precision: Precision, seq_len: usize) -> Result<String> {
+    let args = model.args();
     let mut text = format!(
         "{name}: {} parameters, {} of which a token meets; {}FLOP to train on a token in sequences of {seq_len}; {} to \
          train\n\n",
         grouped(model.n_params() as f64, 0),
         grouped(model.n_active_params() as f64, 0),
         flops(model.flops_per_token(seq_len)),
-        training_memory(&model)
+        training_memory(model, precision)
     );
+    if model.adapters().is_some() {
+        let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
+        let _ = writeln!(text, "{} parameters more in adapters, which alone are trained\n", grouped(trained as f64, 0));
+    }
     text += "[model.args]\n";
     let (tables, values): (Vec<_>, Vec<_>) =
         ModelArgs::all(args).0.into_iter().partition(|(_, value)| value.is_table());
@@ -106,7 +142,7 @@ fn structure(name: &str, args: &DecoderArgs, seq_len: usize) -> Result<String> {
     let mut kinds: Vec<(Vec<usize>, &StageBuilder)> = Vec::new();
     let mut places = BTreeMap::new();
     for (layer, block) in blocks.iter().enumerate() {
-        let place = *places.entry((weights_of(block), rotates(args, layer))).or_insert(kinds.len());
+        let place = *places.entry((weights_of(block), manner(args, layer))).or_insert(kinds.len());
         match kinds.get_mut(place) {
             Some((layers, _)) => layers.push(layer),
             None => kinds.push((vec![layer], block)),
@@ -114,11 +150,10 @@ fn structure(name: &str, args: &DecoderArgs, seq_len: usize) -> Result<String> {
     }
     for (layers, block) in kinds {
         let times = if layers.len() == 1 { String::new() } else { format!(" ({} alike)", layers.len()) };
-        let turns = if rotates(args, layers[0]) { "" } else { ", without rotary positions" };
-        text += &stage_lines(&format!("layers {}{times}{turns}", ranges(&layers)), block);
+        text += &stage_lines(&format!("layers {}{times}{}", ranges(&layers), manner(args, layers[0])), block);
     }
     text += &stage_lines(head.name(), head);
-    let _ = writeln!(text, "{}", what_is_counted());
+    let _ = writeln!(text, "{}", what_is_counted(precision));
     Ok(text)
 }
 
@@ -129,8 +164,15 @@ fn weights_of(stage: &StageBuilder) -> Vec<(String, Vec<usize>)> {
     stage.parameters().iter().map(|p| (name(p.fqn()), p.shape().to_vec())).collect()
 }
 
-fn rotates(args: &DecoderArgs, layer: usize) -> bool {
-    args.layer(layer).rope.is_some()
+/// What sets the attention of a layer apart.
+fn manner(args: &DecoderArgs, layer: usize) -> String {
+    let layer = args.layer(layer);
+    let span = match layer.span {
+        Span::Full => String::new(),
+        Span::Sliding(size) => format!(", {size} positions back"),
+        Span::Chunked(size) => format!(", in chunks of {size}"),
+    };
+    span + if layer.rope.is_some() { "" } else { ", without rotary positions" }
 }
 
 fn stage_lines(title: &str, stage: &StageBuilder) -> String {
@@ -154,22 +196,27 @@ fn ranges(layers: &[usize]) -> String {
     }
 }
 
-/// Of a run with the default types.
-fn precision() -> Precision {
-    let Training { dtype, mixed_precision_param, .. } = Training::default();
-    Precision { storage: dtype.into(), compute: mixed_precision_param.into() }
+fn precision(training: &Training) -> Precision {
+    Precision { storage: training.dtype.into(), compute: training.mixed_precision_param.into() }
 }
 
-fn training_memory(model: &Decoder) -> String {
-    let gib = (model.n_params() * precision().training_bytes()) as f64 / GIB;
+fn training_memory(model: &Decoder, precision: Precision) -> String {
+    let gib = model.training_bytes(precision) / GIB;
     format!("{} GiB", grouped(gib, if gib < 10.0 { 2 } else { 0 }))
 }
 
-fn what_is_counted() -> String {
+fn what_is_counted(precision: Precision) -> String {
+    let Precision { storage, compute } = precision;
+    let copy = match storage == compute {
+        true => String::new(),
+        false => format!(", and the {} copy that is computed with", hf::dtype_name(compute)),
+    };
     format!(
-        "to train: {} bytes per parameter, for weights, gradients and optimizer state in float32, and the bfloat16 copy \
-         that is computed with;\nactivations come on top, by batch and sequence.",
-        precision().training_bytes()
+        "to train: {} bytes per parameter, for weights and optimizer state in {}, gradients in float32{copy}; {} where it is \
+         frozen.\nActivations come on top, by batch and sequence.",
+        precision.training_bytes(),
+        hf::dtype_name(storage),
+        precision.frozen_bytes()
     )
 }
 
@@ -207,8 +254,8 @@ mod tests {
             for flavor in *flavors {
                 assert!(text.contains(&format!("  {flavor} ")), "{text}");
                 let args = models::flavor(family, flavor).expect("a known flavor");
-                let shown = structure(flavor, &args, 2048)?;
                 let model = describe(&args)?;
+                let shown = structure(flavor, &model, precision(&Training::default()), 2048)?;
                 // What is shown adds up to the model: each kind of layer, as often as it is there.
                 let mut sum = 0;
                 for line in shown.lines().skip_while(|line| !line.starts_with("tok_embeddings")) {

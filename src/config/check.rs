@@ -1,5 +1,7 @@
 //! Rules that no single key can break: values that exclude each other, and capabilities that a value would need.
 
+use std::path::PathBuf;
+
 use super::JobConfig;
 use super::activation_checkpoint::AcMode;
 use super::diagnostic::{Fault, nearest};
@@ -16,6 +18,7 @@ const DATASETS_OF_FILES: [&str; 6] = ["text", "json", "parquet", "tokens", "chat
 pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
     let mut faults = Vec::new();
     faults.extend(model_name(config));
+    faults.extend(empty_paths(config));
     faults.extend(batch_size(config));
     faults.extend(dataset_path("training", &config.training.dataset, config.training.dataset_path.is_some()));
     if config.validation.enable {
@@ -51,6 +54,20 @@ fn model_name(config: &JobConfig) -> Option<Fault> {
             .note(format!("flavors of {name}: {}", quoted(flavors)))
             .note("[model.args] makes any other size of the nearest flavor; \"hf\" takes that of a Hugging Face folder")
     })
+}
+
+/// Paths that must name something.
+fn empty_paths(config: &JobConfig) -> impl Iterator<Item = Fault> {
+    let text = |path: &Option<String>| path.as_ref().map(PathBuf::from);
+    let paths = [
+        ("job.save_config_file", config.job.save_config_file.clone()),
+        ("model.hf_assets_path", Some(config.model.hf_assets_path.clone())),
+        ("training.dataset_path", text(&config.training.dataset_path)),
+        ("validation.dataset_path", text(&config.validation.dataset_path)),
+        ("checkpoint.initial_load_path", config.checkpoint.initial_load_path.clone()),
+    ];
+    let empty = paths.into_iter().filter(|(_, path)| path.as_ref().is_some_and(|path| path.as_os_str().is_empty()));
+    empty.map(|(key, _)| Fault::new(format!("`{key}` cannot be empty"), &[key]).note("name a path"))
 }
 
 fn batch_size(config: &JobConfig) -> Option<Fault> {

@@ -81,6 +81,13 @@ pub enum AsyncMode {
     AsyncWithPinnedMem,
 }
 
+impl Checkpoint {
+    /// Whether training goes on while checkpoints are written.
+    pub fn in_background(&self) -> bool {
+        self.enable && !self.load_only && self.async_mode != AsyncMode::Disabled
+    }
+}
+
 /// A part of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

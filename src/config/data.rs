@@ -10,16 +10,16 @@ pub struct Data {
     pub shuffle: bool,
     /// Field or column that holds the text, in JSON and Parquet files.
     pub text_field: String,
-    /// Field of `dataset = "chat"` that holds the messages, each with `role` and `content`.
+    /// Field or column of `dataset = "chat"` that holds the messages, each with `role` and `content`.
     pub messages_field: String,
-    /// Field of `dataset = "instruct"` that holds what is given.
+    /// Field or column of `dataset = "instruct"` that holds what is given.
     pub prompt_field: String,
-    /// Field of `dataset = "instruct"` that holds what is learned.
+    /// Field or column of `dataset = "instruct"` that holds what is learned.
     pub completion_field: String,
     /// Malformed records that are skipped and counted before the run stops. 0: the first one stops it.
     pub max_bad_records: usize,
     /// Threads that tokenize ahead of training. "none": as many as the machine allows.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1000))]
     pub num_workers: Option<usize>,
 }
 

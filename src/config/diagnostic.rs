@@ -78,7 +78,11 @@ impl Fault {
     }
 }
 
-/// All faults as one error: those of the document in its order, then those of flags, then those without a place.
+/// Faults that a report shows: each takes a look through the whole document, and nobody reads more.
+const SHOWN: usize = 20;
+
+/// All faults as one error, up to [`SHOWN`]: those of the document in its order, then those of flags, then those without
+/// a place.
 pub(super) fn report(mut faults: Vec<Fault>, document: Option<&Document>, origins: &Origins) -> Error {
     faults.sort_by_key(|fault| match fault.origin(origins) {
         Some(Origin::File(span)) => (0, span.start),
@@ -87,12 +91,16 @@ pub(super) fn report(mut faults: Vec<Fault>, document: Option<&Document>, origin
     });
     let coloured = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let renderer = if coloured { Renderer::styled() } else { Renderer::plain() };
-    let each: Vec<_> = faults.iter().map(|fault| fault.render(document, origins, &renderer)).collect();
-    Error::Config(each.join("\n\n"))
+    let rendered = faults.iter().take(SHOWN).map(|fault| fault.render(document, origins, &renderer));
+    let more = faults.len().checked_sub(SHOWN + 1).map(|more| format!("error: and {} more", more + 1));
+    Error::Config(rendered.chain(more).collect::<Vec<_>>().join("\n\n"))
 }
 
 /// The candidate that `word` was probably meant to be: the nearest by edits, else one that contains it or is contained.
 pub(super) fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if word.len() > 100 {
+        return None; // no slip of the hand, and each distance takes its length
+    }
     let word = word.to_lowercase().replace('-', "_");
     let candidates: Vec<_> = candidates.into_iter().map(|it| (it, it.to_lowercase().replace('-', "_"))).collect();
     let distance = |other: &str| strsim::damerau_levenshtein(&word, other);

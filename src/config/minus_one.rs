@@ -27,6 +27,6 @@ impl JsonSchema for OrAtLeastOne {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "anyOf": [{ "const": -1 }, { "type": "integer", "minimum": 1 }] })
+        json_schema!({ "anyOf": [{ "const": -1 }, { "type": "integer", "minimum": 1, "maximum": 1_000_000_000 }] })
     }
 }

@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::models::args::{AttnMaskType, AttnType};
+use crate::tools::files;
 use crate::{Error, Result, models};
 
 mod activation_checkpoint;
@@ -68,6 +69,9 @@ pub use training::{Dtype, NanPolicy, SpikePolicy, Training};
 pub use validation::Validation;
 
 use diagnostic::{Document, Origin, Origins};
+
+/// Of a job file, a thousand times those that there are.
+const MAX_BYTES: u64 = 4_000_000;
 
 /// A titan job file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -138,7 +142,7 @@ pub fn parse(name: &str, text: &str) -> Result<Loaded> {
 }
 
 fn open(path: &Path) -> Result<Document> {
-    let text = std::fs::read(path).map_err(|error| {
+    let text = files::read(path, MAX_BYTES).map_err(|error| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let folder =
             path.parent().map_or(Path::new("."), |it| if it.as_os_str().is_empty() { Path::new(".") } else { it });

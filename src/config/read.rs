@@ -116,7 +116,11 @@ impl Reader {
             DeValue::String(text) if matches!(shape, Shape::List(_)) => {
                 Some(format!("write it as a list: {}", show(parse_flag(shape, text).get_ref())))
             }
+            DeValue::String(text) if text.contains('\0') => Some("it has a NUL character".to_owned()),
             DeValue::String(text) => nearest(text, shape.words()).map(|word| format!("did you mean {word:?}?")),
+            DeValue::Float(number) if shape.refuses_for_float32(number.as_str()) => {
+                Some("it is out of the range of float32".to_owned())
+            }
             DeValue::Integer(_) | DeValue::Float(_) | DeValue::Boolean(_) if shape.takes_text() => {
                 Some(format!("write it in quotes: \"{}\"", show(found.get_ref())))
             }
@@ -128,7 +132,7 @@ impl Reader {
 
     fn unknown(&mut self, path: &str, keys: &[Key], name: &str, is_table: bool, origin: Origin) {
         let shown = |name: &str| if is_table { format!("[{name}]") } else { format!("`{name}`") };
-        let here = join(path, name);
+        let here = join(path, short(name));
         let fits = |key: &&Key| key.shape.keys().is_some() == is_table;
         let own = || nearest(name, keys.iter().filter(fits).map(|key| key.name.as_str()));
         let meant = elsewhere(name, is_table)
@@ -181,9 +185,10 @@ fn convert(shape: &Shape, value: &DeValue) -> Option<toml::Value> {
             let text = value.as_str();
             let value: f64 = text.parse().ok()?;
             let overflows = value.is_infinite() && !text.contains("inf");
-            (bounds.contain(value) && !overflows).then(|| value.into())
+            (bounds.contain(value) && bounds.fits_float32(value) && !overflows).then(|| value.into())
         }
-        (Shape::Text, DeValue::String(value)) => Some(value.as_ref().into()),
+        // No file has a name with a NUL, nor anything else that a job names.
+        (Shape::Text, DeValue::String(value)) => (!value.contains('\0')).then(|| value.as_ref().into()),
         (Shape::Words(words), DeValue::String(value)) => {
             let wanted = if value == "None" { "none" } else { value.as_ref() };
             words.iter().find(|word| *word == wanted).map(|word| word.as_str().into())
@@ -211,18 +216,24 @@ fn parse_flag<'a>(shape: &Shape, text: &'a str) -> Spanned<DeValue<'a>> {
 /// A value as a message names it.
 fn show(value: &DeValue) -> String {
     match value {
-        DeValue::String(text) if text.chars().count() > 60 => {
-            format!("{:?}...", text.chars().take(60).collect::<String>())
-        }
+        DeValue::String(text) if text.chars().count() > SHOWN => format!("{:?}...", short(text)),
         DeValue::String(text) => format!("{text:?}"),
-        DeValue::Integer(number) => number.to_string(),
-        DeValue::Float(number) => number.to_string(),
+        DeValue::Integer(number) => short(&number.to_string()).into(),
+        DeValue::Float(number) => short(&number.to_string()).into(),
         DeValue::Boolean(value) => value.to_string(),
         DeValue::Datetime(date) => format!("the date {date}"),
         DeValue::Array(items) => {
-            let items: Vec<_> = items.iter().map(|item| show(item.get_ref())).collect();
-            format!("[{}]", items.join(", "))
+            let shown = items.iter().take(10).map(|item| show(item.get_ref()));
+            let more = (items.len() > 10).then(|| "...".to_owned());
+            format!("[{}]", shown.chain(more).collect::<Vec<_>>().join(", "))
         }
         DeValue::Table(_) => "a table".to_owned(),
     }
+}
+
+/// Characters of a name or value that a message shows.
+const SHOWN: usize = 60;
+
+fn short(text: &str) -> &str {
+    text.char_indices().nth(SHOWN).map_or(text, |(end, _)| &text[..end])
 }

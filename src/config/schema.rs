@@ -3,7 +3,7 @@
 //!
 //! A field's doc comment is its key's text. Beside schemars' own attributes two extensions say what becomes of a key:
 //! `x-no-effect` (accepted and named in the log, with this reason) and `x-not-yet` (only the default is accepted; the
-//! text says why).
+//! text says why). A third, `x-infinite`, lets a number be `inf`.
 
 use std::fmt;
 use std::sync::LazyLock;
@@ -52,6 +52,8 @@ pub(super) struct Bounds {
     max: f64,
     above: f64,
     below: f64,
+    /// Whether infinity is a value; else only what float32 can tell from it, and from 0, is.
+    infinite: bool,
 }
 
 /// The keys of a whole job file: its sections.
@@ -182,6 +184,17 @@ impl Shape {
         }
     }
 
+    /// Whether a number would do but for its size.
+    pub fn refuses_for_float32(&self, number: &str) -> bool {
+        match self {
+            Self::Float(bounds) => {
+                number.parse().is_ok_and(|value| bounds.contain(value) && !bounds.fits_float32(value))
+            }
+            Self::Any(shapes) => shapes.iter().any(|shape| shape.refuses_for_float32(number)),
+            _ => false,
+        }
+    }
+
     /// Whether any string will do.
     pub fn takes_text(&self) -> bool {
         match self {
@@ -220,8 +233,13 @@ pub(super) fn names(keys: &[Key]) -> String {
 }
 
 impl Bounds {
-    const NONE: Self =
-        Self { min: f64::NEG_INFINITY, max: f64::INFINITY, above: f64::NEG_INFINITY, below: f64::INFINITY };
+    const NONE: Self = Self {
+        min: f64::NEG_INFINITY,
+        max: f64::INFINITY,
+        above: f64::NEG_INFINITY,
+        below: f64::INFINITY,
+        infinite: false,
+    };
 
     fn read(schema: &Value) -> Self {
         let or = |name: &str, none: f64| schema[name].as_f64().unwrap_or(none);
@@ -230,6 +248,7 @@ impl Bounds {
             max: or("maximum", Self::NONE.max),
             above: or("exclusiveMinimum", Self::NONE.above),
             below: or("exclusiveMaximum", Self::NONE.below),
+            infinite: schema["x-infinite"] == true,
         }
     }
 
@@ -238,6 +257,12 @@ impl Bounds {
         let above = self.above == Self::NONE.above || value > self.above;
         let below = self.below == Self::NONE.below || value < self.below;
         value >= self.min && value <= self.max && above && below
+    }
+
+    /// Whether the value is a number to compute with in float32, where it is to be one.
+    pub fn fits_float32(&self, value: f64) -> bool {
+        let float32 = value as f32;
+        value == 0.0 || float32.is_normal() || self.infinite && value.is_infinite()
     }
 }
 

@@ -10,13 +10,13 @@ use super::schema::{ONE_DEVICE, PYTHON};
 pub struct Training {
     /// "c4_test": the stories that titan ships. "c4": Hugging Face's `allenai/c4`, fetched as it is needed. Your own
     /// files by their kind: "text", "json" (JSONL, also compressed), "parquet", "tokens" (written by `titan tokenize`);
-    /// `dataset_path` says where. To fine-tune: "chat" (JSONL of `messages`, of which those of the assistant are learned),
-    /// "instruct" (JSONL of `prompt` and `completion`, which is learned). Anything with a slash is a dataset of the Hugging Face hub.
+    /// `dataset_path` says where. To fine-tune: "chat" (JSONL or Parquet of `messages`, of which those of the assistant are
+    /// learned), "instruct" (JSONL or Parquet of `prompt` and `completion`, which is learned). Anything with a slash is a dataset of the Hugging Face hub.
     pub dataset: String,
     /// A file, a folder or a glob such as "data/*.jsonl.zst". "none": the dataset's own place.
     pub dataset_path: Option<String>,
     /// Sequences that go through the model at once. Memory grows with it.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub local_batch_size: usize,
     /// Sequences per optimizer step, a multiple of `local_batch_size`: gradients are accumulated over that many
     /// batches. -1: one batch.
@@ -24,10 +24,10 @@ pub struct Training {
     #[schemars(with = "minus_one::OrAtLeastOne")]
     pub global_batch_size: Option<usize>,
     /// Tokens per sequence.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub seq_len: usize,
     /// Gradients are scaled down so that their norm over all parameters is at most this. `inf`: never.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("exclusiveMinimum" = 0, "x-infinite" = true))]
     pub max_norm: f64,
     /// Optimizer steps of the run. Running again with more goes on from the last checkpoint.
     #[schemars(range(min = 1))]

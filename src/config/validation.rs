@@ -14,10 +14,10 @@ pub struct Validation {
     /// As `training.dataset_path`.
     pub dataset_path: Option<String>,
     /// Sequences that go through the model at once.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub local_batch_size: usize,
     /// Tokens per sequence.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
     pub seq_len: usize,
     /// Training steps from one validation to the next.
     #[schemars(range(min = 1))]

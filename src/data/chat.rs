@@ -47,6 +47,19 @@ impl Message {
         self.0.get("content").and_then(Value::as_str).unwrap_or_default()
     }
 
+    /// About the bytes of all that it holds.
+    pub fn bytes(&self) -> usize {
+        fn bytes(value: &Value) -> usize {
+            match value {
+                Value::String(text) => text.len(),
+                Value::Array(items) => items.iter().map(bytes).sum(),
+                Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + bytes(value)).sum(),
+                Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+            }
+        }
+        self.0.values().map(bytes).sum()
+    }
+
     /// Whether a model that learns the conversation is to learn this.
     pub fn is_learned(&self) -> bool {
         self.role() == "assistant"

@@ -86,6 +86,7 @@ impl Loader {
                 dp_rank,
                 dp_degree,
                 keeps_whole: spec.is_of_examples(),
+                masks: spec.masks_examples,
                 said: Arc::default(),
             },
             plan: Plan { dataset, encoder, shuffle, repeat, n_workers: num_workers.unwrap_or_else(default_workers) },
@@ -116,10 +117,12 @@ impl Loader {
             None => self.pull(waits)?,
         };
         let Some((batch, position)) = next else { return Ok(None) };
-        if position.epoch > self.position.epoch {
-            let (name, epoch) = (&self.dataset, position.epoch + 1);
-            match self.position.epoch {
-                0 => warn!("dataset {name}: all of it was read, and it starts over: epoch {epoch}"),
+        let (before, epoch) = (self.position.epoch + 1, position.epoch + 1);
+        // Data smaller than a batch begins anew in every step: the second, fourth, eighth ... time tells enough.
+        if epoch.ilog2() > before.ilog2() {
+            let name = &self.dataset;
+            match before {
+                1 => warn!("dataset {name}: all of it was read, and it starts over: epoch {epoch}"),
                 _ => info!("dataset {name}: epoch {epoch}"),
             }
         }

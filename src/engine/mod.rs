@@ -22,7 +22,8 @@ pub struct MicroBatch {
     /// `(b, s)`, u32; so are `labels`, of which those that are [`IGNORE_INDEX`](crate::ops::IGNORE_INDEX) do not count.
     pub tokens: Tensor,
     pub labels: Tensor,
-    /// Where in its row the document of each token begins, `b · s` numbers; `None`: end-of-text tokens tell.
+    /// Where in its row the document of each token begins, `b · s` numbers; `None`: in a model that masks
+    /// documents, end-of-text tokens tell.
     pub document_starts: Option<Vec<u32>>,
 }
 

@@ -19,6 +19,9 @@ use crate::models::Decoder;
 use crate::models::decoder::KvCache;
 use crate::{Error, Result};
 
+/// More than any model was trained with; tables of positions take memory.
+const MAX_POSITIONS: usize = 1 << 24;
+
 /// A trained model with its tokenizer, from a checkpoint alone.
 pub struct Generator {
     model: Decoder,
@@ -44,6 +47,11 @@ impl Generator {
         let tokenizer = pretrained.tokenizer()?;
         let mut args = pretrained.args.clone();
         let longest = longest(&tokenizer, args.max_seq_len)?;
+        if longest > MAX_POSITIONS {
+            return Err(Error::Usage(format!(
+                "{longest} positions are too many\n   = prompt and new tokens together may be {MAX_POSITIONS}"
+            )));
+        }
         if longest > args.max_seq_len {
             tracing::warn!(
                 "{longest} positions are more than the {} that the model was trained with: the text may fall apart",
@@ -57,6 +65,8 @@ impl Generator {
         if let Some((lora, _)) = &pretrained.adapters {
             model.adapt(lora, 0)?;
         }
+        // Before memory is taken for a model that the files do not hold.
+        pretrained.weights.fit(&model.state_shapes())?;
         // To generate, nothing more precise need be kept.
         let precision = Precision { storage: pretrained.compute, compute: pretrained.compute };
         model.allocate(precision, &device, false)?;

@@ -58,6 +58,17 @@ pub struct DecoderArgs {
     pub qk_norm: bool,
     /// What `qk_norm` norms at a time: each "head", or the whole "projection" to all heads.
     pub qk_norm_over: QkNormOver,
+    /// Queries and keys are divided by their root mean square after they have rotated, in the layers where they do.
+    pub qk_unit_norm: bool,
+    /// Queries grow with their position in layers without rotary positions: by the factor
+    /// `1 + attn_scale * ln(1 + floor((position + 1) / floor_scale))`, positions counted from 0.
+    pub attn_temperature_tuning: bool,
+    /// With `attn_temperature_tuning`: positions from one step of the factor to the next.
+    #[schemars(range(min = 1))]
+    pub floor_scale: usize,
+    /// With `attn_temperature_tuning`: how much the factor grows.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub attn_scale: f64,
     /// Queries, keys and values have biases.
     pub attention_bias: bool,
     /// The layer after attention has a bias.
@@ -346,6 +357,10 @@ impl Default for DecoderArgs {
             zero_centered_norms: false,
             qk_norm: false,
             qk_norm_over: QkNormOver::Head,
+            qk_unit_norm: false,
+            attn_temperature_tuning: false,
+            floor_scale: 8192,
+            attn_scale: 0.1,
             attention_bias: false,
             attention_out_bias: false,
             mlp_bias: false,

@@ -1,6 +1,10 @@
 //! Arguments that no decoder can be built with.
 
 use super::args::{AttentionKind, DecoderArgs, FeedForwardKind, MoeArgs, NormType, QkNormOver, RopeLayout};
+use super::layer::LayerArgs;
+
+/// No model is wider; the parameters of a layer this wide still fit an integer.
+const WIDTH: usize = 1 << 24;
 
 /// Arguments that contradict each other, or that nothing can be built with.
 #[derive(Debug)]
@@ -24,8 +28,7 @@ impl DecoderArgs {
         }
         let mut clashes = Vec::new();
         self.patterns(&mut clashes);
-        let latent =
-            || (0..self.n_layers.min(self.latent_pattern.len().max(1))).map(|i| self.layer(i).latent_dim.is_some());
+        let latent = || self.attentions().map(|layer| layer.latent_dim.is_some());
         if latent().any(|is_latent| !is_latent) {
             self.grouped_attention(&mut clashes);
         }
@@ -40,29 +43,51 @@ impl DecoderArgs {
         clashes
     }
 
+    /// A size that is 0, or beyond any model: products of the others are exact, and counting layers and experts takes no
+    /// memory to speak of.
     fn impossible_size(&self) -> Option<Clash> {
-        let Self { dim, n_layers, n_heads, vocab_size, multiple_of, max_seq_len, original_seq_len, .. } = *self;
-        let Self { interleave_moe_layer_step, qk_nope_head_dim, qk_rope_head_dim, v_head_dim, .. } = *self;
-        let sizes = [
-            [dim, n_layers, n_heads, vocab_size, multiple_of, max_seq_len, original_seq_len, interleave_moe_layer_step],
-            [
-                qk_nope_head_dim,
-                qk_rope_head_dim,
-                v_head_dim,
-                self.n_kv_heads.unwrap_or(1),
-                self.head_dim.unwrap_or(1),
-                self.kv_lora_rank.unwrap_or(1),
-                self.every_n_layers_nope.unwrap_or(1),
-                self.fixed_attn_block_size.unwrap_or(1).min(self.sliding_window.unwrap_or(1)),
-            ],
+        const POSITIONS: usize = 1 << 32;
+        const LAYERS: usize = 1 << 12;
+        const EXPERTS: usize = 1 << 14;
+        let or_one = |size: Option<usize>| size.unwrap_or(1);
+        let experts = |size: fn(&MoeArgs) -> usize| self.moe_args.as_ref().map_or(1, size);
+        let sizes: [(&[&str], usize, usize); 25] = [
+            (&["dim"], self.dim, WIDTH),
+            (&["n_layers"], self.n_layers, LAYERS),
+            (&["n_heads"], self.n_heads, WIDTH),
+            (&["n_kv_heads"], or_one(self.n_kv_heads), WIDTH),
+            (&["head_dim"], or_one(self.head_dim), WIDTH),
+            (&["vocab_size"], self.vocab_size, WIDTH),
+            (&["hidden_dim"], or_one(self.hidden_dim), WIDTH),
+            (&["inter_dim"], or_one(self.inter_dim), WIDTH),
+            (&["moe_inter_dim"], or_one(self.moe_inter_dim), WIDTH),
+            (&["multiple_of"], self.multiple_of, WIDTH),
+            (&["kv_lora_rank"], or_one(self.kv_lora_rank), WIDTH),
+            (&["q_lora_rank"], self.q_lora_rank.max(1), WIDTH),
+            (&["qk_nope_head_dim"], self.qk_nope_head_dim, WIDTH),
+            (&["qk_rope_head_dim"], self.qk_rope_head_dim, WIDTH),
+            (&["v_head_dim"], self.v_head_dim, WIDTH),
+            (&["max_seq_len"], self.max_seq_len, POSITIONS),
+            (&["original_seq_len"], self.original_seq_len, POSITIONS),
+            (&["fixed_attn_block_size"], or_one(self.fixed_attn_block_size), POSITIONS),
+            (&["sliding_window"], or_one(self.sliding_window), POSITIONS),
+            (&["every_n_layers_nope"], or_one(self.every_n_layers_nope), POSITIONS),
+            (&["interleave_moe_layer_step"], self.interleave_moe_layer_step, POSITIONS),
+            (&["moe_args.num_experts"], experts(|moe| moe.num_experts), EXPERTS),
+            (&["moe_args.num_shared_experts"], experts(|moe| moe.num_shared_experts.max(1)), EXPERTS),
+            (&["moe_args.top_k"], experts(|moe| moe.top_k), EXPERTS),
+            (&["floor_scale"], self.floor_scale, POSITIONS),
         ];
-        let widths = [self.hidden_dim, self.inter_dim, self.moe_inter_dim].map(|width| width.unwrap_or(1));
-        let mut sizes = sizes.into_iter().flatten().chain(widths);
-        if sizes.clone().any(|size| size == 0) {
-            return Some(clash(&[], "a size is 0", "sizes must be at least 1"));
-        }
-        let beyond = sizes.any(|size| size >= 1 << 32) || self.q_lora_rank >= 1 << 32;
-        beyond.then(|| clash(&[], "a size is beyond any machine", "sizes must be below 2^32"))
+        let (keys, size, most) = sizes.into_iter().find(|(_, size, most)| !(1..=*most).contains(size))?;
+        let what = if size == 0 { "cannot be 0".to_owned() } else { format!("{size} is beyond any model") };
+        Some(clash(keys, format!("`{}` {what}", keys[0]), format!("at least 1, and at most {most}")))
+    }
+
+    /// Layers enough for each kind of attention that the model has, with rotary positions and without, to be among them.
+    fn attentions(&self) -> impl Iterator<Item = LayerArgs> {
+        let period = self.latent_pattern.len().max(1) * self.rope_pattern.len().max(1);
+        // A layer that `every_n_layers_nope` leaves out need not be left out a period later.
+        (0..self.n_layers.min(2 * period)).map(|index| self.layer(index))
     }
 
     /// Lists whose words need an argument that is not there, and arguments that no word needs.
@@ -88,6 +113,14 @@ impl DecoderArgs {
         if self.every_n_layers_nope.is_some() && !self.rope_pattern.is_empty() {
             let keys = &["rope_pattern", "every_n_layers_nope"];
             push(keys, "two rules say which layers rotate", "set one of them");
+        }
+        if self.attn_temperature_tuning && self.attentions().all(|layer| layer.rope.is_some()) {
+            let keys = &["attn_temperature_tuning", "rope_pattern", "every_n_layers_nope"];
+            push(keys, "every layer rotates, and none is tuned", "add false to `rope_pattern`");
+        }
+        if self.qk_unit_norm && !self.attentions().any(|layer| layer.rope.is_some() && layer.latent_dim.is_none()) {
+            let keys = &["qk_unit_norm", "rope_pattern", "kv_lora_rank"];
+            push(keys, "no layer of grouped-query attention rotates", "set `qk_unit_norm` to false");
         }
         if self.latent_pattern.contains(&true) && self.kv_lora_rank.is_none() {
             push(&["latent_pattern", "kv_lora_rank"], "latents have no width", "set `kv_lora_rank`");
@@ -203,9 +236,21 @@ impl DecoderArgs {
     }
 
     fn feed_forward(&self, clashes: &mut Vec<Clash>) {
-        if self.ffn_hidden_dim() == 0 {
-            let what = "the feed-forward would have no width";
-            clashes.push(clash(&["ffn_dim_multiplier"], what, "raise `ffn_dim_multiplier`"));
+        match self.ffn_hidden_dim() {
+            0 => {
+                let what = "the feed-forward would have no width";
+                clashes.push(clash(&["ffn_dim_multiplier"], what, "raise `ffn_dim_multiplier`"));
+            }
+            width if width > WIDTH => {
+                let what = format!("a feed-forward of width {width} is beyond any model");
+                let keys = &["ffn_dim_multiplier", "dim", "multiple_of"];
+                clashes.push(clash(keys, what, format!("at most {WIDTH}: lower `dim` or `ffn_dim_multiplier`")));
+            }
+            _ => {}
+        }
+        if self.moe_args.is_some() && self.moe_hidden_dim() == 0 {
+            let keys = &["moe_inter_dim", "auto_scale_hidden_dim", "moe_args.top_k", "moe_args.num_shared_experts"];
+            clashes.push(clash(keys, "the experts would have no width", "set `moe_inter_dim`"));
         }
         if let (Some(hidden_dim), Some(inter_dim)) = (self.hidden_dim, self.inter_dim)
             && hidden_dim != inter_dim
@@ -294,7 +339,10 @@ mod tests {
             (DecoderArgs { rope_factor: Some(4.0), ..llama.clone() }, "rope_factor rope_scaling_args"),
             (DecoderArgs { hidden_dim: Some(8), inter_dim: Some(9), ..llama.clone() }, "hidden_dim inter_dim"),
             (DecoderArgs { ffn_dim_multiplier: Some(1e-9), ..llama.clone() }, "ffn_dim_multiplier"),
-            (DecoderArgs { head_dim: Some(0), ..llama }, ""),
+            (DecoderArgs { head_dim: Some(0), ..llama.clone() }, "head_dim"),
+            (DecoderArgs { dim: 1_000_000_000_000, ..llama.clone() }, "dim"),
+            (DecoderArgs { n_layers: 1_000_000_000, ..llama }, "n_layers"),
+            (moe(|moe| moe.num_shared_experts = usize::MAX), "moe_args.num_shared_experts"),
             (DecoderArgs { n_kv_heads: Some(8), ..deepseek.clone() }, "n_kv_heads kv_lora_rank"),
             (DecoderArgs { head_dim: Some(64), ..deepseek.clone() }, "head_dim kv_lora_rank"),
             (DecoderArgs { qk_norm: true, ..deepseek.clone() }, "qk_norm kv_lora_rank"),
@@ -321,6 +369,8 @@ mod tests {
             ("attention_pattern = ['chunked']", "attention_pattern fixed_attn_block_size"),
             ("local_rope_theta = 1e4", "local_rope_theta attention_pattern"),
             ("every_n_layers_nope = 4\nrope_pattern = [true]", "rope_pattern every_n_layers_nope"),
+            ("attn_temperature_tuning = true", "attn_temperature_tuning rope_pattern every_n_layers_nope"),
+            ("rope_pattern = [false]\nqk_unit_norm = true", "qk_unit_norm rope_pattern kv_lora_rank"),
             ("latent_pattern = [true, false]", "latent_pattern kv_lora_rank"),
             ("feed_forward_pattern = ['moe']", "feed_forward_pattern moe_args moe_enabled"),
             (

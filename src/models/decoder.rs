@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::args::{DecoderArgs, RopeArgs};
 use super::layer::Span;
-use super::layers::{Block, ExpertLoad, LayerCache, Norm};
+use super::layers::{Block, ExpertLoad, LayerCache, Norm, Positions};
 use super::lora::{self, Adapters, Lora};
 use crate::autograd::{Init, Parameter, Precision, StageBuilder, Value};
 use crate::engine::{Pass, Stages};
@@ -54,6 +54,8 @@ struct Layer {
 pub struct Sequence {
     ropes: Vec<RopeTable>,
     masks: Vec<AttentionMask>,
+    /// Factors on the queries of layers without rotary positions.
+    query_scales: Option<Arc<[f32]>>,
 }
 
 /// What the layers keep of the tokens so far, for generation.
@@ -241,6 +243,15 @@ impl Decoder {
         self.stages.iter().map(StageBuilder::numel).sum()
     }
 
+    /// What weights, gradients and optimizer state take in training. In floating point, where absurd sizes do not wrap around.
+    pub fn training_bytes(&self, precision: Precision) -> f64 {
+        let count = |stages: &[StageBuilder]| {
+            stages.iter().flat_map(StageBuilder::parameters).map(|parameter| parameter.numel() as f64).sum::<f64>()
+        };
+        let frozen = if self.adapters.is_some() { count(&self.stages) } else { 0.0 };
+        count(self.trained()) * precision.training_bytes() as f64 + frozen * precision.frozen_bytes() as f64
+    }
+
     /// Number of parameters that a token meets: an expert's count as often as it is chosen.
     pub fn n_active_params(&self) -> usize {
         self.parameters().map(|p| self.n_active(p)).sum()
@@ -351,14 +362,19 @@ impl Decoder {
         });
         let masks = masks.collect();
         let ropes = self.rope_tables.iter().map(|table| table.narrow(positions.start, positions.len()));
-        Ok(Sequence { ropes: ropes.collect::<Result<_>>()?, masks })
+        let query_scales = self.args.query_scales(positions.clone());
+        Ok(Sequence { ropes: ropes.collect::<Result<_>>()?, masks, query_scales })
     }
 }
 
 impl Layer {
     fn forward(&self, x: &Value, sequence: &Sequence, pass: Pass, cache: Option<&mut LayerCache>) -> Result<Value> {
-        let rope = self.rope.map(|rope| &sequence.ropes[rope]);
-        self.block.forward(x, rope, &sequence.masks[self.mask], pass, cache)
+        let positions = Positions {
+            rope: self.rope.map(|rope| &sequence.ropes[rope]),
+            mask: &sequence.masks[self.mask],
+            query_scales: sequence.query_scales.as_ref().filter(|_| self.rope.is_none()),
+        };
+        self.block.forward(x, &positions, pass, cache)
     }
 }
 
@@ -373,10 +389,11 @@ impl Stages for Decoder {
         let (b, s) = tokens.dims2()?;
         let mask = AttentionMask::causal();
         let mask = match (document_starts, self.eos_id) {
-            _ if !self.args.masks_documents() => mask,
             (Some(starts), _) => mask.raised_to(starts.to_vec()),
-            (None, Some(eos_id)) => mask.within_documents(&tokens.flatten_all()?.to_vec1::<u32>()?, s, eos_id),
-            (None, None) => mask,
+            (None, Some(eos_id)) if self.args.masks_documents() => {
+                mask.within_documents(&tokens.flatten_all()?.to_vec1::<u32>()?, s, eos_id)
+            }
+            (None, _) => mask,
         };
         self.positions(mask, b, 0..s)
     }

@@ -1,5 +1,8 @@
 //! What one layer is made of, as the arguments of the whole model say.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use super::args::{AttentionKind, AttnMaskType, AttnType, DecoderArgs, FeedForwardKind, RopeArgs, Stretch, YarnArgs};
 
 /// One layer of a decoder.
@@ -83,6 +86,21 @@ impl DecoderArgs {
         width.powf(-0.5) * temperature * temperature
     }
 
+    /// Factors on the queries of layers without rotary positions; `None`: all are 1.
+    ///
+    /// # Source
+    /// Nakanishi, arXiv:2501.19399, in Llama 4's steps.
+    pub fn query_scales(&self, positions: Range<usize>) -> Option<Arc<[f32]>> {
+        let steps = |position: usize| ((position + 1) / self.floor_scale) as f64;
+        self.tunes_temperature(positions.end)
+            .then(|| positions.map(|it| (1.0 + self.attn_scale * steps(it).ln_1p()) as f32).collect())
+    }
+
+    /// Whether some of so many positions have another factor than 1 on their queries, in layers without rotary positions.
+    pub fn tunes_temperature(&self, positions: usize) -> bool {
+        self.attn_temperature_tuning && positions >= self.floor_scale
+    }
+
     /// Numbers of a head that rotate.
     pub fn rope_dim(&self, is_latent: bool) -> usize {
         if is_latent { self.qk_rope_head_dim } else { self.head_dim() }
@@ -133,7 +151,7 @@ impl DecoderArgs {
     /// Width of a dense feed-forward: `hidden_dim`, else two thirds of `4 * dim`, times `ffn_dim_multiplier`, up to a
     /// multiple of `multiple_of`.
     pub fn ffn_hidden_dim(&self) -> usize {
-        let made = || self.unrounded_hidden_dim().next_multiple_of(self.multiple_of);
+        let made = || rounded_up(self.unrounded_hidden_dim(), self.multiple_of);
         self.hidden_dim.or(self.inter_dim).unwrap_or_else(made)
     }
 
@@ -144,7 +162,7 @@ impl DecoderArgs {
             Some(moe) if self.auto_scale_hidden_dim => moe.top_k + moe.num_shared_experts,
             _ => 1,
         };
-        let made = || (self.unrounded_hidden_dim() / active).next_multiple_of(self.multiple_of);
+        let made = || rounded_up(self.unrounded_hidden_dim() / active, self.multiple_of);
         self.moe_inter_dim.unwrap_or_else(made)
     }
 
@@ -155,6 +173,11 @@ impl DecoderArgs {
             None => hidden_dim,
         }
     }
+}
+
+/// The multiple of `step` from `width` on; of a width that is no number, the largest there is.
+fn rounded_up(width: usize, step: usize) -> usize {
+    width.checked_next_multiple_of(step).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

@@ -15,13 +15,13 @@ use crate::{Error, Result};
 #[serde(default, deny_unknown_fields)]
 pub struct Lora {
     /// Rank of the adapters, such as 8 or 16. "none": no adapters, all weights are trained.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub rank: Option<usize>,
     /// Adapters count `alpha / rank` times.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub alpha: f64,
     /// Which linear layers get one: "all-linear" (all in the blocks but routers), names such as "wq" or "w1", or patterns of
-    /// full names such as "layers.1?.attention.*". Experts of a mixture keep their weights.
+    /// full names such as "layers.1?.attention.*". The routed experts of a mixture keep their weights.
     pub targets: Vec<String>,
     /// Part of an adapter's inputs that is left out at random in each step.
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 1))]
@@ -48,16 +48,22 @@ impl Adapters {
     /// # Errors
     /// [`Error::Config`] if a target is no linear layer of the model.
     pub fn new(stages: &[StageBuilder], lora: &Lora, rank: usize, seed: u64) -> Result<Self> {
-        let linear = |p: &&Arc<Parameter>| p.shape().len() == 2 && p.fqn().starts_with("layers.");
-        let weights = stages.iter().flat_map(|stage| stage.parameters()).filter(linear);
-        let names: Vec<&str> = weights.map(|p| layer_name(p)).collect();
+        let linear = |p: &&Arc<Parameter>| p.shape().len() == 2 && p.fqn().starts_with("layers.") && !is_of_experts(p);
+        let weights = || stages.iter().flat_map(|stage| stage.parameters());
+        let names: Vec<&str> = weights().filter(linear).map(|p| layer_name(p)).collect();
         for target in &lora.targets {
             if !names.iter().any(|name| is_named(target, name)) {
                 let known: BTreeSet<&str> = names.iter().map(|name| last_part(name)).collect();
                 let known: Vec<String> = known.iter().map(|name| format!("{name:?}")).collect();
+                let is_part = |p: &Parameter| p.fqn().split('.').any(|part| is_named(target, part));
+                let names_experts = weights().any(|p| is_of_experts(p) && (is_part(p) || is_named(target, p.fqn())));
+                let what = match names_experts {
+                    true => "names weights of routed experts, which take no adapters",
+                    false => "is no linear layer in this model's blocks",
+                };
                 return Err(Error::Config(format!(
-                    "error: `model.lora.targets`: {target:?} is no linear layer in this model's blocks\n   = allowed: \
-                     \"all-linear\", {}, or patterns of full names such as {:?}",
+                    "error: `model.lora.targets`: {target:?} {what}\n   = allowed: \"all-linear\", {}, or patterns of \
+                     full names such as {:?}",
                     known.join(", "),
                     names.first().unwrap_or(&"layers.0.attention.wq")
                 )));
@@ -105,6 +111,11 @@ pub fn merged(weight: &Parameter, adapter: &Adapter) -> Result<Tensor> {
 /// The layer that a weight belongs to: `layers.0.attention.wq`.
 fn layer_name(weight: &Parameter) -> &str {
     weight.fqn().trim_end_matches(".weight")
+}
+
+/// Whether it is a matrix, or a bias, of each routed expert of a layer.
+fn is_of_experts(weight: &Parameter) -> bool {
+    weight.fqn().contains(".moe.experts.")
 }
 
 fn last_part(name: &str) -> &str {

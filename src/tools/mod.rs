@@ -1,9 +1,11 @@
-//! Logging, profiling, signals, panics, random numbers, and facts about the device.
+//! Logging, profiling, signals, panics, random numbers, files of others, and facts about the device.
 
 pub mod bugs;
 pub mod device;
+pub mod files;
 pub mod logging;
 pub mod memory;
+pub mod panics;
 pub mod profiler;
 pub mod random;
 pub mod signals;

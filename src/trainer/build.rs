@@ -61,6 +61,7 @@ impl Trainer {
     pub fn build(loaded: Loaded) -> Result<Self> {
         let text = Text::of(&loaded.config)?;
         let args = decoder_args(&loaded.config, &text.vocabulary)?;
+        let data = train_spec(&loaded.config);
         loaded.notices.iter().for_each(|notice| warn!("{notice}"));
         let mut config = loaded.config.clone();
         config.model.args = ModelArgs::all(&args);
@@ -101,12 +102,16 @@ impl Trainer {
 
         info!("Seed: {seed}");
 
-        // Data before memory: what is wrong with a dataset shows at once.
-        let mut loader = train_loader(&config, &text, seed)?;
-        let validator = validator(&config, &text)?;
-
         let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
         model.adapt(&config.model.lora, seed)?;
+        let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
+        let precision = Precision { storage, compute };
+        check_memory(&model, precision, &config, &facts)?;
+
+        // Data before memory is taken: what is wrong with a dataset shows at once.
+        let mut loader = train_loader(&config, &data, &text, seed)?;
+        let validator = validator(&config, &data, &text)?;
+
         let flops_per_token = model.flops_per_token(config.training.seq_len);
         let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
         info!(
@@ -121,9 +126,6 @@ impl Trainer {
             },
             flops_per_token as f64 / 1e6
         );
-        let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
-        let precision = Precision { storage, compute };
-        check_memory(&model, precision, &facts)?;
         model.allocate(precision, &device, true)?;
         let kind = OptimizerKind {
             decoupled: config.optimizer.name == OptimizerName::AdamW,
@@ -211,6 +213,19 @@ impl Text {
     }
 }
 
+/// The arguments of the model that a job trains; those of its flavor's vocabulary, where its tokenizer is not there.
+pub fn model_args(config: &JobConfig) -> Result<DecoderArgs> {
+    let vocabulary = match Text::of(config) {
+        Ok(text) => text.vocabulary,
+        Err(error @ Error::Tokenizer(_)) => {
+            warn!("{error}\n  = training will ask for it; the vocabulary shown is that of the flavor");
+            Vocabulary { vocab_size: 0, eos_id: None }
+        }
+        Err(error) => return Err(error),
+    };
+    decoder_args(config, &vocabulary)
+}
+
 /// The flavor's arguments with `[model.args]` over them, fitted to the vocabulary and to the sequences.
 fn decoder_args(config: &JobConfig, vocabulary: &Vocabulary) -> Result<DecoderArgs> {
     let model = &config.model;
@@ -296,12 +311,13 @@ fn train_spec(config: &JobConfig) -> DatasetSpec {
         messages_field: config.data.messages_field.clone(),
         prompt_field: config.data.prompt_field.clone(),
         completion_field: config.data.completion_field.clone(),
+        masks_examples: config.model.args.0.get("attn_mask_type").and_then(|mask| mask.as_str()) != Some("causal"),
         max_bad_records: config.data.max_bad_records,
         validates: None,
     }
 }
 
-fn train_loader(config: &JobConfig, text: &Text, seed: u64) -> Result<Loader> {
+fn train_loader(config: &JobConfig, data: &DatasetSpec, text: &Text, seed: u64) -> Result<Loader> {
     let options = LoaderOptions {
         batch_size: config.training.local_batch_size,
         seq_len: config.training.seq_len,
@@ -311,10 +327,10 @@ fn train_loader(config: &JobConfig, text: &Text, seed: u64) -> Result<Loader> {
         repeat: true,
         num_workers: config.data.num_workers,
     };
-    Loader::new(&train_spec(config), text.encoder(), options, &hub::open_dataset)
+    Loader::new(data, text.encoder(), options, &hub::open_dataset)
 }
 
-fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
+fn validator(config: &JobConfig, data: &DatasetSpec, text: &Text) -> Result<Option<Validator>> {
     let validation = &config.validation;
     if !validation.enable {
         return Ok(None);
@@ -323,7 +339,7 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
         dataset: validation.dataset.clone(),
         dataset_path: validation.dataset_path.clone(),
         validates: Some(config.training.dataset.clone()),
-        ..train_spec(config)
+        ..data.clone()
     };
     let options = LoaderOptions {
         batch_size: validation.local_batch_size,
@@ -338,23 +354,42 @@ fn validator(config: &JobConfig, text: &Text) -> Result<Option<Validator>> {
     Ok(Some(Validator::new(loader, validation.steps)))
 }
 
-/// Refuses a model whose weights, gradients and moments alone are more than the machine holds, rather than be killed by
-/// the system.
-fn check_memory(model: &Decoder, precision: Precision, facts: &DeviceFacts) -> Result<()> {
-    let trained: usize = model.trained_parameters().map(|parameter| parameter.numel()).sum();
-    let frozen = if model.adapters().is_some() { model.n_params() } else { 0 };
-    let needed = (trained * precision.training_bytes() + frozen * precision.frozen_bytes()) as f64;
+/// Refuses a run that takes more than the machine holds, rather than be killed by the system. Counted is what cannot be
+/// done without: weights, gradients and moments, what is saved in the background, and of a batch what each layer takes in.
+fn check_memory(model: &Decoder, precision: Precision, config: &JobConfig, facts: &DeviceFacts) -> Result<()> {
+    // In floating point, where absurd sizes do not wrap around. The copy that is saved in the background holds weight and
+    // moments.
+    let copied = if config.checkpoint.in_background() { 3 * precision.storage.size_in_bytes() } else { 0 };
+    let trained: f64 = model.trained_parameters().map(|parameter| parameter.numel() as f64).sum();
+    let of_weights = model.training_bytes(precision) + trained * copied as f64;
+
+    let of_layer = (model.args().dim * precision.compute.size_in_bytes()) as f64;
+    let tokens = |rows: usize, seq_len: usize| rows as f64 * seq_len as f64;
+    let (training, validation) = (&config.training, &config.validation);
+    let kept = tokens(training.local_batch_size, training.seq_len) * of_layer * (model.args().n_layers + 1) as f64;
+    let passing = tokens(validation.local_batch_size, validation.seq_len) * of_layer * 2.0;
+    let (batch, batch_keys) = match validation.enable && passing > kept {
+        true => (passing, "[validation]"),
+        false => (kept, "[training]"),
+    };
+
     let there = facts.total_memory_bytes as f64;
-    if there > 0.0 && needed > there {
-        return Err(Error::Model(format!(
-            "weights, gradients and optimizer state of {} parameters take {:.1} GiB, this machine has {:.1} GiB\n   = a \
-             smaller flavor, or smaller sizes in [model.args]",
-            grouped(model.n_params() as f64, 0),
-            needed / GIB,
-            there / GIB
-        )));
+    if there == 0.0 || of_weights + batch <= there {
+        return Ok(());
     }
-    Ok(())
+    let remedy = if of_weights > batch {
+        "a smaller `model.flavor`, or smaller sizes in [model.args]".to_owned()
+    } else {
+        format!("a smaller `local_batch_size` or `seq_len` in {batch_keys}")
+    };
+    Err(Error::Config(format!(
+        "error: this run takes more than the {:.1} GiB of memory that there are: weights, gradients and optimizer state of \
+         {} parameters {:.1} GiB, what the layers take in of a batch {:.1} GiB\n   = {remedy}",
+        there / GIB,
+        grouped(model.parameters().map(|parameter| parameter.numel() as f64).sum(), 0),
+        of_weights / GIB,
+        batch / GIB
+    )))
 }
 
 pub fn schedule(config: &JobConfig) -> LrScheduler {

@@ -5,6 +5,8 @@ mod continuation;
 mod profile;
 mod step;
 
+pub use build::model_args;
+
 use std::time::Instant;
 
 use candle_core::Device;

@@ -36,6 +36,12 @@ pub enum Fault {
     Garbled,
     /// Fewer bytes come than were asked for, and nothing says so.
     Short,
+    /// More bytes come than were asked for.
+    Long,
+    /// A redirect to where it came from.
+    Circle,
+    /// A redirect to another host.
+    Elsewhere,
 }
 
 /// What a client asked for.
@@ -164,7 +170,12 @@ fn answer(name: &str, url: &str, mut stream: TcpStream, state: &Mutex<State>) ->
             *times -= 1;
             *fault
         });
-        let response = if name.is_empty() { state.hub(url, &request) } else { state.storage(&request, &path) };
+        let response = match fault {
+            Some(Fault::Circle) => Response::new(302, "").with("Location", format!("{url}{path}")),
+            Some(Fault::Elsewhere) => Response::new(302, "").with("Location", format!("{}{path}", state.storage_url)),
+            _ if name.is_empty() => state.hub(url, &request),
+            _ => state.storage(&request, &path),
+        };
         (response, fault)
     };
     let mut cut = None;
@@ -180,7 +191,8 @@ fn answer(name: &str, url: &str, mut stream: TcpStream, state: &Mutex<State>) ->
             }
         }
         Some(Fault::Short) if request.method == "GET" => drop(response.body.pop()),
-        Some(Fault::Garbled | Fault::Short) | None => {}
+        Some(Fault::Long) if request.method == "GET" => response.body.extend([0; 100]),
+        Some(Fault::Garbled | Fault::Short | Fault::Long | Fault::Circle | Fault::Elsewhere) | None => {}
     }
 
     let mut head = format!("HTTP/1.1 {} X\r\nConnection: close\r\n", response.status);
@@ -230,9 +242,11 @@ impl State {
                 self.in_repo(kind, owner, name, revision, |_| json!({ "id": format!("{owner}/{name}"), "sha": COMMIT }))
             }
             ["api", kind, owner, name, "paths-info", revision] => self.in_repo(kind, owner, name, revision, |files| {
-                let asked: Value = serde_json::from_slice(&request.body).unwrap();
-                let asked = asked["paths"].as_array().unwrap();
-                files.iter().filter(|file| asked.contains(&json!(file.path))).map(|file| file.entry()).collect()
+                // A redirect has made a request without a body of it.
+                let asked: Value = serde_json::from_slice(&request.body).unwrap_or_default();
+                let is_asked =
+                    |file: &&&File| asked["paths"].as_array().is_some_and(|it| it.contains(&json!(file.path)));
+                files.iter().filter(is_asked).map(|file| file.entry()).collect()
             }),
             ["api", kind, owner, name, "tree", revision, ref folder @ ..] => {
                 let folder = folder.join("/");

@@ -148,6 +148,45 @@ pub fn parquet(documents: &[Option<&str>]) -> Vec<u8> {
     bytes
 }
 
+/// Conversations of (role, content) in a column `messages` of lists of structs, whose `name` is always null, and the first
+/// and last contents in `prompt` and `completion`; in row groups of two. An empty conversation is null.
+pub fn parquet_chats(chats: &[&[(&str, &str)]]) -> Vec<u8> {
+    use parquet::data_type::{ByteArray, ByteArrayType};
+    let schema = "message chats {
+        optional group messages (LIST) { repeated group list { optional group element {
+            optional binary role (UTF8); optional binary content (UTF8); optional binary name (UTF8); } } }
+        optional binary prompt (UTF8);
+        optional binary completion (UTF8);
+    }";
+    let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
+    let mut bytes = Vec::new();
+    let mut writer = parquet::file::writer::SerializedFileWriter::new(&mut bytes, schema, Default::default()).unwrap();
+    for rows in chats.chunks(2) {
+        let mut group = writer.next_row_group().unwrap();
+        let mut write = |values: Vec<&str>, definition: &[i16], repetition: Option<&[i16]>| {
+            let values: Vec<ByteArray> = values.into_iter().map(ByteArray::from).collect();
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<ByteArrayType>().write_batch(&values, Some(definition), repetition).unwrap();
+            column.close().unwrap();
+        };
+        // Definition: 0 no list, 3 an element, 4 an element's value. Repetition: 0 in the first of a row.
+        let of_messages = |present: i16| -> Vec<i16> {
+            rows.iter().flat_map(|chat| if chat.is_empty() { vec![0] } else { vec![present; chat.len()] }).collect()
+        };
+        let repetition: Vec<i16> =
+            rows.iter().flat_map(|chat| (0..chat.len().max(1)).map(|i| i16::from(i > 0))).collect();
+        write(rows.concat().iter().map(|(role, _)| *role).collect(), &of_messages(4), Some(&repetition));
+        write(rows.concat().iter().map(|(_, content)| *content).collect(), &of_messages(4), Some(&repetition));
+        write(vec![], &of_messages(3), Some(&repetition));
+        let is_there: Vec<i16> = rows.iter().map(|chat| i16::from(!chat.is_empty())).collect();
+        write(rows.iter().filter_map(|chat| Some(chat.first()?.1)).collect(), &is_there, None);
+        write(rows.iter().filter_map(|chat| Some(chat.last()?.1)).collect(), &is_there, None);
+        group.close().unwrap();
+    }
+    writer.close().unwrap();
+    bytes
+}
+
 /// The same documents in every format, over three files of unequal size, one of a single document.
 pub fn every_format(dir: &TempDir, documents: &[String]) -> Vec<DatasetSpec> {
     let n = documents.len();

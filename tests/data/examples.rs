@@ -86,6 +86,62 @@ fn of_an_instruction_the_completion_and_its_end_are_learned() {
     assert_eq!(rows(&batch), [("^abcd_".into(), "..cd$.".into(), vec![0, 0, 0, 0, 0, 5])]);
 }
 
+const CHATS: [&[(&str, &str)]; 5] = [
+    &[("user", "ab"), ("assistant", "c")],
+    &[("system", "s"), ("user", "d"), ("assistant", "ef"), ("user", "g"), ("assistant", "h")],
+    &[("user", "ghi"), ("assistant", "jkl")],
+    &[("user", "m"), ("assistant", "n")],
+    &[("user", "o"), ("assistant", "pq")],
+];
+
+#[test]
+fn conversations_and_instructions_in_parquet_are_those_of_json_lines() {
+    let dir = TempDir::new().unwrap();
+    let lines = CHATS.map(|chat| {
+        let messages: Vec<_> = chat.iter().map(|(role, content)| json!({ "role": role, "content": content })).collect();
+        let (prompt, completion) = (chat[0].1, chat[chat.len() - 1].1);
+        format!("{}\n", json!({ "messages": messages, "prompt": prompt, "completion": completion }))
+    });
+    write(&dir, "lines/a.jsonl", lines.concat());
+    write(&dir, "rows/a.parquet", parquet_chats(&CHATS));
+    for dataset in ["chat", "instruct"] {
+        let of_all = |folder: &str, shuffle| {
+            let options = LoaderOptions { repeat: false, shuffle, ..options(2, 24) };
+            let mut loader = loader(&spec(dataset, dir.path().join(folder)), options).unwrap();
+            std::iter::from_fn(|| loader.next_batch().unwrap()).collect::<Vec<_>>()
+        };
+        for shuffle in [None, Some(3)] {
+            assert_eq!(of_all("rows", shuffle), of_all("lines", shuffle), "{dataset}");
+        }
+        let spec = spec(dataset, dir.path().join("rows"));
+        assert_resumes_exactly(&spec, &options(1, 16), 12);
+    }
+}
+
+#[test]
+fn a_fault_of_a_parquet_row_names_it() {
+    let dir = TempDir::new().unwrap();
+    let fault =
+        |spec: &DatasetSpec| loader(spec, LoaderOptions { repeat: false, ..options(1, 16) }).err().unwrap().to_string();
+    let path = write(&dir, "a.parquet", parquet_chats(&[CHATS[0], &[], CHATS[2]]));
+    let at = format!("{}: row 2", path.display());
+    assert!(fault(&spec("chat", &path)).contains(&format!("{at}: field `messages` is not an array of messages")));
+    assert!(fault(&spec("instruct", &path)).contains(&format!("{at}: field `prompt` is null, not text")));
+    let other = DatasetSpec { messages_field: "chats".into(), ..spec("chat", &path) };
+    let message = fault(&other);
+    assert!(message.contains("no field `chats`; data.messages_field can be one of: `messages`, `prompt`"), "{message}");
+    write(&dir, "b.jsonl", exchange("a", "b"));
+    let message = fault(&spec("chat", dir.path()));
+    assert!(message.contains("1 of its 2 files are parquet and the others are not"), "{message}");
+}
+
+#[test]
+fn examples_that_shall_see_each_other_come_without_a_mask() {
+    let dir = TempDir::new().unwrap();
+    let spec = DatasetSpec { masks_examples: false, ..chat(&dir, &[("ab", "c"), ("d", "ef")]) };
+    assert_eq!(next(&mut loader(&spec, options(1, 18)).unwrap()).document_starts, None);
+}
+
 #[test]
 fn a_fault_names_file_line_and_message() {
     let good = exchange("a", "b");

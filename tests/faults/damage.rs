@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use titan::components::checkpoint::manifest::Manifest;
 use titan::components::checkpoint::{StepFolder, Survey, Use};
 
 use crate::common::{Job, Outcome, amount, files, held};
@@ -66,7 +67,7 @@ fn every_flipped_bit_is_noticed_and_named() {
         fs::write(step.join(name), bytes).unwrap();
     }
     StepFolder::open(&step, Use::Everything).expect("whole again");
-    held("a bit of a checkpoint is flipped: noticed, and the file named", format_args!("{n} of {n}"));
+    held("a bit of a checkpoint flipped: noticed, and the file named", format_args!("{n} of {n}"));
 
     let n = amount(3, saved.len());
     for (name, bytes) in &saved[..n] {
@@ -77,9 +78,38 @@ fn every_flipped_bit_is_noticed_and_named() {
         trained.restore();
     }
     held(
-        "a bit of a checkpoint is flipped: the run goes on from the step before, to the same end",
+        "a bit of a checkpoint flipped (the binary): warned, the step before is loaded, the same end",
         format_args!("{n} of {n}"),
     );
+}
+
+#[test]
+fn no_mutated_manifest_is_accepted() {
+    let trained = Trained::new();
+    let json = fs::read(trained.job.step(6).join("manifest.json")).unwrap();
+    Manifest::from_json(&json).unwrap();
+    let mut chance = StdRng::seed_from_u64(2);
+    let n = amount(10_000, 1_000_000);
+    for _ in 0..n {
+        let mut mutated = json.clone();
+        (0..chance.random_range(1..4)).for_each(|_| mutate(&mut mutated, &mut chance));
+        let accepted = Manifest::from_json(&mutated).is_ok();
+        assert!(!accepted || mutated == json, "{}", String::from_utf8_lossy(&mutated));
+    }
+    held("a manifest mutated at random: refused", format_args!("{n} of {n}"));
+}
+
+/// Replaces, removes, or repeats some bytes.
+fn mutate(bytes: &mut Vec<u8>, chance: &mut StdRng) {
+    let start = chance.random_range(0..=bytes.len());
+    let end = bytes.len().min(start + chance.random_range(0..20));
+    let inserted: Vec<u8> = match chance.random_range(0..4) {
+        0 => Vec::new(),
+        1 => vec![chance.random()],
+        2 => b"-1.9e999\"\\{[,:]}null"[chance.random_range(0..10)..].to_vec(),
+        _ => bytes[start..end].repeat(2),
+    };
+    bytes.splice(start..end, inserted);
 }
 
 #[test]
@@ -131,7 +161,7 @@ fn files_that_are_cut_swapped_gone_or_new_are_noticed_and_named() {
     }
     let n = cases.len();
     held(
-        "files truncated, emptied, swapped, missing, extra, renamed; a step copied under another name",
+        "files truncated, emptied, swapped, missing, extra, renamed, a step under another name: noticed, named, the same end",
         format_args!("{n} of {n}"),
     );
 }
@@ -189,7 +219,7 @@ fn look_alikes_are_neither_loaded_nor_counted_nor_removed() {
     let survey = Survey::of(&job.checkpoints(), true).unwrap();
     assert_eq!(survey.whole_steps().map(|(step, _)| step).collect::<Vec<_>>(), [4, 6]);
     let n = folders.len() + files.len();
-    held("look-alikes of step folders are ignored", format_args!("{n} of {n}"));
+    held("look-alikes of step folders: ignored", format_args!("{n} of {n}"));
 }
 
 fn truncate(path: &Path) {

@@ -5,10 +5,20 @@
 
 #[path = "../common/binary.rs"]
 mod binary;
+mod bounded;
 mod commands;
 mod common;
 mod damage;
+mod hostile;
+#[cfg(feature = "hub")]
+mod hub;
+#[cfg(feature = "hub")]
+#[path = "../common/hub_server.rs"]
+mod hub_server;
+mod inputs;
+mod jobs;
 mod kills;
+mod mutation;
 mod numbers;
 #[cfg(target_os = "linux")]
 mod operations;

@@ -91,7 +91,10 @@ fn death_at_any_operation_of_a_save_loses_nothing() {
         );
         case.assert_nothing_is_lost();
     });
-    held("death before an operation of a save, or in the middle of a write", format_args!("{n} of {n}"));
+    held(
+        "death before an operation of a save, or amid a write: nothing announced is lost, the same end",
+        format_args!("{n} of {n}"),
+    );
 }
 
 #[test]
@@ -110,7 +113,10 @@ fn errors_at_any_operation_of_a_save_are_told_and_lose_nothing() {
         }
         case.assert_nothing_is_lost();
     });
-    held("ENOSPC, EIO, EROFS, EDQUOT, EMFILE at an operation of a save", format_args!("{n} of {n}"));
+    held(
+        "ENOSPC, EIO, EROFS, EDQUOT, EMFILE at an operation of a save: path and cause, nothing is lost, the same end",
+        format_args!("{n} of {n}"),
+    );
 }
 
 #[test]
@@ -119,5 +125,5 @@ fn writes_that_take_only_half_are_gone_on_with() {
         case.ended.assert_succeeded();
         case.job.assert_came_to(case.outcome);
     });
-    held("a write of a save that takes only half", format_args!("{n} of {n}"));
+    held("a write of a save that takes only half: gone on with, the same end", format_args!("{n} of {n}"));
 }

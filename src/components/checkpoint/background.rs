@@ -96,7 +96,7 @@ fn copy(tensors: &[(String, Tensor)], copies: &mut Vec<(String, Tensor)>) -> Res
 
 /// Leaves the processors to training where it wants them all. Only on Linux does a thread have a priority of its own.
 fn step_aside() {
-    const NICE: i32 = 10;
+    const NICE: i32 = 19;
     if cfg!(target_os = "linux") {
         // SAFETY: takes numbers, and changes nothing but the priority of the calling thread.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };

@@ -1,6 +1,6 @@
 //! The weights that adapters were trained for, by name.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::manifest::MANIFEST;
 use super::staged::hex;
+use super::tensors::weight_files;
 use super::{StepFolder, Use, Weights};
 use crate::models::args::DecoderArgs;
 use crate::{Error, Result};
@@ -76,18 +77,8 @@ impl Base {
 }
 
 fn fingerprint(path: &Path) -> Result<String> {
-    let mut files = vec![path.to_owned()];
-    if path.is_dir() {
-        let entries = fs::read_dir(path).map_err(Error::io("read", path))?;
-        files = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-        files.retain(|file| {
-            let name = file.file_name().unwrap_or_default().to_string_lossy();
-            name.ends_with(".safetensors") && !name.starts_with("optimizer")
-        });
-        files.sort();
-    }
     let mut hasher = Sha256::new();
-    for path in files {
+    for path in weight_files(path)? {
         let mut file = File::open(&path).map_err(Error::io("open", &path))?;
         let size = file.metadata().map_err(Error::io("read", &path))?.len();
         hasher.update(size.to_le_bytes());

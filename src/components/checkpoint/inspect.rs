@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
-use super::tensors::{TensorFiles, inside, listed_files};
+use super::tensors::{TensorFiles, file_of, listed_files};
 use crate::Result;
 
 /// Elements that are read and looked at in one piece.
@@ -40,7 +40,7 @@ pub struct Statistics {
 /// each processor, never a whole checkpoint.
 pub fn inspect(path: &Path, part: &str) -> Result<Vec<TensorFacts>> {
     let files = match path.is_dir() {
-        true => listed_files(path)?.iter().map(|name| inside(path, name)).collect::<Result<_>>()?,
+        true => listed_files(path)?.iter().map(|name| file_of(path, name)).collect::<Result<_>>()?,
         false => vec![path.to_owned()],
     };
     let files = TensorFiles::open_files(path, files)?;
@@ -147,7 +147,7 @@ mod tests {
         let rows = |shape: &[usize]| pieces(shape).into_iter().map(Option::unwrap).collect::<Vec<_>>();
         assert_eq!(rows(&[5, PIECE / 2]), [0..2, 2..4, 4..5]);
         assert_eq!(rows(&[2, 2 * PIECE]), [0..1, 1..2], "a row is not divided");
-        assert_eq!(rows(&[3]), [0..3]);
+        assert_eq!(pieces(&[3]), [Some(0..3)]);
         assert_eq!(pieces(&[]), [None]);
         assert_eq!(pieces(&[0, 4]), []);
     }

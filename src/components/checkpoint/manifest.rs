@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::staged::hex;
 use super::step_folder::{CONFIG, step_of};
+use crate::tools::files::is_plain;
 
 pub const MANIFEST: &str = "manifest.json";
 const FORMAT_VERSION: u32 = 2;
@@ -73,7 +74,7 @@ impl Manifest {
     }
 
     /// Accepts a manifest only if it is, byte for byte, what titan wrote.
-    fn from_json(json: &[u8]) -> Result<Self, Damage> {
+    pub fn from_json(json: &[u8]) -> Result<Self, Damage> {
         let damaged = |error| format!("{MANIFEST} is damaged: {error}");
         let Versioned { format_version } = serde_json::from_slice(json).map_err(damaged)?;
         if format_version != FORMAT_VERSION {
@@ -170,14 +171,6 @@ fn files_in(folder: &Path, prefix: &str) -> io::Result<Vec<String>> {
     Ok(files)
 }
 
-/// Whether a path from a file stays inside its folder: names only, neither absolute nor with `..`.
-pub fn is_plain(path: &str) -> bool {
-    use std::path::Component;
-    !path.is_empty()
-        && !path.contains(['\\', '\0'])
-        && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,6 +196,24 @@ mod tests {
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert!(Manifest::from_json(&flipped).is_err(), "bit {bit}");
         }
+    }
+
+    #[test]
+    fn another_version_is_told_from_damage() {
+        let (_folder, manifest) = folder_with("file", b"weights");
+        let json = String::from_utf8(manifest.to_json()).unwrap();
+        for (version, needed) in [(FORMAT_VERSION - 1, "an older"), (FORMAT_VERSION + 1, "a newer")] {
+            let other = json.replacen(&format!(": {FORMAT_VERSION},"), &format!(": {version},"), 1);
+            let damage = Manifest::from_json(other.as_bytes()).unwrap_err();
+            assert_eq!(damage, format!("manifest.json: format version {version} needs {needed} titan"));
+        }
+    }
+
+    #[test]
+    fn a_manifest_names_the_config_that_made_it() {
+        let (_folder, manifest) = folder_with(CONFIG, b"[model]");
+        let hash = Sha256::digest(b"[model]");
+        assert_eq!(manifest.config_sha256, hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
     }
 
     #[test]

@@ -27,7 +27,7 @@ use candle_core::Tensor;
 use serde_json::Value;
 use tracing::{error, info};
 
-use crate::config::{self, AsyncMode, CheckpointState};
+use crate::config::{self, CheckpointState};
 use crate::models::args::DecoderArgs;
 use crate::{Error, Result};
 
@@ -38,6 +38,8 @@ mod fp8;
 mod inspect;
 mod lock;
 pub mod manifest;
+mod merged;
+mod mxfp4;
 mod room;
 mod staged;
 mod step_folder;
@@ -51,6 +53,7 @@ pub use export::{Export, HuggingFaceModel};
 pub use inspect::{Statistics, TensorFacts, inspect};
 pub use lock::DumpFolderLock;
 pub use manifest::Kind;
+pub use merged::Merged;
 pub use step_folder::{Progress, StepFolder, TrainState, Use, open_step, step_name, step_of, steps_in};
 pub use survey::{Found, Survey};
 pub use tensors::SHARD_BYTES;
@@ -358,7 +361,7 @@ impl CheckpointManager {
             self.writer.purge(step);
         } else {
             info!("Saving the checkpoint of step {step} ({}).", why.in_words());
-            if goes_on && self.keys.async_mode != AsyncMode::Disabled {
+            if goes_on && self.keys.in_background() {
                 self.background.begin(self.writer.clone(), step, state)?;
             } else {
                 self.writer.save(step, state)?;

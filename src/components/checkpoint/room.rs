@@ -70,7 +70,9 @@ fn free_bytes(folder: &Path) -> io::Result<Option<u64>> {
     // SAFETY: the call above succeeded, and so wrote the answer.
     let facts = unsafe { facts.assume_init() };
     // Some network file systems have neither size nor free space.
-    Ok((facts.f_blocks > 0).then(|| facts.f_bavail as u64 * facts.f_frsize as u64))
+    #[allow(clippy::unnecessary_cast)] // narrower on some systems
+    let free = facts.f_bavail as u64 * facts.f_frsize as u64;
+    Ok((facts.f_blocks > 0).then_some(free))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Safetensors in one file or in shards with an index, read and written one tensor at a time.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -10,16 +10,19 @@ use bytemuck::Pod;
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 use safetensors::tensor::{Metadata, TensorInfo};
-use serde_json::{Value, json};
+use serde::Deserialize;
+use serde_json::json;
 
-use super::manifest::is_plain;
 use super::staged::{Sink, Staged};
+use crate::tools::files::{self, inside};
 use crate::{Error, Result};
 
 /// A file of weights is split where it would grow beyond this, unless the user says otherwise.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 /// Of the safetensors format.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// The index of the largest models, with an entry for each of a hundred thousand tensors, has a third of it.
+const MAX_INDEX_BYTES: u64 = 50_000_000;
 /// Tensors are read, converted and written in pieces of about this size.
 const PIECE_BYTES: usize = 32 << 20;
 
@@ -203,7 +206,7 @@ impl TensorFiles {
             safetensors::Dtype::F32 => file.read::<f32>(info, rows),
             safetensors::Dtype::F16 => file.read::<f16>(info, rows),
             safetensors::Dtype::BF16 => file.read::<bf16>(info, rows),
-            safetensors::Dtype::F8_E4M3 => file.read::<u8>(info, rows),
+            safetensors::Dtype::F8_E4M3 | safetensors::Dtype::U8 => file.read::<u8>(info, rows),
             other => {
                 Err(fault(&file.path, format!("holds `{name}` as {other}, which are no weights that titan knows")))
             }
@@ -245,6 +248,9 @@ fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
     }
     let mut header = vec![0; length as usize];
     read(&mut header, 8)?;
+    if files::has_too_many_values(&header) {
+        return Err(malformed("its header holds more values than that of any model".to_owned()));
+    }
     let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| malformed(error.to_string()))?;
     let data_start = 8 + length;
     let expected = data_start + metadata.data_len() as u64;
@@ -254,34 +260,44 @@ fn read_header(path: &Path, file: &File) -> Result<(u64, Metadata)> {
     Ok((data_start, metadata))
 }
 
-fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
+/// The files of weights that `path` stands for, in order.
+pub(super) fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
+    const WHOLE: &str = "model.safetensors";
+    const INDEX: &str = "model.safetensors.index.json";
     if path.is_file() {
         return Ok(vec![path.to_owned()]);
     }
-    if path.join("model.safetensors").is_file() {
-        return Ok(vec![inside(path, "model.safetensors")?]);
-    }
-    let index = path.join("model.safetensors.index.json");
-    let names = if index.is_file() {
-        indexed_files(&inside(path, "model.safetensors.index.json")?)?
+    let names = if path.join(WHOLE).exists() {
+        vec![WHOLE.to_owned()]
+    } else if path.join(INDEX).exists() {
+        let index = file_of(path, INDEX)?;
+        let files = indexed_files(&index)?;
+        if files.is_empty() {
+            return Err(fault(&index, "names no files"));
+        }
+        files
     } else {
         listed_files(path)?
     };
-    names.iter().map(|name| inside(path, name)).collect()
+    names.iter().map(|name| file_of(path, name)).collect()
+}
+
+/// The path of a file of `folder`, which must lie inside it.
+pub(super) fn file_of(folder: &Path, name: &str) -> Result<PathBuf> {
+    inside(folder, name)
+        .map_err(|error| Error::Checkpoint(format!("{}: cannot open {name:?}: {error}", folder.display())))
 }
 
 /// The files that an index names.
 fn indexed_files(index: &Path) -> Result<Vec<String>> {
-    let text = fs::read(index).map_err(Error::io("read", index))?;
-    let json: Value = serde_json::from_slice(&text).map_err(|error| fault(index, error.to_string()))?;
-    let weight_map = json["weight_map"].as_object().ok_or_else(|| fault(index, "has no weight_map"))?;
-    let mut names: Vec<String> = weight_map
-        .values()
-        .map(|name| name.as_str().map(str::to_owned).ok_or_else(|| fault(index, format!("names {name} as a file"))))
-        .collect::<Result<_>>()?;
-    names.sort();
-    names.dedup();
-    Ok(names)
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = files::read_json(index, MAX_INDEX_BYTES).map_err(Error::io("read", index))?;
+    let found: Index = serde_json::from_slice(&text)
+        .map_err(|error| fault(index, format!("is no index of tensors and their files: {error}")))?;
+    Ok(found.weight_map.into_values().collect::<BTreeSet<_>>().into_iter().collect())
 }
 
 /// The names of all `.safetensors` of a folder, in order.
@@ -302,23 +318,6 @@ pub fn listed_files(folder: &Path) -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
-}
-
-/// The path of a file of `folder`, which must lie inside it, or in the hub's cache from which `folder` is linked.
-pub fn inside(folder: &Path, name: &str) -> Result<PathBuf> {
-    let path = folder.join(name);
-    let outside = || fault(folder, format!("refers to a file outside of itself: {name}"));
-    if !is_plain(name) {
-        return Err(outside());
-    }
-    let target = path.canonicalize().map_err(Error::io("open", &path))?;
-    let home = folder.canonicalize().map_err(Error::io("open", folder))?;
-    // {cache}/models--x/snapshots/{revision}/model.safetensors -> {cache}/models--x/blobs/{hash}
-    let blobs = match home.parent() {
-        Some(snapshots) if snapshots.ends_with("snapshots") => snapshots.with_file_name("blobs"),
-        _ => home.clone(),
-    };
-    if target.starts_with(&home) || target.starts_with(&blobs) { Ok(path) } else { Err(outside()) }
 }
 
 fn fault(path: &Path, what: impl std::fmt::Display) -> Error {
@@ -429,11 +428,11 @@ mod tests {
         let refused = || TensorFiles::open(&path).err().expect("refused").to_string();
         for name in ["../secret.safetensors", secret.to_str().unwrap()] {
             write_index(name);
-            assert!(refused().contains("outside of itself"), "{name}");
+            assert!(refused().contains("leads out of its folder"), "{name}");
         }
         std::os::unix::fs::symlink(&secret, path.join("link.safetensors")).unwrap();
         write_index("link.safetensors");
-        assert!(refused().contains("outside of itself: link.safetensors"));
+        assert!(refused().contains("\"link.safetensors\": it leads out of its folder"), "{}", refused());
     }
 
     #[test]

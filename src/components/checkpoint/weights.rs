@@ -9,21 +9,24 @@ use safetensors::Dtype;
 use serde_json::Value;
 use tracing::warn;
 
-use super::fp8;
 use super::manifest::MANIFEST;
-use super::tensors::{TensorFiles, inside};
+use super::tensors::TensorFiles;
+use super::{fp8, mxfp4};
 use crate::models::args::DecoderArgs;
 use crate::models::hf::{self, ExpertTensors, Family, Layout, Mapping};
+use crate::tools::files;
 use crate::{Error, Result};
 
 pub(super) const CONFIG_JSON: &str = "config.json";
+/// Some hold the names of all classes of ImageNet.
+const MAX_CONFIG_BYTES: u64 = 10_000_000;
 
 /// Name and shape.
 pub type Parameter = (String, Vec<usize>);
 
 /// The parameters of a model, wherever they are, to be read some rows (indices of the first dimension) at a time.
 pub trait Parameters {
-    /// The type to keep a parameter in: its own; bfloat16 where that has 8 bits.
+    /// The type to keep a parameter in: its own; bfloat16 where that has 8 bits or 4.
     fn dtype(&self, name: &str) -> DType;
 
     /// Ranges of rows must begin and end at multiples of this.
@@ -71,7 +74,16 @@ impl Weights {
             Family::of(model_name, args)?
         };
         let files = TensorFiles::open(path)?;
-        let mut mappings = hf::mappings(family, args, ExpertTensors::of(files.names()));
+        let experts = ExpertTensors::of(files.names());
+        // Before all names are made up: a config may claim more tensors than memory has room for their names.
+        let (claimed, found) = (hf::least_tensors(family, args, experts), files.names().count());
+        if claimed > found {
+            return Err(Error::Checkpoint(format!(
+                "{}: config.json describes a model of at least {claimed} tensors, the safetensors hold {found}",
+                path.display()
+            )));
+        }
+        let mut mappings = hf::mappings(family, args, experts);
         // A model that was saved as text-only has no prefix.
         const PREFIX: &str = "language_model.";
         if !files.names().any(|name| name.starts_with(PREFIX)) {
@@ -83,7 +95,7 @@ impl Weights {
     }
 
     /// Hands every parameter of `expected` (name and shape) to `take`, one at a time, in the type it was stored in; f32
-    /// where that is 8 bits.
+    /// where that is 8 bits or less. A tensor that holds several is read once.
     ///
     /// An `expert_bias` that the files do not have is zeros, buffers that titan computes itself are ignored.
     ///
@@ -92,7 +104,18 @@ impl Weights {
     pub fn load(&self, expected: &[Parameter], mut take: impl FnMut(&str, Tensor) -> Result<()>) -> Result<()> {
         let source = self.fit(expected)?;
         for (name, shape) in expected {
-            take(name, source.rows(name, 0..shape[0])?)?;
+            let Some(&(mapping, which)) = source.sources.get(name) else {
+                take(name, source.rows(name, 0..shape[0])?)?;
+                continue;
+            };
+            // The others of a tensor come with its first.
+            if which == 0 {
+                let mapping = &source.mappings[mapping];
+                let stored = mapping.stored_rows(0..shape[0], &|name, rows| self.read(name, rows))?;
+                for (which, name) in mapping.parameters.iter().enumerate() {
+                    take(name, mapping.parameter_of(which, &stored)?)?;
+                }
+            }
         }
         Ok(())
     }
@@ -131,6 +154,9 @@ impl Weights {
 
     /// Rows of a tensor of the files, all for `None`.
     fn read(&self, name: &str, rows: Option<Range<usize>>) -> Result<Tensor> {
+        if let Some([blocks, scales]) = self.in_four_bits(name) {
+            return mxfp4::dequantize(&self.files.read(&blocks, rows.clone())?, &self.files.read(&scales, rows)?);
+        }
         let first_row = rows.as_ref().map_or(0, |rows| rows.start);
         let stored = self.files.read(name, rows)?;
         match self.quantized(name) {
@@ -140,6 +166,13 @@ impl Weights {
             }
             None => Ok(stored),
         }
+    }
+
+    /// The names of what a tensor of 4-bit weights is stored as.
+    fn in_four_bits(&self, name: &str) -> Option<[String; 2]> {
+        let stored = mxfp4::stored_names(name);
+        let is_stored = self.hugging_face.is_some() && self.files.info(name).is_none();
+        (is_stored && self.files.info(&stored[0]).is_some()).then_some(stored)
     }
 
     /// The block of a tensor that is to be dequantised.
@@ -159,6 +192,7 @@ impl Weights {
             known.extend(mapping.files.iter().cloned());
             known
                 .extend(mapping.files.iter().filter(|name| self.quantized(name).is_some()).map(|name| scales_of(name)));
+            known.extend(mapping.files.iter().filter_map(|name| self.in_four_bits(name)).flatten());
             let parameter = &mapping.parameters[0];
             let Some(shape) = shapes.get(parameter.as_str()) else {
                 faults.extend(mapping.files.iter().map(|name| format!("{name}: the model has no `{parameter}`")));
@@ -191,6 +225,9 @@ impl Weights {
 
     /// What keeps a tensor from being read as weights of such a shape.
     fn faults_of(&self, name: &str, wanted: &[usize]) -> Vec<String> {
+        if let Some(stored) = self.in_four_bits(name) {
+            return self.faults_of_four_bits(name, &stored, wanted);
+        }
         let Some(info) = self.files.info(name) else { return vec![format!("missing: {name}")] };
         let mut faults = Vec::new();
         if info.shape != wanted {
@@ -222,6 +259,20 @@ impl Weights {
         }
         faults
     }
+
+    fn faults_of_four_bits(&self, name: &str, stored: &[String; 2], wanted: &[usize]) -> Vec<String> {
+        let Some(shapes) = mxfp4::stored_shapes(wanted) else {
+            return vec![format!("{name}: 4-bit weights in blocks of 32 inputs do not make {wanted:?}")];
+        };
+        let fault = |(name, shape): (&String, Vec<usize>)| match self.files.info(name) {
+            None => Some(format!("missing: {name}")),
+            Some(info) if info.shape == shape && info.dtype == Dtype::U8 => None,
+            Some(info) => {
+                Some(format!("{name}: {} {:?}, the model's are {} {shape:?}", info.dtype, info.shape, Dtype::U8))
+            }
+        };
+        stored.iter().zip(shapes).filter_map(fault).collect()
+    }
 }
 
 /// [`Weights`] that are known to hold the parameters of a model.
@@ -237,6 +288,9 @@ pub struct Fitted<'a> {
 impl Parameters for Fitted<'_> {
     fn dtype(&self, name: &str) -> DType {
         let stored = self.sources.get(name).map(|(mapping, _)| &self.mappings[*mapping].files[0]);
+        if stored.is_some_and(|name| self.weights.in_four_bits(name).is_some()) {
+            return DType::BF16;
+        }
         match stored.and_then(|name| self.weights.files.info(name)).map(|info| info.dtype) {
             Some(Dtype::F64) => DType::F64,
             Some(Dtype::F16) => DType::F16,
@@ -255,7 +309,8 @@ impl Parameters for Fitted<'_> {
             return Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?);
         }
         let (mapping, which) = self.sources[name];
-        self.mappings[mapping].parameter_rows(which, rows, &|name, rows| self.weights.read(name, rows))
+        let mapping = &self.mappings[mapping];
+        mapping.parameter_of(which, &mapping.stored_rows(rows, &|name, rows| self.weights.read(name, rows))?)
     }
 }
 
@@ -266,8 +321,15 @@ pub fn holds_hugging_face(path: &Path) -> bool {
 
 /// The `config.json` of a folder of Hugging Face's.
 pub fn read_config(folder: &Path) -> Result<Value> {
-    let path = inside(folder, CONFIG_JSON)?;
-    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let path = folder.join(CONFIG_JSON);
+    if !path.exists() {
+        let folder = folder.display();
+        return Err(Error::Checkpoint(format!(
+            "{folder} holds no {CONFIG_JSON}, as every model of Hugging Face's does"
+        )));
+    }
+    let text = files::inside(folder, CONFIG_JSON).and_then(|path| files::read_json(&path, MAX_CONFIG_BYTES));
+    let text = text.map_err(Error::io("read", &path))?;
     serde_json::from_slice(&text).map_err(|error| Error::Checkpoint(format!("{}: {error}", path.display())))
 }
 

@@ -1,5 +1,6 @@
 //! Which files a dataset is made of, and how they get here.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -63,7 +64,7 @@ impl Files {
         let is_glob = pattern.contains(['*', '?', '[']);
         let mut paths = Vec::new();
         if path.is_dir() {
-            walk(path, &mut paths)?;
+            walk(path, &mut HashSet::new(), &mut paths)?;
             let all = paths.len();
             paths.retain(|path| has_ending(&path.to_string_lossy(), endings));
             if paths.is_empty() {
@@ -94,9 +95,13 @@ impl Files {
         let shared = shared_folder(&paths);
         let mut entries = Vec::with_capacity(paths.len());
         for path in paths {
-            let bytes = std::fs::metadata(&path).map_err(Error::io("cannot read", &path))?.len();
+            let metadata = std::fs::metadata(&path).map_err(Error::io("cannot read", &path))?;
+            if !metadata.is_file() {
+                // A pipe cannot be gone back in, and a device may have no end.
+                return Err(Error::Data(format!("{}: is neither a file nor a folder", path.display())));
+            }
             let name = path.strip_prefix(&shared).unwrap_or(&path).to_string_lossy().into_owned();
-            entries.push(FileEntry { name, bytes: Some(bytes), path });
+            entries.push(FileEntry { name, bytes: Some(metadata.len()), path });
         }
         Ok(Self { origin: origin.to_owned(), entries, remote: None })
     }
@@ -140,8 +145,11 @@ impl Files {
     }
 }
 
-/// Every file below `folder` that is not hidden.
-fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+/// Every file below `folder` that is not hidden. `seen`: folders that were walked through, to which links may lead back.
+fn walk(folder: &Path, seen: &mut HashSet<PathBuf>, files: &mut Vec<PathBuf>) -> Result<()> {
+    if !seen.insert(folder.canonicalize().map_err(Error::io("cannot list", folder))?) {
+        return Ok(());
+    }
     for entry in std::fs::read_dir(folder).map_err(Error::io("cannot list", folder))? {
         let entry = entry.map_err(Error::io("cannot list", folder))?;
         let path = entry.path();
@@ -149,7 +157,7 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
             continue;
         }
         if path.is_dir() {
-            walk(&path, files)?;
+            walk(&path, seen, files)?;
         } else {
             files.push(path);
         }

@@ -5,6 +5,7 @@ mod files;
 mod json;
 mod open;
 mod parquet;
+mod parquet_rows;
 mod records;
 mod text;
 mod tokens;
@@ -25,8 +26,8 @@ pub struct DatasetSpec {
     /// - `text`: plain files, each a document, however large. Shuffling shuffles the files.
     /// - `json`: JSON lines (`.json`, `.jsonl`, `.ndjson`), one document each.
     /// - `parquet`: one document per row.
-    /// - `chat`: JSON lines, one conversation each.
-    /// - `instruct`: JSON lines, a prompt and its completion each.
+    /// - `chat`: JSON lines or parquet, one conversation each.
+    /// - `instruct`: JSON lines or parquet, a prompt and its completion each.
     /// - `tokens`: shards of token ids, see [`Sidecar`].
     /// - `c4`: the `en` subset of `allenai/c4` on the Hugging Face hub.
     /// - `c4_test`: the stories that titan ships.
@@ -41,10 +42,12 @@ pub struct DatasetSpec {
     pub dataset_path: Option<String>,
     /// Field or column that holds the text.
     pub text_field: String,
-    /// Field that holds the messages of a conversation.
+    /// Field or column that holds the messages of a conversation.
     pub messages_field: String,
     pub prompt_field: String,
     pub completion_field: String,
+    /// Whether conversations and other examples in one row are masked from each other.
+    pub masks_examples: bool,
     /// How many malformed records may be skipped in one pass over the data.
     pub max_bad_records: usize,
     /// The dataset that is trained on, where this one validates.
@@ -60,6 +63,7 @@ impl Default for DatasetSpec {
             messages_field: "messages".to_owned(),
             prompt_field: "prompt".to_owned(),
             completion_field: "completion".to_owned(),
+            masks_examples: true,
             max_bad_records: 0,
             validates: None,
         }

@@ -50,12 +50,13 @@ pub fn open(
         ("json", Some(path)) => text(Files::local(path, JSON)?, Format::Json),
         ("parquet", Some(path)) => text(Files::local(path, PARQUET)?, Format::Parquet),
         ("chat", Some(path)) => {
-            let fields = Fields::Chat { messages: spec.messages_field.clone() };
-            records(Files::local(path, JSON)?, Format::Json, fields)
+            let (files, format) = files_of_examples(path)?;
+            records(files, format, Fields::Chat { messages: spec.messages_field.clone() })
         }
         ("instruct", Some(path)) => {
+            let (files, format) = files_of_examples(path)?;
             let (prompt, completion) = (spec.prompt_field.clone(), spec.completion_field.clone());
-            records(Files::local(path, JSON)?, Format::Json, Fields::Instruct { prompt, completion })
+            records(files, format, Fields::Instruct { prompt, completion })
         }
         ("tokens", Some(path)) => Ok(Arc::new(TokenDataset::open(Files::local(path, TOKENS)?, vocab_size, window)?)),
         ("text" | "json" | "parquet" | "chat" | "instruct" | "tokens", None) => {
@@ -80,6 +81,21 @@ pub fn open(
             text(remote_files(repo, remote, files)?, format)
         }
         _ => Err(unknown(name)),
+    }
+}
+
+/// JSON lines, or parquet.
+fn files_of_examples(path: &str) -> Result<(Files, Format)> {
+    let files = Files::local(path, &[JSON, PARQUET].concat())?;
+    let n_parquet = files.entries.iter().filter(|file| has_ending(&file.name, PARQUET)).count();
+    match n_parquet {
+        0 => Ok((files, Format::Json)),
+        n if n == files.entries.len() => Ok((files, Format::Parquet)),
+        n => Err(Error::Data(format!(
+            "{path}: {n} of its {} files are parquet and the others are not\n   = choose some of one kind with a glob, as in \
+             \"data/*.parquet\"",
+            files.entries.len()
+        ))),
     }
 }
 

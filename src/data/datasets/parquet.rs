@@ -10,7 +10,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use super::Content;
 use super::json::no_such_field;
-use super::records::{Parsed, Place, Record, Records};
+use super::records::{MAX_RECORD_BYTES, Parsed, Place, Record, Records};
 use crate::{Error, Result};
 
 const ROWS_AT_ONCE: usize = 256;
@@ -36,9 +36,9 @@ impl ParquetColumn {
         let schema = file.metadata().file_metadata().schema_descr();
         let columns = schema.columns();
         let Some(column_index) = columns.iter().position(|column| column.path().string() == text_field) else {
-            let there =
-                columns.iter().map(|column| format!("`{}`", column.path().string())).collect::<Vec<_>>().join(", ");
-            return Err(Error::Data(no_such_field(name, "text_field", text_field, &there)));
+            let there: Vec<String> = columns.iter().map(|column| column.path().string()).collect();
+            let there = there.iter().map(String::as_str);
+            return Err(Error::Data(no_such_field(name, "text_field", text_field, there)));
         };
         let column = &columns[column_index];
         if column.physical_type() != Type::BYTE_ARRAY || column.max_rep_level() > 0 {
@@ -107,6 +107,9 @@ impl ParquetColumn {
                 let value = if is_null { None } else { values.next() };
                 self.ahead.push_back(match value {
                     None => Err(format!("{}: the text is null", at())),
+                    Some(value) if value.len() > MAX_RECORD_BYTES => {
+                        Err(format!("{}: a text of more than {} MiB", at(), MAX_RECORD_BYTES >> 20))
+                    }
                     Some(value) => match String::from_utf8(value.data().to_vec()) {
                         Ok(text) => Ok(Content::Text(Record::document(text))),
                         Err(_) => Err(format!("{}: not valid UTF-8", at())),

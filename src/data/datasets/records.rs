@@ -6,9 +6,14 @@ use std::path::Path;
 
 use super::json::JsonLines;
 use super::parquet::ParquetColumn;
+use super::parquet_rows::ParquetRows;
 use super::text::TextPieces;
 use super::{Content, Format};
+use crate::tools::panics::caught;
 use crate::{Error, Result};
+
+/// A longer record is malformed: whole in memory, it and its tokens could take all there is. Books have a tenth of it.
+pub const MAX_RECORD_BYTES: usize = 32 << 20;
 
 const BUFFER_BYTES: usize = 256 * 1024;
 
@@ -66,14 +71,42 @@ pub fn open(path: &Path, name: &str, format: Format, fields: &Fields, place: Pla
         Format::Text => Box::new(TextPieces::new(text()?, name, place)),
         Format::Json => Box::new(JsonLines::new(text()?, name, fields, place)),
         Format::Parquet => {
-            let Fields::Text(column) = fields else { unreachable!("conversations are read from JSON lines only") };
-            Box::new(ParquetColumn::open(file()?, name, column, place)?)
+            let file = file()?;
+            let records = guarded(name, || -> Result<Box<dyn Records>> {
+                Ok(match fields {
+                    Fields::Text(column) => Box::new(ParquetColumn::open(file, name, column, place)?),
+                    Fields::Chat { .. } | Fields::Instruct { .. } => {
+                        Box::new(ParquetRows::open(file, name, fields, place)?)
+                    }
+                })
+            })?;
+            Box::new(Guarded { name: name.to_owned(), records })
         }
         Format::Shipped(bytes) => {
             let fields = Fields::Text("text".to_owned());
             Box::new(JsonLines::new(text_at(Cursor::new(bytes), name, place)?, name, &fields, place))
         }
     })
+}
+
+/// Records whose reader panics on some damaged files, as the parquet crate does.
+struct Guarded {
+    name: String,
+    records: Box<dyn Records>,
+}
+
+impl Records for Guarded {
+    fn next(&mut self) -> Result<Option<Parsed>> {
+        guarded(&self.name, || self.records.next())
+    }
+
+    fn place(&self) -> Place {
+        self.records.place()
+    }
+}
+
+fn guarded<T>(name: &str, read: impl FnOnce() -> Result<T>) -> Result<T> {
+    caught(|| Ok(read())).map_err(|fault| Error::Data(format!("{name}: cannot be read any further: {fault}")))?
 }
 
 /// A file's text, decompressed where it is gzip or zstd, from an offset into that text on.

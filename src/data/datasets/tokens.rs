@@ -10,6 +10,8 @@ use tracing::info;
 
 use super::{Content, Dataset, Document, Documents, FileEntry, Files, Position, Stop};
 use crate::data::permutation::Permutation;
+use crate::data::tokenizer::MAX_VOCAB_SIZE;
+use crate::tools::files;
 use crate::tools::random::keyed;
 use crate::{Error, Result};
 
@@ -72,15 +74,22 @@ impl Sidecar {
 
     fn read(bin: &Path) -> Result<Option<Self>> {
         let path = Self::path(bin);
-        let text = match std::fs::read(&path) {
+        let text = match files::read(&path, 1_000_000) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io("cannot read", &path)(error)),
         };
-        let sidecar = serde_json::from_slice(&text).map_err(|error| {
+        let fault = |what: String| {
             let example = r#"{"vocab_size": 2048, "eos_id": 1, "dtype": "u16"}"#;
-            Error::Data(format!("{}: {error}; it must be like {example}", path.display()))
-        })?;
+            Error::Data(format!("{}: {what}; it must be like {example}", path.display()))
+        };
+        let sidecar: Self = serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
+        if !(1..=MAX_VOCAB_SIZE).contains(&sidecar.vocab_size) {
+            return Err(fault(format!("vocab_size {} is not from 1 to {MAX_VOCAB_SIZE}", sidecar.vocab_size)));
+        }
+        if let Some(eos_id) = sidecar.eos_id.filter(|&id| id as usize >= sidecar.vocab_size) {
+            return Err(fault(format!("eos_id {eos_id} is no id below vocab_size {}", sidecar.vocab_size)));
+        }
         Ok(Some(sidecar))
     }
 }
@@ -335,7 +344,11 @@ fn megatron_dtype(bin: &Path, bin_bytes: usize) -> Result<Option<Dtype>> {
         if i64::from_le_bytes(*offset) != expected {
             return Err(fault(format!("its sequences do not follow one another at byte {expected} of the .bin")));
         }
-        expected += i64::from(i32::from_le_bytes(*length)) * dtype.bytes() as i64;
+        let length = i32::from_le_bytes(*length);
+        if length < 0 {
+            return Err(fault(format!("it has a sequence of {length} ids")));
+        }
+        expected += i64::from(length) * dtype.bytes() as i64;
     }
     if expected != bin_bytes as i64 {
         return Err(fault(format!("describes {expected} bytes, but {} has {bin_bytes}", bin.display())));

@@ -20,7 +20,7 @@ pub struct Batch {
     /// `document_starts`.
     pub inputs: Vec<u32>,
     pub labels: Vec<u32>,
-    /// Where in its row the document of each token begins, of documents that stay whole.
+    /// Where in its row the document of each token begins, of whole documents that are masked from each other.
     pub document_starts: Option<Vec<u32>>,
     pub batch_size: usize,
     pub seq_len: usize,
@@ -54,8 +54,10 @@ pub struct Packing {
     /// position are the same on any number of ranks.
     pub dp_rank: usize,
     pub dp_degree: usize,
-    /// Whether each document lies within one row, behind a mask of its own, or is a part of one long text.
+    /// Whether each document lies within one row, or is a part of one long text.
     pub keeps_whole: bool,
+    /// Whether batches say where whole documents begin, for such a mask.
+    pub masks: bool,
     /// What was said of cut documents, lest each pass say it again.
     pub said: Arc<Said>,
 }

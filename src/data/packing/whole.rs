@@ -138,7 +138,7 @@ impl Packing {
         Batch {
             inputs: rows().flat_map(|row| &row.inputs).copied().collect(),
             labels: rows().flat_map(|row| &row.labels).copied().collect(),
-            document_starts: Some(rows().flat_map(|row| &row.document_starts).copied().collect()),
+            document_starts: self.masks.then(|| rows().flat_map(|row| &row.document_starts).copied().collect()),
             batch_size: self.batch_size,
             seq_len: self.seq_len,
         }

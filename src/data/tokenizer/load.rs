@@ -1,10 +1,8 @@
 //! From the files of a folder to a [`Tokenizer`].
 
-use std::cell::Cell;
 use std::collections::HashMap;
-use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::{Once, OnceLock};
+use std::sync::OnceLock;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -15,10 +13,14 @@ use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::whitespace::Whitespace;
 
-use super::{Mark, Tokenizer, TokenizerFile, template, vocab_size};
+use super::{MAX_VOCAB_SIZE, Mark, Tokenizer, TokenizerFile, growth, template, vocab_size};
+use crate::tools::files;
+use crate::tools::panics::caught;
 use crate::{Error, Result};
 
 const CONFIG: &str = "tokenizer_config.json";
+/// Twice the largest tokenizers that there are.
+const MAX_FILE_BYTES: u64 = 64_000_000;
 const UNKNOWN_WORD: &str = "[UNK]";
 
 /// Keys of `tokenizer_config.json` that name one special token each.
@@ -73,8 +75,9 @@ pub(super) fn read_files(dir: &Path) -> Result<Vec<TokenizerFile>> {
     names
         .into_iter()
         .map(|name| {
-            let path = dir.join(name);
-            let bytes = std::fs::read(&path).map_err(Error::io("cannot read the tokenizer", &path))?;
+            let read = if name.ends_with(".json") { files::read_json } else { files::read };
+            let bytes = files::inside(dir, name).and_then(|path| read(&path, MAX_FILE_BYTES));
+            let bytes = bytes.map_err(Error::io("cannot read the tokenizer", dir.join(name)))?;
             Ok(TokenizerFile { name: name.into(), bytes })
         })
         .collect()
@@ -102,6 +105,9 @@ pub(super) fn build(files: Vec<TokenizerFile>, origin: &str) -> Result<Tokenizer
     let vocab = vocab.ok_or_else(|| Error::Tokenizer(format!("no vocabulary among the files of {origin}")))?;
     let explain = |name: &str, e: String| Error::Tokenizer(format!("{origin}: {name} cannot be used: {e}"));
 
+    if vocab.name == "tokenizer.json" {
+        growth::check(&vocab.bytes).map_err(|e| explain(&vocab.name, e))?;
+    }
     let mut inner = caught(|| match (vocab.name.as_str(), file("merges.txt")) {
         ("tokenizer.json", _) => tokenizers::Tokenizer::from_bytes(&vocab.bytes).map_err(|e| e.to_string()),
         (_, Some(merges)) => byte_level_bpe(vocab, &merges.bytes),
@@ -132,11 +138,16 @@ pub(super) fn build(files: Vec<TokenizerFile>, origin: &str) -> Result<Tokenizer
     let adds_bos = full.first() != bare.first();
     let adds_eos = full.last() != bare.last();
 
+    let vocab_size = vocab_size(&inner);
+    if vocab_size > MAX_VOCAB_SIZE {
+        return Err(explain(&vocab.name, format!("it has the id {}, which is beyond any model", vocab_size - 1)));
+    }
     Ok(Tokenizer {
         bos: bos.map(|id| Mark { id, added_by_tokenizer: adds_bos && full.first() == Some(&id) }),
         eos: eos.map(|id| Mark { id, added_by_tokenizer: adds_eos && full.last() == Some(&id) }),
-        vocab_size: vocab_size(&inner),
+        vocab_size,
         inner,
+        origin: origin.to_owned(),
         files,
         chat_template: OnceLock::new(),
     })
@@ -235,29 +246,4 @@ fn read_vocab(file: &TokenizerFile) -> Result<HashMap<String, u32>, String> {
 
 fn text(bytes: &[u8]) -> Result<&str, String> {
     std::str::from_utf8(bytes).map_err(|e| e.to_string())
-}
-
-thread_local! {
-    static SILENT: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Runs `f`, making an error of a panic: the tokenizers crate panics on some malformed files.
-fn caught<T>(f: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    static HOOK: Once = Once::new();
-    // The hook prints before the unwinding begins, so catching is not enough to keep a panic off the terminal.
-    HOOK.call_once(|| {
-        let print = panic::take_hook();
-        panic::set_hook(Box::new(move |info| {
-            if !SILENT.get() {
-                print(info);
-            }
-        }));
-    });
-    SILENT.set(true);
-    let result = panic::catch_unwind(AssertUnwindSafe(f));
-    SILENT.set(false);
-    result.unwrap_or_else(|panic| {
-        let words = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        Err(format!("the file is malformed ({})", words.unwrap_or("no details")))
-    })
 }

@@ -1,11 +1,16 @@
 //! How a conversation becomes text: the tokenizer's own chat template, which is Jinja.
 
 use std::fmt::Write;
+use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, Value, context};
+use minijinja::{Environment, ErrorKind, State, Value, context};
 use serde::Serialize;
 use serde_json::Map;
 use serde_json::ser::Formatter;
@@ -13,10 +18,30 @@ use tracing::{info, warn};
 
 use super::{Tokenizer, load};
 use crate::data::chat::Message;
+use crate::tools::panics::caught;
 use crate::{Error, Result};
 
 /// The file that a template has to itself; it wins over `chat_template` in `tokenizer_config.json`.
 pub(super) const FILE: &str = "chat_template.jinja";
+
+/// Ten times the longest template that there is.
+const MAX_BYTES: usize = 256 << 10;
+
+/// What a template may do to write a conversation: instructions, and 64 bytes of text for each. Those that there are copy
+/// each message a few times, and take some hundred instructions for it.
+const FUEL: u64 = 1_000_000;
+const FUEL_OF_MESSAGE: u64 = 1_000;
+const BYTES_OF_FUEL: u64 = 4;
+const MAX_FUEL: u64 = 6_000_000;
+
+/// Of the thread that a template is read and run on: enough for as deep a nesting as its length and its fuel allow.
+const STACK_BYTES: usize = 256 << 20;
+
+/// Bytes that may be written to find out what each message of a conversation adds to it.
+const MAX_WRITTEN: usize = 1 << 29;
+
+/// Of the processor, many times what that and the fuel take.
+const MAX_TIME: Duration = Duration::from_secs(8);
 
 /// ChatML, for tokenizers without a template.
 const CHATML: &str = "{{ bos_token }}{% for message in messages %}\
@@ -31,6 +56,8 @@ const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// The file that it is in.
+    origin: String,
     /// `bos_token`, `eos_token` and the others that `tokenizer_config.json` names.
     special_tokens: Map<String, serde_json::Value>,
     /// Whether it says itself what an assistant writes.
@@ -63,15 +90,24 @@ impl ChatTemplate {
                 (CHATML.to_owned(), "ChatML")
             }
         };
-        let explain = |error: minijinja::Error| Error::Tokenizer(format!("chat template of {origin}: {error:#}"));
+        let file = format!("{}/{origin}", tokenizer.origin);
+        if source.len() > MAX_BYTES {
+            return Err(Error::Tokenizer(format!("{file}: the chat template is longer than {} KiB", MAX_BYTES >> 10)));
+        }
         let marked = generation_as_filter(&source);
         let marks_generation = marked != source;
-        let mut environment = environment();
         // Without it, templates that ask for it fall back to a date of their own: what is learned does not depend on the day.
-        if !source.contains("strftime_now is defined") {
-            environment.add_function("strftime_now", strftime_now);
-        }
-        environment.add_template_owned("chat", marked).map_err(explain)?;
+        let asks_for_date = !source.contains("strftime_now is defined");
+        let environment = on_large_stack(move || {
+            let mut environment = environment();
+            if asks_for_date {
+                environment.add_function("strftime_now", strftime_now);
+            }
+            environment
+                .add_template_owned(origin, marked)
+                .map_err(|error| Error::Tokenizer(format!("{file}: the chat template is malformed: {error}")))?;
+            Ok(environment)
+        })?;
         info!(
             "Chat template: {origin}; learned is {}",
             if marks_generation {
@@ -80,11 +116,16 @@ impl ChatTemplate {
                 "what each message of the assistant adds to it"
             }
         );
-        Ok(Self { environment, special_tokens, marks_generation })
+        Ok(Self { environment, origin: origin.to_owned(), special_tokens, marks_generation })
     }
 
     /// The text of a conversation; with `add_generation_prompt` up to where the assistant's next message begins.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+    pub fn render(self: &Arc<Self>, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let (this, messages) = (self.clone(), messages.to_vec());
+        on_large_stack(move || this.render_here(&messages, add_generation_prompt))
+    }
+
+    fn render_here(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let mut text = self.render_marked(messages, add_generation_prompt)?;
         text.retain(|c| !MARKS.contains(&c));
         Ok(text)
@@ -95,15 +136,28 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Data`] in the template's own words where it refuses the conversation, or where it rewrites earlier
     /// messages and does not mark what is the assistant's.
-    pub fn render_learned(&self, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
+    pub fn render_learned(self: &Arc<Self>, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
+        let (this, messages) = (self.clone(), messages.to_vec());
+        on_large_stack(move || this.render_learned_here(&messages))
+    }
+
+    fn render_learned_here(&self, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
         let whole = self.render_marked(messages, false)?;
         if self.marks_generation {
             return Ok(unmark(&whole));
         }
+        if whole.len().saturating_mul(messages.len()) > MAX_WRITTEN {
+            return Err(Error::Data(format!(
+                "a conversation of {} messages and {} bytes is too long to find out what each message adds to it\n   = mark \
+                 what the assistant writes by {{% generation %}} and {{% endgeneration %}} in a {FILE} beside the tokenizer",
+                messages.len(),
+                whole.len()
+            )));
+        }
         let learned = (0..messages.len()).filter(|i| messages[*i].is_learned());
         let spans = learned.map(|i| {
-            let start = self.render(&messages[..i], true)?;
-            let end = self.render(&messages[..=i], false)?;
+            let start = self.render_here(&messages[..i], true)?;
+            let end = self.render_here(&messages[..=i], false)?;
             if !whole.starts_with(&end) || !end.starts_with(&start) {
                 return Err(Error::Data(format!(
                     "the chat template writes messages differently when others follow, so that what message {} adds cannot \
@@ -119,7 +173,11 @@ impl ChatTemplate {
     }
 
     fn render_marked(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let template = self.environment.get_template("chat").expect("added when it was made");
+        let mut environment = self.environment.clone();
+        let bytes: usize = messages.iter().map(Message::bytes).sum();
+        let fuel = FUEL + FUEL_OF_MESSAGE * messages.len() as u64 + bytes as u64 / BYTES_OF_FUEL;
+        environment.set_fuel(Some(fuel.min(MAX_FUEL)));
+        let template = environment.get_template(&self.origin).expect("added when it was made");
         let given = context! {
             messages => Serde(messages),
             add_generation_prompt,
@@ -129,11 +187,53 @@ impl ChatTemplate {
             // What `raise_exception` says is for the user; where in the template it was raised is not.
             let words = error.detail().unwrap_or_default();
             Error::Data(match error.kind() {
+                ErrorKind::OutOfFuel => {
+                    format!("the chat template does not come to an end, or makes too much of the messages: {error}")
+                }
                 ErrorKind::InvalidOperation if !words.is_empty() => format!("the chat template refuses it: {words}"),
-                _ => format!("the chat template fails: {error:#}"),
+                _ => format!("the chat template fails: {error}"),
             })
         })
     }
+}
+
+/// Runs `f` where it may nest deeper than a thread's stack commonly allows, for Jinja's expressions and values have no limit
+/// of their own, and may be left alone: joining lists takes no fuel. A panic of the engine is an error.
+fn on_large_stack<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let fault = |what: String| Error::Tokenizer(format!("the chat template cannot be used: {what}"));
+    let (done, result) = sync_channel(1);
+    let run = move || {
+        // Nobody receives it if the template took too long.
+        let _ = done.send(caught(|| Ok(f())));
+    };
+    let thread = std::thread::Builder::new().name("chat-template".into()).stack_size(STACK_BYTES).spawn(run);
+    let thread = thread.map_err(|error| fault(error.to_string()))?;
+    loop {
+        match result.recv_timeout(Duration::from_millis(100)) {
+            Ok(result) => return result.map_err(fault)?,
+            Err(RecvTimeoutError::Timeout) if processor_time(&thread) < MAX_TIME => {}
+            Err(_) => return Err(fault(format!("it has not come to an end in {MAX_TIME:?}"))),
+        }
+    }
+}
+
+/// What a thread has taken of the processor, whatever else the machine was doing meanwhile. Unknown where the system does not
+/// say.
+#[cfg(not(target_os = "linux"))]
+fn processor_time(_: &JoinHandle<()>) -> Duration {
+    Duration::ZERO
+}
+
+#[cfg(target_os = "linux")]
+fn processor_time(thread: &JoinHandle<()>) -> Duration {
+    use std::os::unix::thread::JoinHandleExt;
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: the thread was not joined or detached, so that its handle is valid; both calls write to places that live.
+    let found = unsafe {
+        libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut clock) == 0
+            && libc::clock_gettime(clock, &mut time) == 0
+    };
+    if found { Duration::new(time.tv_sec as u64, time.tv_nsec as u32) } else { Duration::ZERO }
 }
 
 /// Jinja as `transformers` sets it up for chat templates.
@@ -141,7 +241,7 @@ fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.expect("the delimiters are Jinja's own"));
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(python_method);
     environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -150,7 +250,29 @@ fn environment() -> Environment<'static> {
     environment
 }
 
+/// Methods of Python's types.
+fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
+    // These make much of little; the engine's own look at the fuel before they do.
+    match (value.as_str(), method, args) {
+        (Some(_), "replace", _) => state.apply_filter("replace", &[std::slice::from_ref(value), args].concat()),
+        (Some(format), "format", _) if widths(format) > 100_000 => {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, "no format is that wide"))
+        }
+        (Some(_), "join", [items]) => state.apply_filter("join", &[items.clone(), value.clone()]),
+        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
+    }
+}
+
+/// The sum of the numbers in a format.
+fn widths(format: &str) -> usize {
+    let numbers = format.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
+    numbers.map(|number| number.parse().unwrap_or(usize::MAX)).fold(0, usize::saturating_add)
+}
+
 fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
+    if format.len() > 1000 {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "no format of dates is that long"));
+    }
     let mut now = String::new();
     // An unknown directive is an error of `write!`, but a panic of `to_string`.
     write!(now, "{}", chrono::Local::now().format(format))
@@ -198,7 +320,7 @@ fn unmark(marked: &str) -> (String, Vec<Range<usize>>) {
 }
 
 /// As Python's `json.dumps` with `ensure_ascii=False`, which templates are written for.
-fn python_json(value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
+fn python_json(state: &State, value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     struct Spaced;
     impl Formatter for Spaced {
         fn begin_array_value<W: std::io::Write + ?Sized>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
@@ -215,7 +337,11 @@ fn python_json(value: Value, options: Kwargs) -> Result<Value, minijinja::Error>
     }
     let indent: Option<usize> = options.get("indent")?;
     options.assert_all_used()?;
-    let mut json = Vec::new();
+    if indent.is_some_and(|n| n > 100) {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "no indent is that wide"));
+    }
+    let (_, left) = state.fuel_levels().unwrap_or((0, u64::MAX));
+    let mut json = Limited { bytes: Vec::new(), most: left.saturating_mul(BYTES_OF_JSON) };
     let written = match indent.map(|n| " ".repeat(n)) {
         None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, Spaced)),
         Some(indent) => {
@@ -223,8 +349,32 @@ fn python_json(value: Value, options: Kwargs) -> Result<Value, minijinja::Error>
             value.serialize(&mut serde_json::Serializer::with_formatter(&mut json, pretty))
         }
     };
+    state.consume_fuel(json.bytes.len() as u64 / BYTES_OF_JSON)?;
     written.map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    Ok(Value::from_safe_string(String::from_utf8(json).expect("JSON is UTF-8")))
+    Ok(Value::from_safe_string(String::from_utf8(json.bytes).expect("JSON is UTF-8")))
+}
+
+/// What the engine's own serializer takes a unit of fuel for.
+const BYTES_OF_JSON: u64 = 4;
+
+/// Takes no more than so many bytes.
+struct Limited {
+    bytes: Vec<u8>,
+    most: u64,
+}
+
+impl io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if (self.bytes.len() + bytes.len()) as u64 > self.most {
+            return Err(io::Error::other("it is too long"));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(test)]

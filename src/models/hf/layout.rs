@@ -94,25 +94,29 @@ impl Mapping {
         })
     }
 
-    /// Rows of parameter `which`.
-    pub fn parameter_rows(&self, which: usize, rows: Range<usize>, files: &ReadFile) -> Result<Tensor> {
+    /// What the files hold of rows of the parameters.
+    pub fn stored_rows(&self, rows: Range<usize>, files: &ReadFile) -> Result<Tensor> {
         if self.layout == Layout::Experts {
             let experts = self.files[rows].iter().map(|name| files(name, None)).collect::<Result<Vec<_>>>()?;
             return Ok(Tensor::stack(&experts, 0)?);
         }
-        let stored = files(&self.files[0], Some(rows))?;
+        files(&self.files[0], Some(rows))
+    }
+
+    /// The part of parameter `which` in [`Mapping::stored_rows`].
+    pub fn parameter_of(&self, which: usize, stored: &Tensor) -> Result<Tensor> {
         let half = |dim: usize| -> Result<Tensor> {
             let h = stored.dim(dim)? / 2;
             Ok(stored.narrow(dim, which * h, h)?)
         };
         Ok(match self.layout {
-            Layout::Same | Layout::Experts => stored,
-            Layout::RotaryHalves { head_dim } => swap_within_heads(&stored, head_dim, 2, head_dim / 2)?,
+            Layout::Same | Layout::Experts => stored.clone(),
+            Layout::RotaryHalves { head_dim } => swap_within_heads(stored, head_dim, 2, head_dim / 2)?,
             Layout::Transposed => stored.transpose(1, 2)?.contiguous()?,
             Layout::GateUp => half(1)?.contiguous()?,
             Layout::GateUpTransposed => half(2)?.transpose(1, 2)?.contiguous()?,
             Layout::GateUpInterleaved => {
-                let in_turn = transposed(&stored)?;
+                let in_turn = transposed(stored)?;
                 let h = in_turn.dim(1)? / 2;
                 let shape = [&[in_turn.dim(0)?, h, 2], &in_turn.dims()[2..]].concat();
                 in_turn.reshape(shape)?.narrow(2, which, 1)?.squeeze(2)?.contiguous()?
@@ -175,7 +179,8 @@ mod tests {
         let stored: HashMap<_, _> = mapping.files.iter().cloned().zip(files.iter().cloned()).collect();
         for (which, parameter) in parameters.iter().enumerate() {
             for rows in pieces(parameter.dims()[0]) {
-                let back = mapping.parameter_rows(which, rows.clone(), &reader(&stored)).unwrap();
+                let held = mapping.stored_rows(rows.clone(), &reader(&stored)).unwrap();
+                let back = mapping.parameter_of(which, &held).unwrap();
                 assert_eq!(flat(&back), flat(&parameter.narrow(0, rows.start, rows.len()).unwrap()), "{mapping:?}");
             }
         }

@@ -3,6 +3,8 @@
 //! A [`Mapping`] says how tensors of a Hugging Face checkpoint are made of titan's parameters; a model is a list of
 //! them, made by [`mappings`]. `config.json` is translated by [`args_from_config`] and [`config_from_args`].
 
+use std::collections::BTreeSet;
+
 use candle_core::DType;
 
 use crate::models::args::{DecoderArgs, NormPosition, RopeLayout};
@@ -23,6 +25,7 @@ pub enum Family {
     Llama4,
     Qwen3,
     DeepSeekV3,
+    DeepSeekV2,
     Mistral,
     Mixtral,
     Olmo2,
@@ -32,11 +35,12 @@ pub enum Family {
 }
 
 impl Family {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Llama3,
         Self::Llama4,
         Self::Qwen3,
         Self::DeepSeekV3,
+        Self::DeepSeekV2,
         Self::Mistral,
         Self::Mixtral,
         Self::Olmo2,
@@ -50,18 +54,23 @@ impl Family {
         let named: Vec<_> = Self::ALL.into_iter().filter(|family| family.is_named(model_name)).collect();
         match named[..] {
             [] => {
-                let known = Self::ALL.map(Self::name).join(", ");
+                let known: BTreeSet<&str> = Self::ALL.into_iter().map(Self::name).collect();
+                let known = known.into_iter().collect::<Vec<_>>().join(", ");
                 Err(Error::Model(format!(
                     "the Hugging Face format of model `{model_name}` is not known\n   = known: {known}"
                 )))
             }
             [only] => Ok(only),
             [..] => {
-                let expresses = |family: &Self| config_from_args(*family, args, DType::F32, None, None).is_ok();
-                named
-                    .into_iter()
-                    .find(expresses)
-                    .ok_or_else(|| Error::Model("no model of Hugging Face's can express these [model.args]".into()))
+                let mut refusals = Vec::new();
+                for family in named {
+                    match config_from_args(family, args, DType::F32, None, None) {
+                        Ok(_) => return Ok(family),
+                        Err(refusal) => refusals.push(refusal.to_string()),
+                    }
+                }
+                let nearest = refusals.into_iter().min_by_key(|refusal| refusal.lines().count()).unwrap_or_default();
+                Err(Error::Model(format!("no model of Hugging Face's is like this one. The nearest:\n{nearest}")))
             }
         }
     }
@@ -72,7 +81,7 @@ impl Family {
             Self::Llama3 => "llama3",
             Self::Llama4 => "llama4",
             Self::Qwen3 => "qwen3",
-            Self::DeepSeekV3 => "deepseek_v3",
+            Self::DeepSeekV3 | Self::DeepSeekV2 => "deepseek_v3",
             _ => "decoder",
         }
     }
@@ -89,6 +98,7 @@ impl Family {
             Self::Llama4 => &["llama4", "llama4_text"],
             Self::Qwen3 => &["qwen3", "qwen3_moe"],
             Self::DeepSeekV3 => &["deepseek_v3"],
+            Self::DeepSeekV2 => &["deepseek_v2"],
             Self::Mistral => &["mistral"],
             Self::Mixtral => &["mixtral"],
             Self::Olmo2 => &["olmo2"],
@@ -101,7 +111,7 @@ impl Family {
     /// Which numbers of a head its checkpoints rotate together.
     fn rope_layout(self, args: &DecoderArgs) -> RopeLayout {
         match self {
-            Self::Llama4 => RopeLayout::Pairs,
+            Self::Llama4 | Self::DeepSeekV2 => RopeLayout::Pairs,
             // Its config says so.
             Self::DeepSeekV3 => args.rope_layout,
             _ => RopeLayout::Halves,
@@ -156,6 +166,14 @@ pub fn mappings(family: Family, args: &DecoderArgs, experts: ExpertTensors) -> V
         mappings.same("lm_head.weight", "output.weight");
     }
     mappings.list
+}
+
+/// Tensors that such a checkpoint has at least: one for each layer, and for each expert that is stored apart.
+pub fn least_tensors(family: Family, args: &DecoderArgs, experts: ExpertTensors) -> usize {
+    let apart = experts == ExpertTensors::Apart && !matches!(family, Family::Llama4 | Family::GptOss);
+    let moe_layers = (0..args.n_layers).filter(|&layer| args.is_moe_layer(layer)).count();
+    let num_experts = args.moe_args.as_ref().map_or(0, |moe| moe.num_experts);
+    args.n_layers + if apart { moe_layers * num_experts } else { 0 }
 }
 
 /// The norms of a layer, as the file and as titan call them: the same names mean others where there are more of them.

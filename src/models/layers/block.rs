@@ -1,12 +1,12 @@
 use std::sync::Arc;
 
-use super::{ExpertLoad, FeedForward, GroupedAttention, LatentAttention, LayerCache, Moe, Norm};
+use super::{ExpertLoad, FeedForward, GroupedAttention, LatentAttention, LayerCache, Moe, Norm, Positions};
 use crate::Result;
 use crate::autograd::{Init, StageBuilder, Value};
 use crate::engine::Pass;
 use crate::models::args::{DecoderArgs, FeedForwardKind, NormPosition};
 use crate::models::layer::LayerArgs;
-use crate::ops::{self, AttentionMask, RopeTable, Scores};
+use crate::ops::{self, Scores};
 
 /// `h = x + attention(norm(x))`, `y = h + feed_forward(norm(h))`; the norms may also come after, or after as well.
 #[derive(Debug)]
@@ -82,15 +82,14 @@ impl Block {
     pub fn forward(
         &self,
         x: &Value,
-        rope: Option<&RopeTable>,
-        mask: &AttentionMask,
+        positions: &Positions,
         pass: Pass,
         cache: Option<&mut LayerCache>,
     ) -> Result<Value> {
         let normed = self::normed(&self.attention_norm, x)?;
         let attended = match &self.attention {
-            Attention::Grouped(attention) => attention.forward(&normed, rope, mask, cache)?,
-            Attention::Latent(attention) => attention.forward(&normed, rope, mask, cache)?,
+            Attention::Grouped(attention) => attention.forward(&normed, positions, cache)?,
+            Attention::Latent(attention) => attention.forward(&normed, positions, cache)?,
         };
         let h = self.add(x, &self::normed(&self.post_attention_norm, &attended)?)?;
         let normed = self::normed(&self.ffn_norm, &h)?;

@@ -1,8 +1,8 @@
-use super::{LayerCache, Linear, Norm, STD};
+use super::{LayerCache, Linear, Norm, Positions, STD};
 use crate::Result;
 use crate::autograd::{StageBuilder, Value};
 use crate::models::args::{DecoderArgs, QkNormOver};
-use crate::ops::{self, AttentionMask, RopeTable, Scores};
+use crate::ops::{self, Scores};
 
 /// Grouped-query self-attention.
 #[derive(Debug)]
@@ -12,6 +12,8 @@ pub struct GroupedAttention {
     wv: Linear,
     wo: Linear,
     qk_norm: Option<QkNorm>,
+    /// Epsilon of the norm of queries and keys that have rotated, if there is one.
+    unit_norm_eps: Option<f64>,
     head_dim: usize,
     scores: Scores,
 }
@@ -41,29 +43,29 @@ impl GroupedAttention {
             Norm::rms(stage, &format!("{prefix}.{name}"), dim, args)
         };
         let qk_norm = args.qk_norm.then(|| QkNorm { q: norm("q_norm", q), k: norm("k_norm", kv), over });
-        Self { wq, wk, wv, wo, qk_norm, head_dim, scores }
+        let unit_norm_eps = args.qk_unit_norm.then_some(args.norm_eps);
+        Self { wq, wk, wv, wo, qk_norm, unit_norm_eps, head_dim, scores }
     }
 
-    /// `(b, s, dim) -> (b, s, dim)`. `rope` holds the angles of the `s` positions, `None` in a layer without rotary
-    /// positions. With a `cache`, the keys and values before `x` are taken from it, and those of `x` added to it.
-    pub fn forward(
-        &self,
-        x: &Value,
-        rope: Option<&RopeTable>,
-        mask: &AttentionMask,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<Value> {
+    /// `(b, s, dim) -> (b, s, dim)`. With a `cache`, the keys and values before `x` are taken from it, and those of `x`
+    /// added to it.
+    pub fn forward(&self, x: &Value, positions: &Positions, cache: Option<&mut LayerCache>) -> Result<Value> {
         let mut q = self.normed_heads(self.wq.forward(x)?, |norm| &norm.q)?; // (b, s, h, hd)
         let mut k = self.normed_heads(self.wk.forward(x)?, |norm| &norm.k)?; // (b, s, kv, hd)
         let mut v = self.split_heads(self.wv.forward(x)?)?;
-        if let Some(rope) = rope {
+        if let Some(rope) = positions.rope {
             q = ops::rope(&q, rope)?;
             k = ops::rope(&k, rope)?;
+            if let Some(eps) = self.unit_norm_eps {
+                q = ops::unit_norm(&q, eps)?;
+                k = ops::unit_norm(&k, eps)?;
+            }
         }
+        q = positions.scale_queries(q)?;
         if let Some(cache) = cache {
             [k, v] = cache.extend([&k, &v])?;
         }
-        let y = ops::attention(&q, &k, &v, mask, &self.scores)?;
+        let y = ops::attention(&q, &k, &v, positions.mask, &self.scores)?;
         let (b, s, h, hd) = y.tensor().dims4()?;
         self.wo.forward(&y.reshape(&[b, s, h * hd])?)
     }

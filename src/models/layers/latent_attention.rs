@@ -2,11 +2,11 @@ use std::sync::Arc;
 
 use candle_core::{D, Tensor};
 
-use super::{LayerCache, Norm, STD, normal};
+use super::{LayerCache, Norm, Positions, STD, normal};
 use crate::Result;
 use crate::autograd::{Parameter, StageBuilder, Value};
 use crate::models::args::DecoderArgs;
-use crate::ops::{self, AttentionMask, RopeTable, Scores};
+use crate::ops::{self, AttentionMask, Scores};
 
 /// Multi-head latent attention: the keys and values of all heads are made from one latent per token. Only a part of each
 /// query head rotates, against one rotary key that all heads share.
@@ -80,28 +80,23 @@ impl LatentAttention {
 
     /// `(b, s, dim) -> (b, s, dim)`. With a `cache`, the latents and rotary keys before `x` are taken from it, and those
     /// of `x` added to it.
-    pub fn forward(
-        &self,
-        x: &Value,
-        rope: Option<&RopeTable>,
-        mask: &AttentionMask,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<Value> {
+    pub fn forward(&self, x: &Value, positions: &Positions, cache: Option<&mut LayerCache>) -> Result<Value> {
         let (b, s, _) = x.tensor().dims3()?;
         let mut q = self.queries(x)?.reshape(&[b, s, self.n_heads, self.nope_dim + self.rope_dim])?;
         let kv = ops::linear(x, &self.wkv_a)?; // (b, s, latent + rope)
         let latent = self.kv_norm.forward(&ops::narrow(&kv, 0, self.latent_dim)?)?;
         let mut k_rope = ops::narrow(&kv, self.latent_dim, self.rope_dim)?.reshape(&[b, s, 1, self.rope_dim])?;
-        if let Some(rope) = rope {
+        if let Some(rope) = positions.rope {
             q = ops::rope(&q, rope)?; // the last numbers of each head
             k_rope = ops::rope(&k_rope, rope)?;
         }
+        q = positions.scale_queries(q)?;
         let y = match cache {
-            None => self.attend(&q, &latent, &k_rope, mask)?,
+            None => self.attend(&q, &latent, &k_rope, positions.mask)?,
             Some(cache) => {
                 let latent = latent.reshape(&[b, s, 1, self.latent_dim])?;
                 let [latents] = cache.extend([&ops::join_shared(&latent, &k_rope)?])?;
-                Value::constant(self.attend_to_latents(q.tensor(), &latents, mask)?)
+                Value::constant(self.attend_to_latents(q.tensor(), &latents, positions.mask)?)
             }
         };
         ops::linear(&y.reshape(&[b, s, self.n_heads * self.v_dim])?, &self.wo)

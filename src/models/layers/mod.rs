@@ -8,6 +8,7 @@ mod latent_attention;
 mod linear;
 mod moe;
 mod norm;
+mod positions;
 
 pub use block::Block;
 pub use cache::LayerCache;
@@ -17,6 +18,7 @@ pub use latent_attention::LatentAttention;
 pub use linear::Linear;
 pub use moe::{ExpertLoad, Moe};
 pub use norm::Norm;
+pub use positions::Positions;
 
 use crate::autograd::Init;
 

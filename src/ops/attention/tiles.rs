@@ -18,9 +18,15 @@ use crate::ops::tiles::{Isa, Number, Packing, STEP, Shared, TILE, Tiles, multipl
 
 /// Queries of a block.
 const QUERIES: usize = 64;
-/// Keys of a block, forward and backward. There are more of them forward, because sums are rescaled once per block.
-const KEYS: usize = 256;
-const KEYS_BACKWARD: usize = 128;
+/// Keys of a block, forward and backward, as many as the first-level cache has room for. There are more of them forward,
+/// because sums are rescaled once per block.
+const fn keys_forward<T>() -> usize {
+    if size_of::<T>() == 2 { 256 } else { 64 }
+}
+
+const fn keys_backward<T>() -> usize {
+    if size_of::<T>() == 2 { 128 } else { 64 }
+}
 
 /// What a hidden score is, and what a maximum is before there is one: `2^(HIDDEN - NONE)` is 0.
 const HIDDEN: f32 = -1e30;
@@ -36,7 +42,7 @@ struct Visible {
 /// A block of queries, as the mask sees it.
 struct QueryBlock {
     visible: [Visible; QUERIES / TILE],
-    /// Keys that any of the queries sees, from a multiple of a block of keys.
+    /// Keys that any of the queries sees, from a whole tile on.
     keys: Range<usize>,
     /// Keys that all of them see.
     seen_by_all: Range<usize>,
@@ -64,7 +70,7 @@ impl QueryBlock {
                     }
                 }
             }),
-            keys: first / KEYS * KEYS..past + queries.end,
+            keys: first / STEP * STEP..past + queries.end,
             seen_by_all: last..past + queries.start + 1,
         }
     }
@@ -182,11 +188,11 @@ impl<T: Number> Forward<T> {
         let (mut max, mut total) = ([_mm512_set1_ps(NONE); QUERIES / TILE], [_mm512_setzero_ps(); QUERIES / TILE]);
         self.sums.clear();
         self.sums.resize(self.v.rows() * TILE * QUERIES, 0.0);
-        self.scores.resize(KEYS * QUERIES, 0.0);
+        self.scores.resize(keys_forward::<T>() * QUERIES, 0.0);
         // SAFETY: promised by the caller; every vector lies inside its slice, by the sizes above.
         unsafe {
             self.q.pack(q, groups, hd, Packing::Right);
-            for keys in masked.key_blocks(KEYS) {
+            for keys in masked.key_blocks(keys_forward::<T>()) {
                 let n_keys = keys.len().next_multiple_of(STEP);
                 let key_tiles = keys.start / TILE..(keys.start + n_keys) / TILE;
                 let k = self.k.part(key_tiles, 0..self.k.steps());
@@ -379,8 +385,8 @@ impl<T: Number> Backward<T> {
             grad.clear();
             grad.resize(keys * width, 0.0);
         }
-        self.scores.resize(KEYS_BACKWARD * QUERIES, 0.0);
-        self.dp.resize(KEYS_BACKWARD * QUERIES, 0.0);
+        self.scores.resize(keys_backward::<T>() * QUERIES, 0.0);
+        self.dp.resize(keys_backward::<T>() * QUERIES, 0.0);
     }
 
     /// One block of queries against all the keys they see. `lse` is of base 2.
@@ -413,7 +419,7 @@ impl<T: Number> Backward<T> {
             self.q_columns.pack(&q.t(), hd.div_ceil(TILE), groups * TILE, Packing::Right);
             self.dy.pack(dy, groups, hd, Packing::Right);
             self.dy_columns.pack(&dy.t(), hd.div_ceil(TILE), groups * TILE, Packing::Right);
-            for keys in masked.key_blocks(KEYS_BACKWARD) {
+            for keys in masked.key_blocks(keys_backward::<T>()) {
                 let n_keys = keys.len().next_multiple_of(STEP);
                 let key_tiles = keys.start / TILE..(keys.start + n_keys) / TILE;
                 let hd_steps = 0..self.k.steps();

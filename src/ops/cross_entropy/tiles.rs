@@ -2,26 +2,28 @@
 //! rows and, because a product costs less than memory, again for the gradient.
 
 use std::arch::x86_64::*;
+use std::f32::consts::LOG2_E;
+use std::marker::PhantomData;
 
 use half::bf16;
 use rayon::prelude::*;
 
 use crate::ops::matmul::Mat;
-use crate::ops::tiles::vector::{lanes, paired, transpose};
+use crate::ops::tiles::vector::{lanes, transpose, woven};
 use crate::ops::tiles::{
-    Isa, Number, Packing, STEP, Shared, Source, TILE, TILE_LEN, Tiles, multiply, pack_all, pairs_of_tiles, take_bf16,
+    Consumer, Isa, Number, Packing, STEP, Shared, Source, Square, TILE, TILE_LEN, Tiles, multiply, multiply_each,
+    pack_all, pairs_of_tiles, take_bf16,
 };
 
-/// Rows of `x`, and columns of logits, of a block that is in the cache.
+/// Rows of `x`, and columns of logits, of a block whose gradient is in the cache.
 const ROWS: usize = 128;
 const COLUMNS: usize = 512;
 
 /// Rows of the vocabulary that are gone through at a time: packed both ways they stay in the second-level cache.
 const PART: usize = 2 * COLUMNS;
 
-/// What the logits of a row that does not exist are compared to, and logits that do not exist: exponentials are zero.
+/// What the logits of a row that does not exist are compared to: exponentials are zero.
 const NO_ROW: f32 = 1e30;
-const NO_LOGIT: f32 = -1e30;
 
 /// The output layer, and rows with targets.
 pub struct Head<'a, S> {
@@ -38,23 +40,36 @@ pub struct Head<'a, S> {
 /// Of the logits of a row.
 #[derive(Clone, Copy)]
 struct Statistics {
-    max: f32,
-    /// `Σ e^(logit - max)`.
-    sum: f32,
     target: f32,
+    /// About the largest logit; that of the target, unless others are so much larger that their exponentials overflow.
+    shift: f32,
+    /// `Σ e^(logit - shift)`, by lanes.
+    sums: [f32; TILE],
 }
 
 impl Statistics {
-    fn logsumexp(&self) -> f32 {
-        self.max + self.sum.ln()
+    /// So that no exponential of a logit up to `max` overflows.
+    fn raise_shift(&mut self, max: f32) {
+        if max > self.shift {
+            self.sums = self.sums.map(|sum| sum * (self.shift - max).exp());
+            self.shift = max;
+        }
     }
-}
 
-/// What a task works in.
-#[derive(Default)]
-struct Scratch {
-    logits: Vec<f32>,
-    gradient: Tiles,
+    /// Of the sum of all.
+    fn log(&self) -> f32 {
+        self.sums.iter().sum::<f32>().ln()
+    }
+
+    fn logsumexp(&self) -> f32 {
+        self.shift + self.log()
+    }
+
+    /// Not less than zero, as rounding could have it, but NaN if it is.
+    fn loss(&self) -> f32 {
+        let loss = self.log() + (self.shift - self.target);
+        if loss < 0.0 { 0.0 } else { loss }
+    }
 }
 
 impl<'a, S: Source + Number> Head<'a, S> {
@@ -76,7 +91,7 @@ impl<'a, S: Source + Number> Head<'a, S> {
     }
 
     fn sum_of(&self, statistics: &[Statistics]) -> f64 {
-        statistics.iter().map(|row| f64::from(row.logsumexp()) - f64::from(row.target)).sum()
+        statistics.iter().map(|row| f64::from(row.loss())).sum()
     }
 
     /// The rows `first..first + part` of the weight.
@@ -85,26 +100,47 @@ impl<'a, S: Source + Number> Head<'a, S> {
         Mat::new(&self.weight.data[first * self.weight.cols..], n, self.weight.cols)
     }
 
+    /// Where the targets of a block of rows are among logits from column `first` on; anywhere, if they are not among them.
+    fn targets_of(&self, block: usize, first: usize) -> [usize; ROWS] {
+        let mut targets = [usize::MAX; ROWS];
+        for (at, target) in targets.iter_mut().zip(&self.targets[block * ROWS..]) {
+            *at = (*target as usize).wrapping_sub(first);
+        }
+        targets
+    }
+
     fn statistics(&self) -> Vec<Statistics> {
-        let mut statistics = vec![Statistics { max: f32::MIN, sum: 0.0, target: 0.0 }; self.x.rows];
+        let dim = self.x.cols;
+        let rows = self.x.data.par_chunks_exact(dim).zip(self.targets);
+        let mut statistics: Vec<Statistics> = rows
+            .map(|(x, target)| {
+                let weight = &self.weight.data[*target as usize * dim..][..dim];
+                let target = x.iter().zip(weight).map(|(x, weight)| x.load() * weight.load()).sum();
+                Statistics { target, shift: target, sums: [0.0; TILE] }
+            })
+            .collect();
         let x = &pack_all(vec![(self.x, Packing::Left)])[0];
         for first in (0..self.weight.rows).step_by(self.part) {
             let weight = self.weight_part(first);
             let [tiles] = &pack_all(vec![(weight, Packing::Right)])[..] else { unreachable!("one in, one out") };
-            let blocks = statistics.par_chunks_mut(ROWS).enumerate();
-            blocks.for_each_init(Scratch::default, |scratch, (block, statistics)| {
+            statistics.par_chunks_mut(ROWS).enumerate().for_each(|(block, statistics)| {
+                let x = x.part(block * ROWS / TILE..x.rows().min((block + 1) * ROWS / TILE), 0..x.steps());
                 // SAFETY: an `isa` means AVX-512.
                 self.isa.with(|| unsafe {
-                    scratch.logits(self.isa, x, block, tiles, weight.rows, |columns, logits| {
-                        let targets = &self.targets[block * ROWS..];
-                        let rows = logits.as_chunks::<COLUMNS>().0;
-                        for ((row, target), logits) in statistics.iter_mut().zip(targets).zip(rows) {
-                            row.update::<S>(logits);
-                            if let Some(target) = in_block(*target, first + columns) {
-                                row.target = logits[target];
-                            }
+                    let mut sums = Sums::<S>::new(statistics, weight.rows);
+                    multiply_each(self.isa, &x, &tiles.all(), &mut sums);
+                    if !sums.are_in_range() {
+                        let mut maxima = Maxima { rows: [f32::MIN; ROWS], columns: weight.rows };
+                        multiply_each(self.isa, &x, &tiles.all(), &mut maxima);
+                        for (row, max) in statistics.iter_mut().zip(maxima.rows) {
+                            row.raise_shift(max);
                         }
-                    });
+                        sums = Sums::new(statistics, weight.rows);
+                        multiply_each(self.isa, &x, &tiles.all(), &mut sums);
+                    }
+                    for (row, sums) in statistics.iter_mut().zip(sums.rows) {
+                        row.sums = sums;
+                    }
                 });
             });
         }
@@ -132,25 +168,39 @@ impl<'a, S: Source + Number> Head<'a, S> {
             let step_stride = gradient.strides().1;
             let pairs = Shared(gradient.at_mut(0, 0).as_mut_ptr());
             let blocks = sums.par_chunks_mut(ROWS * width).zip(statistics.par_chunks(ROWS)).enumerate();
-            blocks.for_each_init(Scratch::default, |scratch, (block, (dx, statistics))| {
-                let mut gradient = std::mem::take(&mut scratch.gradient);
-                gradient.resize(ROWS / TILE, COLUMNS / STEP, S::PARTS);
-                // SAFETY: an `isa` means AVX-512. The tiles of these rows in `pairs` are this task's alone.
-                self.isa.with(|| unsafe {
-                    scratch.logits(self.isa, x, block, weight_rows, weight.rows, |columns, logits| {
-                        let tiles = pairs_of_tiles(COLUMNS.min(weight.rows - columns));
-                        let pairs =
-                            pairs.get().add(block * ROWS / STEP * step_stride + columns / TILE * S::PARTS * TILE_LEN);
-                        let out = Gradient { left: &mut gradient, pairs: Shared(pairs), step_stride };
-                        let targets = &self.targets[block * ROWS..];
-                        out.write::<S>(logits, tiles, statistics, mean, |row| in_block(targets[row], first + columns));
-                        let k = columns / STEP..columns / STEP + tiles / 2;
-                        let weight = weight_columns.part(0..weight_columns.rows(), k.clone());
-                        let gradient = gradient.part(0..ROWS / TILE, 0..k.len());
-                        multiply(self.isa, gradient, weight, dx, width, true);
+            blocks.for_each_init(Tiles::<bf16>::default, |left, (block, (dx, statistics))| {
+                left.resize(ROWS / TILE, COLUMNS / STEP, S::PARTS);
+                let mut shifts = [NO_ROW; ROWS];
+                for (shift, row) in shifts.iter_mut().zip(statistics) {
+                    *shift = row.logsumexp() * LOG2_E - mean.log2();
+                }
+                let x = x.part(block * ROWS / TILE..x.rows().min((block + 1) * ROWS / TILE), 0..x.steps());
+                for columns in (0..weight.rows).step_by(COLUMNS) {
+                    let tiles = columns / TILE..(columns + COLUMNS).min(weight.rows).div_ceil(TILE);
+                    let k = columns / STEP..(columns + COLUMNS).min(weight.rows).div_ceil(STEP);
+                    let weight_columns = weight_columns.part(0..weight_columns.rows(), k.clone());
+                    let (left_row, left_step) = left.strides();
+                    // SAFETY: an `isa` means AVX-512. The tiles of these rows in `pairs` are this task's alone.
+                    self.isa.with(|| unsafe {
+                        let mut out = Gradient::<S> {
+                            shifts,
+                            targets: self.targets_of(block, first + columns),
+                            columns: weight.rows - columns,
+                            mean,
+                            left: left.at_mut(0, 0).as_mut_ptr(),
+                            left_row,
+                            left_step,
+                            pairs: pairs
+                                .get()
+                                .add(block * ROWS / STEP * step_stride + columns / TILE * S::PARTS * TILE_LEN),
+                            step_stride,
+                            of: PhantomData,
+                        };
+                        multiply_each(self.isa, &x, &weight_rows.part(tiles, 0..weight_rows.steps()), &mut out);
+                        let left = left.part(0..ROWS / TILE, 0..k.len());
+                        multiply(self.isa, left, weight_columns, dx, width, true);
                     });
-                });
-                scratch.gradient = gradient;
+                }
             });
             if let Some(grad) = grad.as_deref_mut() {
                 self.add_products(x_columns, &gradient, &mut grad[first * dim..(first + weight.rows) * dim]);
@@ -188,151 +238,137 @@ impl<'a, S: Source + Number> Head<'a, S> {
     }
 }
 
-/// Where the token `target` is in a block of tokens from `first` on.
-fn in_block(target: u32, first: usize) -> Option<usize> {
-    (target as usize).checked_sub(first).filter(|at| *at < COLUMNS)
+/// Sums up exponentials.
+struct Sums<S> {
+    /// In binary logarithms.
+    shifts: [f32; ROWS],
+    rows: [[f32; TILE]; ROWS],
+    columns: usize,
+    of: PhantomData<S>,
 }
 
-impl Scratch {
-    /// Computes the logits of a block of rows with all the `n` columns in `weight`, and hands [`COLUMNS`] at a time on, with
-    /// the first of them: `(ROWS, COLUMNS)`. Columns that do not exist are [`NO_LOGIT`].
-    ///
-    /// # Safety
-    /// As for [`Isa::block`].
-    unsafe fn logits(
-        &mut self,
-        isa: Isa,
-        x: &Tiles,
-        block: usize,
-        weight: &Tiles,
-        n: usize,
-        mut body: impl FnMut(usize, &mut [f32]),
-    ) {
-        let rows = block * ROWS / TILE..x.rows().min((block + 1) * ROWS / TILE);
-        let x = x.part(rows, 0..x.steps());
-        self.logits.resize(ROWS * COLUMNS, 0.0);
-        for tile in (0..weight.rows()).step_by(COLUMNS / TILE) {
-            let tiles = tile..weight.rows().min(tile + COLUMNS / TILE);
-            let weight = weight.part(tiles, 0..weight.steps());
-            // SAFETY: promised by the caller.
-            unsafe { multiply(isa, x.clone(), weight, &mut self.logits, COLUMNS, false) };
-            if n - tile * TILE < COLUMNS {
-                self.logits.chunks_exact_mut(COLUMNS).for_each(|row| row[n - tile * TILE..].fill(NO_LOGIT));
-            }
-            body(tile * TILE, &mut self.logits);
+impl<S> Sums<S> {
+    fn new(statistics: &[Statistics], columns: usize) -> Self {
+        let (mut shifts, mut rows) = ([NO_ROW; ROWS], [[0.0; TILE]; ROWS]);
+        for ((shift, sums), row) in shifts.iter_mut().zip(&mut rows).zip(statistics) {
+            (*shift, *sums) = (row.shift * LOG2_E, row.sums);
         }
+        Self { shifts, rows, columns, of: PhantomData }
+    }
+
+    /// Whether exponentials and their sums are in the range of f32, with some room for adding up more of them.
+    fn are_in_range(&self) -> bool {
+        self.rows.as_flattened().iter().all(|sum| *sum < 1e30)
     }
 }
 
-impl Statistics {
-    /// Takes more logits of the row in.
-    ///
-    /// # Safety
-    /// The processor has AVX-512.
-    #[target_feature(enable = "avx512f,avx512dq")]
-    unsafe fn update<S: Number>(&mut self, logits: &[f32; COLUMNS]) {
-        const LANES: usize = 4;
-        // SAFETY: inside the array.
-        let at = |i: usize| unsafe { _mm512_loadu_ps(logits.as_ptr().add(i * TILE)) };
-        let mut maxima = [_mm512_set1_ps(self.max); LANES];
-        for first in (0..COLUMNS / TILE).step_by(LANES) {
-            for (i, max) in maxima.iter_mut().enumerate() {
-                *max = _mm512_max_ps(*max, at(first + i));
-            }
-        }
-        let max = _mm512_max_ps(_mm512_max_ps(maxima[0], maxima[1]), _mm512_max_ps(maxima[2], maxima[3]));
-        let max = _mm512_reduce_max_ps(max);
-        let factor = _mm512_set1_ps(std::f32::consts::LOG2_E);
-        let shift = _mm512_set1_ps(max * std::f32::consts::LOG2_E);
-        let mut sums = [_mm512_setzero_ps(); LANES];
-        for first in (0..COLUMNS / TILE).step_by(LANES) {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: promised by the caller.
-                let p = unsafe { S::exp2(_mm512_fmsub_ps(at(first + i), factor, shift)) };
-                *sum = _mm512_add_ps(*sum, p);
-            }
-        }
-        let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-        self.sum = self.sum * (self.max - max).exp() + _mm512_reduce_add_ps(sum);
-        self.max = max;
-    }
-}
-
-/// Where the gradient of a block of logits goes: to the tiles of a left operand, and to those of a right one whose `k`
-/// are the rows.
-struct Gradient<'a> {
-    left: &'a mut Tiles,
-    /// The first tile of these columns.
-    pairs: Shared<bf16>,
-    /// Numbers from one step of `pairs` to the next.
-    step_stride: usize,
-}
-
-impl Gradient<'_> {
-    /// `mean · (softmax - one-hot)`, from `logits`, `(ROWS, COLUMNS)`, the first `tiles` tiles of their columns.
-    ///
-    /// # Safety
-    /// The processor has AVX-512, and no one else uses these tiles of `pairs`.
+impl<S: Number> Consumer for Sums<S> {
+    #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    unsafe fn write<S: Source + Number>(
-        self,
-        logits: &[f32],
-        tiles: usize,
-        statistics: &[Statistics],
-        mean: f32,
-        target: impl Fn(usize) -> Option<usize>,
-    ) {
-        assert!(logits.len() == ROWS * COLUMNS && tiles <= COLUMNS / TILE && statistics.len() <= ROWS);
-        let factor = _mm512_set1_ps(std::f32::consts::LOG2_E);
-        let log2_mean = mean.log2();
-        // Of softmax's logarithm, with `mean` in it.
-        let shift = |row: usize| match statistics.get(row) {
-            Some(statistics) => statistics.logsumexp() * std::f32::consts::LOG2_E - log2_mean,
-            None => NO_ROW,
-        };
-        let (left_row, left_step) = self.left.strides();
-        let left = self.left.at_mut(0, 0).as_mut_ptr();
-        for pair in 0..statistics.len().next_multiple_of(STEP) / 2 {
-            let row = 2 * pair;
-            let shifts = [_mm512_set1_ps(shift(row)), _mm512_set1_ps(shift(row + 1))];
-            // SAFETY: rows of `logits`, of a row of tiles, and of a step, by the caller's promise this task's.
+    unsafe fn rows(&mut self, square: Square, pair: usize) {
+        for i in [2 * pair, 2 * pair + 1] {
+            let row = square.row + i;
+            // SAFETY: a row of the square, and one of ours, which have as many numbers.
             unsafe {
-                let from = logits.as_ptr().add(row * COLUMNS);
-                let left = left.add(row / TILE * left_row + row % TILE * STEP);
-                let pairs = self.pairs.get().add(row / STEP * self.step_stride + row % STEP * TILE);
-                let gradients = |tile: usize| {
-                    let p = |i: usize| {
-                        let logits = _mm512_loadu_ps(from.add(i * COLUMNS + tile * TILE));
-                        S::exp2(_mm512_fmsub_ps(logits, factor, shifts[i]))
-                    };
-                    [p(0), p(1)]
-                };
-                let store = |tile: usize, gradients: [__m512; 2]| {
-                    let left = left.add(tile / 2 * left_step + tile % 2 * TILE);
-                    let pairs = pairs.add(tile * S::PARTS * TILE_LEN);
-                    let [mut first, mut second] = gradients;
-                    for part in 0..S::PARTS {
-                        let (left, pairs) = (left.add(part * TILE_LEN), pairs.add(part * TILE_LEN));
-                        let rows = take_bf16(&mut first, &mut second);
-                        _mm256_storeu_si256(left.cast(), _mm512_castsi512_si256(rows));
-                        _mm256_storeu_si256(left.add(STEP).cast(), _mm512_extracti64x4_epi64::<1>(rows));
-                        _mm512_storeu_si512(pairs.cast(), paired(rows));
-                    }
-                };
-                for tile in 0..tiles {
-                    store(tile, gradients(tile));
-                }
-                // The few tiles that have a target, again: most have none.
-                let targets = [0, 1].map(|i| if row + i < statistics.len() { target(row + i) } else { None });
-                for tile in targets.into_iter().flatten().map(|target| target / TILE) {
-                    let mut gradients = gradients(tile);
-                    for (gradient, target) in gradients.iter_mut().zip(targets) {
-                        if let Some(target) = target.filter(|target| target / TILE == tile) {
-                            *gradient =
-                                _mm512_mask_sub_ps(*gradient, 1 << (target % TILE), *gradient, _mm512_set1_ps(mean));
-                        }
-                    }
-                    store(tile, gradients);
+                let [first, second] = exponentials::<S>(&square, i, self.shifts[row], self.columns);
+                let sums = self.rows[row].as_mut_ptr();
+                _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), _mm512_add_ps(first, second)));
+            }
+        }
+    }
+}
+
+/// `e^logit / 2^shift` of row `i` of a square of logits; zero from column `columns` of the product on.
+///
+/// # Safety
+/// The processor has AVX-512; the square has the row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn exponentials<S: Number>(square: &Square, i: usize, shift: f32, columns: usize) -> [__m512; 2] {
+    let (factor, shift) = (_mm512_set1_ps(LOG2_E), _mm512_set1_ps(shift));
+    let mut values = [_mm512_setzero_ps(); 2];
+    for (tile, value) in values.iter_mut().enumerate() {
+        // SAFETY: a row of the square.
+        unsafe {
+            let logits = _mm512_loadu_ps(square.values.add(i * STEP + tile * TILE));
+            *value = S::exp2(_mm512_fmsub_ps(logits, factor, shift));
+        }
+    }
+    if square.column + STEP > columns {
+        for (tile, value) in values.iter_mut().enumerate() {
+            *value = _mm512_maskz_mov_ps(lanes(columns.saturating_sub(square.column + tile * TILE)), *value);
+        }
+    }
+    values
+}
+
+/// The largest logit of each row.
+struct Maxima {
+    rows: [f32; ROWS],
+    columns: usize,
+}
+
+impl Consumer for Maxima {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn rows(&mut self, square: Square, pair: usize) {
+        for i in [2 * pair, 2 * pair + 1] {
+            let max = &mut self.rows[square.row + i];
+            for column in 0..STEP.min(self.columns.saturating_sub(square.column)) {
+                // SAFETY: inside the square.
+                *max = max.max(unsafe { *square.values.add(i * STEP + column) });
+            }
+        }
+    }
+}
+
+/// Writes `mean · (softmax - one-hot)` of [`COLUMNS`] logits of a block of rows: as tiles of a left operand, and as those of
+/// a right one whose `k` are the rows.
+struct Gradient<S> {
+    /// Softmax's logarithm, with that of `mean` in it, is a logit's less this. Binary.
+    shifts: [f32; ROWS],
+    targets: [usize; ROWS],
+    columns: usize,
+    mean: f32,
+    left: *mut bf16,
+    left_row: usize,
+    left_step: usize,
+    /// The first tile of these rows and columns.
+    pairs: *mut bf16,
+    step_stride: usize,
+    of: PhantomData<S>,
+}
+
+impl<S: Source + Number> Consumer for Gradient<S> {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    unsafe fn rows(&mut self, square: Square, pair: usize) {
+        let mut gradients = [[_mm512_setzero_ps(); 2]; 2];
+        let first = square.row + 2 * pair;
+        for (i, gradients) in gradients.iter_mut().enumerate() {
+            let row = first + i;
+            // SAFETY: a row of the square.
+            *gradients = unsafe { exponentials::<S>(&square, 2 * pair + i, self.shifts[row], self.columns) };
+            let target = self.targets[row].wrapping_sub(square.column);
+            if target < STEP {
+                let gradient = &mut gradients[target / TILE];
+                *gradient = _mm512_mask_sub_ps(*gradient, 1 << (target % TILE), *gradient, _mm512_set1_ps(self.mean));
+            }
+        }
+        let [[a, b], [c, d]] = &mut gradients;
+        // SAFETY: inside the tiles of the block, by the caller's promise.
+        unsafe {
+            let left = self.left.add(first / TILE * self.left_row + square.column / STEP * self.left_step);
+            let left = left.add(first % TILE * STEP);
+            let pairs = self.pairs.add(first / STEP * self.step_stride + square.column * S::PARTS * STEP);
+            let pairs = pairs.add(first % STEP * TILE);
+            for part in 0..S::PARTS {
+                let (left, pairs) = (left.add(part * TILE_LEN), pairs.add(part * TILE_LEN));
+                let rows = [take_bf16(a, b), take_bf16(c, d)];
+                let woven = woven(rows[0], rows[1]);
+                for i in 0..2 {
+                    _mm512_storeu_si512(left.add(i * STEP).cast(), rows[i]);
+                    _mm512_storeu_si512(pairs.add(i * S::PARTS * TILE_LEN).cast(), woven[i]);
                 }
             }
         }
@@ -379,6 +415,30 @@ mod tests {
         let targets: Vec<u32> = (0..rows).map(|i| (i * 131 % vocab_size) as u32).collect();
         check(bf16::isas(), &convert::<_, bf16>(&x), &convert::<_, bf16>(&weight), &targets);
         check(Head::<f32>::isa().as_slice(), &x, &weight, &targets);
+    }
+
+    #[test]
+    fn logits_far_above_the_target_do_not_overflow() {
+        let (rows, dim, vocab_size) = (40, 64, 700);
+        // The last token's logits are hundreds above all others.
+        let x = convert::<_, bf16>(&vec![4.0; rows * dim]);
+        let mut weight = convert::<_, bf16>(&random("weight", vocab_size * dim));
+        weight[(vocab_size - 1) * dim..].fill(bf16::from_f32(2.0));
+        let targets: Vec<u32> = (0..rows as u32).collect();
+        let logit =
+            |token: usize| weight[token * dim..][..dim].iter().map(|w| 4.0 * f64::from(w.to_f32())).sum::<f64>();
+        let losses: Vec<f64> = (0..rows).map(|token| logit(vocab_size - 1) - logit(token)).collect();
+        assert!(losses.iter().all(|loss| *loss > 100.0));
+        for isa in bf16::isas() {
+            let head = Head::new(*isa, &x, &weight, dim, &targets);
+            let (mut dx, mut grad) = (vec![0f32; rows * dim], vec![0f32; vocab_size * dim]);
+            let loss = head.loss_grad(1.0, &mut dx, Some(&mut grad));
+            let expected: f64 = losses.iter().sum();
+            assert!((loss - expected).abs() < 1e-6 * expected, "{isa:?}: {loss}, not {expected}");
+            // Softmax is all on the last token.
+            assert!(grad[(vocab_size - 1) * dim..].iter().all(|g| *g == 4.0 * rows as f32), "{isa:?}");
+            assert!(grad[..dim].iter().all(|g| *g == -4.0), "{isa:?}");
+        }
     }
 
     fn check<S: Source + Number>(isas: &[Isa], x: &[S], weight: &[S], targets: &[u32]) {

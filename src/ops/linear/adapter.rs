@@ -1,11 +1,14 @@
 //! What an adapter adds to a product: `scale · drop(x) Aᵀ Bᵀ`. The narrow product in the middle is made anew in backward.
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Device, Tensor};
 use rand_chacha::rand_core::RngCore;
 
+use super::cpu;
 use crate::Result;
 use crate::autograd::Adapter;
-use crate::ops::host::{Element, GRAIN, build, convert, elements, typed, update};
+use crate::ops::host::{Element, GRAIN, build, convert, elements, floats, typed, update};
 use crate::ops::matmul::{Mat, Operand, add_product, product, wide_product};
 
 /// `(…, in) -> (…, out)`, in the compute dtype of the adapter.
@@ -16,6 +19,25 @@ pub fn forward(x: &Tensor, adapter: &Adapter, name: &str) -> Result<Tensor> {
 /// The adapter's share of the gradient of `x`, in `x`'s dtype; those of `A` and `B` are added to their accumulators.
 pub fn backward(x: &Tensor, adapter: &Adapter, name: &str, dy: &Tensor) -> Result<Tensor> {
     typed!(T = compute_dtype(adapter)?; backward_in::<T>(x, adapter, name, dy))
+}
+
+/// What it adds to [`by_head`](super::by_head): `B` has the rows of the weight, `A` its columns. Nothing is left out.
+pub fn by_head(x: &Tensor, adapter: &Adapter, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
+    typed!(T = compute_dtype(adapter)?; by_head_in::<T>(x, adapter, rows, transposed))
+}
+
+fn by_head_in<T: Operand>(x: &Tensor, adapter: &Adapter, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
+    let (b, s, h, _) = x.dims4()?;
+    let [rank, inner] = [adapter.a.shape()[0], adapter.a.shape()[1]];
+    if !transposed {
+        let narrow = Tensor::from_vec(narrow::<T>(&elements::<T>(x)?, adapter)?, (b, s, h, rank), &Device::Cpu)?;
+        return cpu::by_head(&narrow, &adapter.b.compute()?, rows, false);
+    }
+    let narrow = cpu::by_head(x, &adapter.b.compute()?, rows, true)?; // (b, s, h, rank)
+    let narrow = scaled::<T>(floats(&narrow)?.to_vec(), adapter.scale);
+    let a = adapter.a.compute()?;
+    let y = product(Mat::new(&narrow, b * s * h, rank), Mat::new(&elements::<T>(&a)?, rank, inner));
+    Ok(Tensor::from_vec(y, (b, s, h, inner), &Device::Cpu)?)
 }
 
 fn compute_dtype(adapter: &Adapter) -> Result<DType> {
@@ -119,6 +141,26 @@ mod tests {
                             Ok(t[0].broadcast_matmul(&weight.t()?)?)
                         },
                     )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn each_head_is_multiplied_by_its_own_rows_of_the_adapted_weight() -> Result<()> {
+        let (b, s, h, n, m, rank) = (2, 3, 4, 7, 10, 5);
+        let values = [("w", [h * n, m]), ("a", [rank, m]), ("b", [h * n, rank])];
+        let values = values.map(|(name, shape)| random_tensor(name, &shape).unwrap());
+        let merged = (&values[0] + (values[2].matmul(&values[1])? * f64::from(SCALE))?)?;
+        for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 2e-2)] {
+            let p = parameters(&values, dtype)?;
+            adapt(&p[0], &p[1], &p[2], 0.3);
+            let whole = &parameters(std::slice::from_ref(&merged), dtype)?[0];
+            for (rows, transposed) in [(0..5, true), (5..7, false)] {
+                let x = random_tensor("x", &[b, s, h, if transposed { rows.len() } else { m }])?.to_dtype(dtype)?;
+                let expected = super::super::by_head(&x, whole, rows.clone(), transposed)?;
+                let ours = super::super::by_head(&x, &p[0], rows, transposed)?;
+                assert_close("by_head", &ours, &expected, tolerance)?;
             }
         }
         Ok(())

@@ -53,14 +53,18 @@ pub fn logits(x: &Tensor, weight: &Parameter, softcap: Option<f32>) -> Result<Te
 }
 
 /// For each head its own product, without a gradient: with `Wₕ` the rows `rows` of the head's part of `weight`,
-/// `x Wₕᵀ`, or `x Wₕ` if `transposed`.
+/// `x Wₕᵀ`, or `x Wₕ` if `transposed`. An adapter's share is part of it.
 ///
 /// # Shapes
 /// `x`: `(b, s, h, in)`. `weight`: `(h · n, m)`. Returns `(b, s, h, out)`, where `in` and `out` are `m` and `rows.len()`,
 /// or the other way round.
 pub fn by_head(x: &Tensor, weight: &Parameter, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
     let _span = profiler::span("by_head").shapes(&[x.dims(), weight.shape()]);
-    cpu::by_head(x, &weight.compute()?, rows, transposed)
+    let y = cpu::by_head(x, &weight.compute()?, rows.clone(), transposed)?;
+    match weight.adapter() {
+        None => Ok(y),
+        Some(adapter) => add_tensors(&y, &adapter::by_head(x, &adapter, rows, transposed)?),
+    }
 }
 
 #[cfg(test)]

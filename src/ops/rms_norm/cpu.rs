@@ -14,6 +14,11 @@ pub fn forward(x: &Tensor, weight: &Tensor, offset: f32, eps: f32, dtype: DType)
     typed!(X = x.dtype(), Y = dtype; normalize::<X, Y>(x, &shifted(weight, offset)?, eps))
 }
 
+/// The same without a weight, in `x`'s dtype.
+pub fn forward_unit(x: &Tensor, eps: f32) -> Result<(Tensor, Vec<f32>)> {
+    typed!(X = x.dtype(); normalize::<X, X>(x, &vec![1.0; x.dim(D::Minus1)?], eps))
+}
+
 fn shifted(weight: &Tensor, offset: f32) -> Result<Vec<f32>> {
     Ok(floats(weight)?.iter().map(|w| offset + w).collect())
 }
@@ -45,6 +50,10 @@ pub fn backward(
     dy: &Tensor,
 ) -> Result<Tensor> {
     typed!(X = x.dtype(), Y = dy.dtype(); gradients::<X, Y>(x, &shifted(weight, offset)?, grad, rstd, dy))
+}
+
+pub fn backward_unit(x: &Tensor, rstd: &[f32], dy: &Tensor) -> Result<Tensor> {
+    typed!(X = x.dtype(); gradients::<X, X>(x, &vec![1.0; x.dim(D::Minus1)?], None, rstd, dy))
 }
 
 fn gradients<X: Element, Y: Element>(

@@ -27,6 +27,14 @@ pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, offset: f32, eps: f64) -> Re
     }))
 }
 
+/// `y = x · rstd`: [`rms_norm`] without a weight, in `x`'s dtype.
+pub fn unit_norm(x: &Value, eps: f64) -> Result<Value> {
+    let _span = profiler::span("unit_norm").shapes(&[x.tensor().dims()]);
+    let (y, rstd) = cpu::forward_unit(x.tensor(), eps as f32)?;
+    let saved = x.tensor().clone();
+    Ok(Value::record("unit_norm", y, [x], move |dy| Ok([Some(cpu::backward_unit(&saved, &rstd, &dy)?)])))
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::{D, DType};
@@ -46,6 +54,20 @@ mod tests {
                         let mean = (t[0].sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?;
                         Ok(t[0].broadcast_div(&mean.sqrt()?)?.broadcast_mul(&(&p[0] + f64::from(offset))?)?)
                     },
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn unit_norm_matches_its_reference() -> Result<()> {
+        for dtype in [DType::F32, DType::BF16] {
+            let x = random_tensor("x", &[2, 33, 5, 12])?.to_dtype(dtype)?;
+            for x in [x.clone(), x.transpose(1, 2)?] {
+                Case::new("unit_norm").input(x).check(
+                    |v| unit_norm(&v[0], 1e-5),
+                    |t| Ok(t[0].broadcast_div(&(t[0].sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?.sqrt()?)?),
                 )?;
             }
         }

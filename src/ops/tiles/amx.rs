@@ -3,7 +3,7 @@ use std::arch::x86_64::__cpuid_count;
 
 use half::bf16;
 
-use super::{Block, Left, TILE, TILE_LEN};
+use super::{Block, Consumer, Left, PAIRS, Square, TILE, TILE_LEN};
 
 /// Whether the processor has bf16 tiles and the system lets this process use them.
 pub fn is_usable() -> bool {
@@ -184,6 +184,41 @@ unsafe fn multiply_all<const M: usize, const N: usize>() {
     }
 }
 
+/// Adds the product of two steps: of tiles at `rows` and below them with those at `b` and beside them.
+///
+/// # Safety
+/// `Tiles` are configured; the pointers are good for `parts` tiles each.
+#[inline(always)]
+unsafe fn add_step<const M: usize, const N: usize>(
+    rows: *const bf16,
+    a: Left<bf16>,
+    b: *const bf16,
+    b_stride: usize,
+    parts: usize,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        load_left::<M>(rows, a);
+        if parts == 1 {
+            load_right::<N>(b, b_stride);
+            multiply_all::<M, N>();
+            return;
+        }
+        // Of nine products of parts, the six that an f32 sum can feel.
+        for part in 0..3 {
+            load_right::<N>(b.add(part * TILE_LEN), b_stride);
+            multiply_all::<M, N>();
+        }
+        load_left::<M>(rows.add(TILE_LEN), a);
+        for part in [1, 0] {
+            load_right::<N>(b.add(part * TILE_LEN), b_stride);
+            multiply_all::<M, N>();
+        }
+        load_left::<M>(rows.add(2 * TILE_LEN), a);
+        multiply_all::<M, N>();
+    }
+}
+
 /// # Safety
 /// As for [`block`].
 #[inline(always)]
@@ -218,26 +253,11 @@ unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block<bf
         }
         for step in 0..if ONE { 1 } else { steps } {
             let (rows, b) = (a.data.add(step * a.step), b.add(step * b_step));
-            if parts == 1 {
+            if ONE && parts == 1 {
                 load_left::<M>(rows, a);
-                if !ONE {
-                    load_right::<N>(b, b_stride);
-                }
                 multiply_all::<M, N>();
             } else {
-                // Of nine products of parts, the six that an f32 sum can feel.
-                load_left::<M>(rows, a);
-                for part in 0..3 {
-                    load_right::<N>(b.add(part * TILE_LEN), b_stride);
-                    multiply_all::<M, N>();
-                }
-                load_left::<M>(rows.add(TILE_LEN), a);
-                for part in [1, 0] {
-                    load_right::<N>(b.add(part * TILE_LEN), b_stride);
-                    multiply_all::<M, N>();
-                }
-                load_left::<M>(rows.add(2 * TILE_LEN), a);
-                multiply_all::<M, N>();
+                add_step::<M, N>(rows, a, b, b_stride, parts);
             }
         }
         store::<0>(c, row);
@@ -250,5 +270,40 @@ unsafe fn tiles<const M: usize, const N: usize, const ONE: bool>(block: Block<bf
         if M == 2 && N == 2 {
             store::<3>(below.add(TILE), row);
         }
+    }
+}
+
+/// As [`super::multiply_each`], for a block of two by two tiles. Tile and vector instructions share few of the processor's
+/// units: with the consumer's between those of the product, which take most of their time, it costs almost nothing.
+///
+/// # Safety
+/// As for [`super::Isa::block`]; the processor has AVX-512.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub unsafe fn square<C: Consumer>(block: Block<bf16>, last: Option<Square>, consumer: &mut C) {
+    let Block { a, b, b_stride, b_step, steps, parts, c, c_stride, .. } = block;
+    let row = c_stride * size_of::<f32>();
+    let mut pair = 0;
+    // SAFETY: promised by the caller.
+    unsafe {
+        zero::<0>();
+        zero::<1>();
+        zero::<2>();
+        zero::<3>();
+        for step in 0..steps {
+            add_step::<2, 2>(a.data.add(step * a.step), a, b.add(step * b_step), b_stride, parts);
+            if let Some(last) = last {
+                let end = (step + 1) * PAIRS / steps;
+                while pair < end {
+                    consumer.rows(last, pair);
+                    pair += 1;
+                }
+            }
+        }
+        let below = c.add(TILE * c_stride);
+        store::<0>(c, row);
+        store::<1>(c.add(TILE), row);
+        store::<2>(below, row);
+        store::<3>(below.add(TILE), row);
     }
 }

@@ -4,47 +4,59 @@ use half::bf16;
 
 use super::{Block, Left, Number, STEP, TILE};
 
-/// Rows whose sums are held in registers at a time.
-const ROWS: usize = 8;
-
 /// # Safety
 /// As for [`super::Isa::block`].
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub unsafe fn block(block: Block<bf16>) {
-    for i in 0..block.m * TILE / ROWS {
-        let rows = rows(&block, i);
+    for row in (0..block.m * TILE).step_by(8) {
+        let rows = rows(&block, row);
         // SAFETY: promised by the caller: these are rows of the block.
         unsafe {
             match block.n {
-                2 => sums::<2>(rows),
-                _ => sums::<1>(rows),
+                2 => sums::<8, 2>(rows),
+                _ => sums::<8, 1>(rows),
             }
         }
     }
 }
 
+/// As many sums in registers as there are, and few loads for each: of 32 registers up to 24.
+///
 /// # Safety
 /// As for [`super::Isa::block`].
 #[target_feature(enable = "avx512f")]
 pub unsafe fn block_f32(block: Block<f32>) {
-    for i in 0..block.m * TILE / ROWS {
-        let rows = rows(&block, i);
+    // With a distance that is known, addresses cost no instructions, of which the sums' units would have to do a part.
+    assert!(block.a.row == TILE, "tiles of f32 are packed");
+    for row in (0..block.m * TILE).step_by(TILE) {
+        let rows = |i: usize| rows(&block, row + i);
         // SAFETY: promised by the caller: these are rows of the block.
         unsafe {
             match block.n {
-                2 => sums_f32::<2>(rows),
-                _ => sums_f32::<1>(rows),
+                4 => {
+                    sums_f32::<6, 4>(rows(0));
+                    sums_f32::<6, 4>(rows(6));
+                    sums_f32::<4, 4>(rows(12));
+                }
+                3 => {
+                    sums_f32::<8, 3>(rows(0));
+                    sums_f32::<8, 3>(rows(8));
+                }
+                2 => {
+                    sums_f32::<8, 2>(rows(0));
+                    sums_f32::<8, 2>(rows(8));
+                }
+                _ => sums_f32::<16, 1>(rows(0)),
             }
         }
     }
 }
 
-/// The block's `i`-th [`ROWS`] rows.
+/// The block from its row `row` on.
 #[inline(always)]
-fn rows<T: Number>(block: &Block<T>, i: usize) -> Block<T> {
-    let (tile, row) = (i * ROWS / TILE, i * ROWS % TILE);
-    let data = block.a.data.wrapping_add(tile * block.a.tile + row * block.a.row);
-    Block { a: Left { data, ..block.a }, c: block.c.wrapping_add(i * ROWS * block.c_stride), ..*block }
+fn rows<T: Number>(block: &Block<T>, row: usize) -> Block<T> {
+    let data = block.a.data.wrapping_add(row / TILE * block.a.tile + row % TILE * block.a.row);
+    Block { a: Left { data, ..block.a }, c: block.c.wrapping_add(row * block.c_stride), ..*block }
 }
 
 /// The sums that a block adds to: zeros, if it does not.
@@ -53,8 +65,8 @@ fn rows<T: Number>(block: &Block<T>, i: usize) -> Block<T> {
 /// As for [`super::Isa::block`].
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn load<const N: usize, T>(block: &Block<T>) -> [[__m512; N]; ROWS] {
-    let mut sums = [[_mm512_setzero_ps(); N]; ROWS];
+unsafe fn load<const M: usize, const N: usize, T>(block: &Block<T>) -> [[__m512; N]; M] {
+    let mut sums = [[_mm512_setzero_ps(); N]; M];
     if block.add {
         for (i, sums) in sums.iter_mut().enumerate() {
             for (j, sum) in sums.iter_mut().enumerate() {
@@ -70,7 +82,7 @@ unsafe fn load<const N: usize, T>(block: &Block<T>) -> [[__m512; N]; ROWS] {
 /// As for [`super::Isa::block`].
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn store<const N: usize, T>(block: &Block<T>, sums: [[__m512; N]; ROWS]) {
+unsafe fn store<const M: usize, const N: usize, T>(block: &Block<T>, sums: [[__m512; N]; M]) {
     for (i, sums) in sums.iter().enumerate() {
         for (j, sum) in sums.iter().enumerate() {
             // SAFETY: promised by the caller.
@@ -79,18 +91,16 @@ unsafe fn store<const N: usize, T>(block: &Block<T>, sums: [[__m512; N]; ROWS]) 
     }
 }
 
-/// [`ROWS`] rows of packed tiles by `N` tiles of columns.
+/// `M` rows of packed tiles by `N` tiles of columns.
 ///
 /// # Safety
 /// As for [`super::Isa::block`].
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
-    // With a distance that is known, addresses cost no instructions, of which the sums' units would have to do a part.
-    assert!(block.a.row == TILE, "tiles of f32 are packed");
+unsafe fn sums_f32<const M: usize, const N: usize>(block: Block<f32>) {
     // SAFETY: promised by the caller.
     unsafe {
-        let mut sums = load::<N, _>(&block);
+        let mut sums = load::<M, N, _>(&block);
         for step in 0..block.steps {
             let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * block.b_step));
             for k in 0..TILE {
@@ -110,16 +120,16 @@ unsafe fn sums_f32<const N: usize>(block: Block<f32>) {
     }
 }
 
-/// [`ROWS`] rows by `N` tiles of columns.
+/// `M` rows by `N` tiles of columns.
 ///
 /// # Safety
 /// As for [`super::Isa::block`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn sums<const N: usize>(block: Block<bf16>) {
+unsafe fn sums<const M: usize, const N: usize>(block: Block<bf16>) {
     // SAFETY: promised by the caller.
     unsafe {
-        let mut sums = load::<N, _>(&block);
+        let mut sums = load::<M, N, _>(&block);
         for step in 0..block.steps {
             let (a, b) = (block.a.data.add(step * block.a.step), block.b.add(step * block.b_step));
             for pair in 0..STEP / 2 {

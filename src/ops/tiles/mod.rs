@@ -57,6 +57,8 @@ static BF16: LazyLock<Vec<Isa>> = LazyLock::new(|| match *AVX512 && is_x86_featu
 pub trait Number: Element + Default {
     /// The `k` of a tile.
     const STEP: usize;
+    /// Most columns of tiles of a block.
+    const COLUMNS: usize;
 
     /// What this processor has for these numbers, the best first.
     fn isas() -> &'static [Isa];
@@ -109,7 +111,7 @@ pub struct Left<T> {
     pub tile: usize,
 }
 
-/// A block of one or two columns of tiles of a product: `c = a b`, or `c += a b`.
+/// A block of at most [`Number::COLUMNS`] columns of tiles of a product: `c = a b`, or `c += a b`.
 #[derive(Clone, Copy)]
 pub struct Block<T> {
     /// Tiles of the left operand.
@@ -128,7 +130,7 @@ pub struct Block<T> {
     pub c_stride: usize,
     /// Rows of tiles.
     pub m: usize,
-    /// Columns of tiles, 1 or 2.
+    /// Columns of tiles.
     pub n: usize,
     pub add: bool,
 }
@@ -151,6 +153,7 @@ impl Isa {
 
 impl Number for bf16 {
     const STEP: usize = STEP;
+    const COLUMNS: usize = 2;
 
     fn isas() -> &'static [Isa] {
         &BF16
@@ -231,6 +234,7 @@ impl Number for bf16 {
 
 impl Number for f32 {
     const STEP: usize = 16;
+    const COLUMNS: usize = 4;
 
     fn isas() -> &'static [Isa] {
         if *AVX512 { &[Isa::Avx512] } else { &[] }
@@ -493,7 +497,7 @@ pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32
         return;
     }
     let ((a_stride, a_step), (b_stride, b_step)) = (a.tiles.strides(), b.tiles.strides());
-    for j in (0..n).step_by(2) {
+    for j in (0..n).step_by(T::COLUMNS) {
         // SAFETY: inside the three buffers by the assertions of `part` and above.
         unsafe {
             isa.block(Block {
@@ -506,9 +510,92 @@ pub unsafe fn multiply<T: Number>(isa: Isa, a: Part<T>, b: Part<T>, c: &mut [f32
                 c: c.as_mut_ptr().add(j * TILE),
                 c_stride,
                 m,
-                n: (n - j).min(2),
+                n: (n - j).min(T::COLUMNS),
                 add,
             });
+        }
+    }
+}
+
+/// Two by two tiles of a product, `(STEP, STEP)`, from row `row` and column `column` on.
+#[derive(Clone, Copy)]
+pub struct Square {
+    pub row: usize,
+    pub column: usize,
+    pub values: *const f32,
+}
+
+/// Pairs of rows of a [`Square`].
+pub const PAIRS: usize = STEP / 2;
+
+/// What a product is computed for, if not to be stored.
+pub trait Consumer {
+    /// Takes the rows `2 pair` and `2 pair + 1` of a square. Past the last row or column of the operands' tiles there may be
+    /// any numbers.
+    ///
+    /// # Safety
+    /// The processor has AVX-512; the square is one of the product that this consumer was made for.
+    unsafe fn rows(&mut self, square: Square, pair: usize);
+}
+
+/// Hands the product `a b` to `consumer`, square by square, each column of squares from its top to its bottom.
+///
+/// # Safety
+/// As for [`Isa::block`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub unsafe fn multiply_each<C: Consumer>(isa: Isa, a: &Part<bf16>, b: &Part<bf16>, consumer: &mut C) {
+    let (m, n, steps, parts) = (a.rows.len(), b.rows.len(), a.steps.len(), a.tiles.parts);
+    assert!(steps > 0 && steps == b.steps.len() && parts == b.tiles.parts, "operands of one inner size");
+    let ((a_stride, a_step), (b_stride, b_step)) = (a.tiles.strides(), b.tiles.strides());
+    let [mut even, mut odd] = [[0f32; STEP * STEP]; 2];
+    let (mut values, mut others) = (even.as_mut_ptr(), odd.as_mut_ptr());
+    // What the consumer takes while the next square is computed.
+    let mut last: Option<Square> = None;
+    for j in (0..n).step_by(2) {
+        for i in (0..m).step_by(2) {
+            // An odd last tile stands for its missing neighbour too.
+            let tile = if i + 1 < m { a_stride } else { 0 };
+            let b_stride = if j + 1 < n { b_stride } else { 0 };
+            let left = Left { data: a.at(i), row: STEP, step: a_step, tile };
+            let block = Block {
+                a: left,
+                b: b.at(j),
+                b_stride,
+                b_step,
+                steps,
+                parts,
+                c: values,
+                c_stride: STEP,
+                m: 2,
+                n: 2,
+                add: false,
+            };
+            // SAFETY: inside the operands by the assertions of `part` and above, and a square of our own.
+            unsafe {
+                match isa {
+                    Isa::Amx => amx::square(block, last, consumer),
+                    Isa::Avx512 => {
+                        isa.block(block);
+                        take(last, consumer);
+                    }
+                }
+            }
+            last = Some(Square { row: i * TILE, column: j * TILE, values });
+            std::mem::swap(&mut values, &mut others);
+        }
+    }
+    // SAFETY: promised by the caller.
+    unsafe { take(last, consumer) };
+}
+
+/// # Safety
+/// As for [`Consumer::rows`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn take<C: Consumer>(square: Option<Square>, consumer: &mut C) {
+    if let Some(square) = square {
+        for pair in 0..PAIRS {
+            // SAFETY: promised by the caller.
+            unsafe { consumer.rows(square, pair) };
         }
     }
 }

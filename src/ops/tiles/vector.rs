@@ -26,7 +26,7 @@ pub fn exp2<const N: usize>(x: __m512, polynomial: [f32; N]) -> __m512 {
 
 /// The lanes of `n` elements, at most all.
 pub fn lanes(n: usize) -> u16 {
-    u16::MAX >> (TILE - n.min(TILE))
+    ((1u32 << n.min(TILE)) - 1) as u16
 }
 
 /// Rows of numbers, rounded to bf16, one after the other. Only for processors that have AVX512-BF16, as all of
@@ -59,6 +59,25 @@ pub fn paired(rows: __m512i) -> __m512i {
     const ORDER: [u16; 32] = order();
     // SAFETY: 64 bytes, any of which is a number.
     _mm512_permutexvar_epi16(unsafe { std::mem::transmute::<[u16; 32], __m512i>(ORDER) }, rows)
+}
+
+/// Two rows of 32 numbers as pairs of one above the other: the first sixteen, and the rest.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub fn woven(above: __m512i, below: __m512i) -> [__m512i; 2] {
+    const fn order(first: u16) -> [u16; 32] {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            order[i] = first + (i / 2 + i % 2 * 32) as u16;
+            i += 1;
+        }
+        order
+    }
+    const ORDERS: [[u16; 32]; 2] = [order(0), order(TILE as u16)];
+    // SAFETY: 128 bytes, any of which is a number.
+    let [first, rest] = unsafe { std::mem::transmute::<[[u16; 32]; 2], [__m512i; 2]>(ORDERS) };
+    [_mm512_permutex2var_epi16(above, first, below), _mm512_permutex2var_epi16(above, rest, below)]
 }
 
 /// Rounded to bf16. As for [`rounded_rows`].

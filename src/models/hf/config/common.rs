@@ -36,6 +36,13 @@ pub fn sizes(fields: &mut Fields) -> DecoderArgs {
     }
 }
 
+/// The shortest list that gives `pattern` when it repeats.
+pub fn shortest<T: PartialEq>(mut pattern: Vec<T>) -> Vec<T> {
+    let repeats = |n: &usize| pattern.iter().skip(*n).eq(&pattern[..pattern.len() - n]);
+    pattern.truncate((1..pattern.len()).find(repeats).unwrap_or(pattern.len()));
+    pattern
+}
+
 /// `layer_types` and `sliding_window`. `by_rule`: whether a layer slides, where the types are not given.
 pub fn read_sliding_layers(fields: &mut Fields, args: &mut DecoderArgs, window: usize, by_rule: fn(usize) -> bool) {
     args.attention_pattern = match fields.config["layer_types"].as_array() {

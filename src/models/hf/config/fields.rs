@@ -82,18 +82,6 @@ impl Fields<'_> {
         }
     }
 
-    /// Only false will do, and it must be said: transformers takes an absent field for true.
-    pub fn expect_off(&mut self, name: &str) {
-        match &self.config[name] {
-            Value::Bool(false) => {}
-            Value::Null => self.fault(format!("{name}: true, its default, is not supported, only false")),
-            value => {
-                let fault = format!("{name}: {value} is not supported, only false");
-                self.fault(fault);
-            }
-        }
-    }
-
     /// `rope_theta` and the scaling of rotary positions, as transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)
     /// write them.
     pub fn rope(&mut self, args: &mut DecoderArgs, default_theta: f64) {

@@ -2,9 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::common::plain_args;
+use super::common::{plain_args, shortest};
 use super::fields::Fields;
-use crate::models::args::{AttnType, DecoderArgs, MoeArgs};
+use crate::models::args::{AttentionKind, DecoderArgs, MoeArgs};
+use crate::models::layer::Span;
 
 /// Positions that attend to each other, where a config says nothing else.
 const CHUNK_SIZE: usize = 8192;
@@ -12,7 +13,7 @@ const CHUNK_SIZE: usize = 8192;
 pub fn args(fields: &mut Fields) -> DecoderArgs {
     let mut args = plain_args(fields, 500_000.0);
     args.norm_eps = fields.number("rms_norm_eps", 1e-5);
-    fields.expect_off("use_qk_norm");
+    args.qk_unit_norm = fields.flag("use_qk_norm", true);
     args.interleave_moe_layer_step = fields.size("interleave_moe_layer_step", Some(1));
     args.moe_args = Some(MoeArgs {
         num_experts: fields.size("num_local_experts", None),
@@ -36,56 +37,47 @@ pub fn args(fields: &mut Fields) -> DecoderArgs {
     args
 }
 
-/// `no_rope_layers` (0: no rotary positions), `layer_types` and `attention_chunk_size`.
+/// `no_rope_layers` (0: no rotary positions), `layer_types`, and what goes with layers of either kind.
 fn read_rotary_layers(fields: &mut Fields, args: &mut DecoderArgs) {
+    let n_layers = args.n_layers;
     let interval = fields.size("no_rope_layer_interval", Some(4));
     let rotary: Vec<bool> = match fields.config["no_rope_layers"].as_array() {
         Some(list) if !list.is_empty() => list.iter().map(|flag| *flag != json!(0)).collect(),
-        _ => (0..args.n_layers).map(|layer| !(layer + 1).is_multiple_of(interval)).collect(),
+        _ => (0..n_layers).map(|layer| !(layer + 1).is_multiple_of(interval)).collect(),
     };
-    let nope: Vec<usize> = (0..rotary.len()).filter(|&layer| !rotary[layer]).collect();
-    args.every_n_layers_nope = match nope[..] {
-        [] => None,
-        [0] => Some(args.n_layers),
-        [0, n, ..] if nope.iter().copied().eq((0..args.n_layers).step_by(n)) => Some(n),
-        _ => {
-            fields.fault(format!(
-                "no_rope_layers: layers {nope:?} have no rotary positions; titan's every_n_layers_nope = n means 0, n, 2n, ..."
-            ));
-            None
-        }
-    };
-    if !nope.is_empty() {
-        fields.expect_off("attn_temperature_tuning");
-    }
-
     let is_chunked: Vec<bool> = match fields.config["layer_types"].as_array() {
         Some(types) => types.iter().map(|kind| *kind == json!("chunked_attention")).collect(),
         None => rotary.clone(),
     };
-    let chunk = fields.size("attention_chunk_size", Some(CHUNK_SIZE));
-    if !is_chunked.contains(&true) {
-        return;
+    for (name, n) in [("no_rope_layers", rotary.len()), ("layer_types", is_chunked.len())] {
+        if n != n_layers {
+            fields.fault(format!("{name}: {n} entries for {n_layers} layers"));
+        }
     }
-    if is_chunked != rotary {
-        fields.fault("layer_types: chunked attention must be that of all rotary layers, or of none");
+    if is_chunked.contains(&true) {
+        args.fixed_attn_block_size = Some(fields.size("attention_chunk_size", Some(CHUNK_SIZE)));
+        let kind = |chunked: &bool| if *chunked { AttentionKind::Chunked } else { AttentionKind::Full };
+        args.attention_pattern = shortest(is_chunked.iter().map(kind).collect());
     }
-    if args.every_n_layers_nope.is_some() {
-        args.attn_type = AttnType::Flex;
-        args.fixed_attn_block_size = Some(chunk);
-    } else {
-        // One block is all that the model sees: chunked and plain attention are the same there.
-        args.max_seq_len = args.max_seq_len.min(chunk);
+    args.qk_unit_norm &= rotary.contains(&true);
+    // Some checkpoints of the hub have a number there.
+    let tuning = &fields.config["attn_temperature_tuning"];
+    let is_off = *tuning == json!(false) || *tuning == json!(0);
+    args.attn_temperature_tuning = !is_off && rotary.contains(&false);
+    args.floor_scale = fields.size("floor_scale", Some(args.floor_scale));
+    args.attn_scale = fields.number("attn_scale", args.attn_scale);
+    if rotary.contains(&false) {
+        args.rope_pattern = shortest(rotary);
     }
 }
 
 pub fn config(args: &DecoderArgs) -> Value {
     let moe = args.moe_args.clone().unwrap_or_default();
-    let layers = 0..args.n_layers;
-    let is_rotary = |layer: usize| args.every_n_layers_nope.is_none_or(|n| !layer.is_multiple_of(n));
-    let layer_types = layers.clone().map(|layer| match args.attn_block_size().is_some() && is_rotary(layer) {
-        true => "chunked_attention",
-        false => "full_attention",
+    let layers = || (0..args.n_layers).map(|layer| args.layer(layer));
+    let chunk = layers().find_map(|layer| if let Span::Chunked(size) = layer.span { Some(size) } else { None });
+    let layer_types = layers().map(|layer| match layer.span {
+        Span::Chunked(_) => "chunked_attention",
+        _ => "full_attention",
     });
     json!({
         "head_dim": args.head_dim(),
@@ -95,11 +87,13 @@ pub fn config(args: &DecoderArgs) -> Value {
         "num_experts_per_tok": moe.top_k,
         "interleave_moe_layer_step": args.interleave_moe_layer_step,
         "moe_layers": args.moe_layers(),
-        "no_rope_layers": layers.map(|layer| is_rotary(layer) as u8).collect::<Vec<_>>(),
+        "no_rope_layers": layers().map(|layer| u8::from(layer.rope.is_some())).collect::<Vec<_>>(),
         "layer_types": layer_types.collect::<Vec<_>>(),
         // Asked for even where no layer is chunked.
-        "attention_chunk_size": args.attn_block_size().unwrap_or(CHUNK_SIZE),
-        "use_qk_norm": false,
-        "attn_temperature_tuning": false,
+        "attention_chunk_size": chunk.unwrap_or(CHUNK_SIZE),
+        "use_qk_norm": args.qk_unit_norm,
+        "attn_temperature_tuning": args.attn_temperature_tuning,
+        "floor_scale": args.floor_scale,
+        "attn_scale": args.attn_scale,
     })
 }

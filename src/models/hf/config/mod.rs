@@ -13,7 +13,7 @@ use crate::{Error, Result};
 use fields::Fields;
 
 mod common;
-mod deepseek_v3;
+mod deepseek;
 mod fields;
 mod gemma;
 mod gpt_oss;
@@ -47,7 +47,8 @@ pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
         Family::Llama3 => llama3::args(&mut fields),
         Family::Llama4 => llama4::args(&mut fields),
         Family::Qwen3 => qwen3::args(&mut fields, model_type == "qwen3_moe"),
-        Family::DeepSeekV3 => deepseek_v3::args(&mut fields),
+        Family::DeepSeekV3 => deepseek::v3_args(&mut fields),
+        Family::DeepSeekV2 => deepseek::v2_args(&mut fields),
         Family::Mistral => mistral::mistral_args(&mut fields),
         Family::Mixtral => mistral::mixtral_args(&mut fields),
         Family::Olmo2 => olmo2::args(&mut fields),
@@ -55,6 +56,9 @@ pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
         Family::Gemma3 => gemma::gemma3_args(&mut fields),
         Family::GptOss => gpt_oss::args(&mut fields),
     };
+    if fields.faults.is_empty() {
+        fields.faults.extend(args.clashes().into_iter().map(|clash| format!("{}: {}", clash.what, clash.remedy)));
+    }
     if fields.faults.is_empty() {
         return Ok((family, args));
     }
@@ -65,17 +69,18 @@ pub fn args_from_config(config: &Value) -> Result<(Family, DecoderArgs)> {
 }
 
 /// The rows and columns that share a scale where a config says that the weights are quantised by blocks, as DeepSeek's
-/// are; `None` if they are not quantised.
+/// are; `None` if they are not quantised, or as GPT-OSS's, whose tensors tell by their names.
 ///
 /// # Errors
 /// What the config asks for, if that is another quantisation.
 pub fn quantized_block(config: &Value) -> Result<Option<[usize; 2]>, String> {
     let quantization = &config["quantization_config"];
-    if quantization.is_null() {
+    if quantization.is_null() || quantization["quant_method"] == "mxfp4" {
         return Ok(None);
     }
     let refuse = |what: &str| {
-        Err(format!("quantization_config: {what} is not supported, only \"fp8\" with format \"e4m3\" and blocks"))
+        let known = "\"mxfp4\", and \"fp8\" with format \"e4m3\" and blocks";
+        Err(format!("quantization_config: {what} is not supported, only {known}"))
     };
     if quantization["quant_method"] != "fp8" {
         return refuse(&format!("quant_method {}", quantization["quant_method"]));
@@ -102,7 +107,7 @@ pub fn different_constants(here: &DecoderArgs, there: &DecoderArgs) -> Vec<Strin
 
 /// Arguments that change what a model computes, but neither its shapes nor which weight does what.
 fn is_constant(name: &str) -> bool {
-    const NAMES: [&str; 9] = [
+    const NAMES: [&str; 11] = [
         "norm_eps",
         "final_norm_eps",
         "rope_theta",
@@ -112,6 +117,8 @@ fn is_constant(name: &str) -> bool {
         "beta_slow",
         "yarn_truncate",
         "mscale",
+        "floor_scale",
+        "attn_scale",
     ];
     NAMES.contains(&name) || name.starts_with("rope_scaling_args")
 }
@@ -144,6 +151,7 @@ fn essence(args: &DecoderArgs, positions: usize) -> Map<String, Value> {
         _ => json!("full"),
     });
     let has_local = layers.iter().any(|layer| layer.span != Span::Full && layer.rope.is_some());
+    let is_tuned = args.tunes_temperature(positions) && layers.iter().any(|layer| layer.rope.is_none());
     let worked_out = [
         ("hidden_dim", json!(has_dense.then(|| args.ffn_hidden_dim()))),
         ("moe_inter_dim", json!(has_experts.then(|| args.moe_hidden_dim()))),
@@ -157,11 +165,16 @@ fn essence(args: &DecoderArgs, positions: usize) -> Map<String, Value> {
         ("feed_forward_pattern", layers.iter().map(|layer| json!(layer.feed_forward)).collect()),
         ("local_rope_theta", json!(args.local_rope_theta.filter(|_| has_local))),
         ("rope_factor", json!(args.yarn_factor())),
+        ("qk_unit_norm", json!(args.qk_unit_norm && layers.iter().any(|layer| layer.rope.is_some()))),
+        ("attn_temperature_tuning", json!(is_tuned)),
     ];
     essence.extend(worked_out.map(|(name, value)| (name.to_owned(), value)));
     let mut unused = Vec::new();
     if args.yarn_factor().is_none() {
         unused.extend(["original_seq_len", "beta_fast", "beta_slow", "yarn_truncate", "mscale"]);
+    }
+    if !is_tuned {
+        unused.extend(["floor_scale", "attn_scale"]);
     }
     if !has_latent {
         unused.extend(["q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]);
@@ -227,7 +240,8 @@ pub fn config_from_args(
         Family::Llama4 => ("Llama4ForCausalLM", "llama4_text", llama4::config(args)),
         Family::Qwen3 if !args.moe_layers().is_empty() => ("Qwen3MoeForCausalLM", "qwen3_moe", qwen3::config(args)),
         Family::Qwen3 => ("Qwen3ForCausalLM", "qwen3", qwen3::config(args)),
-        Family::DeepSeekV3 => ("DeepseekV3ForCausalLM", "deepseek_v3", deepseek_v3::config(args)),
+        Family::DeepSeekV3 => ("DeepseekV3ForCausalLM", "deepseek_v3", deepseek::v3_config(args)),
+        Family::DeepSeekV2 => ("DeepseekV2ForCausalLM", "deepseek_v2", deepseek::v2_config(args)),
         Family::Mistral => ("MistralForCausalLM", "mistral", mistral::config(args)),
         Family::Mixtral => ("MixtralForCausalLM", "mixtral", mistral::config(args)),
         Family::Olmo2 => ("Olmo2ForCausalLM", "olmo2", olmo2::config(args)),
@@ -359,7 +373,7 @@ pub fn dtype_name(dtype: DType) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::models::args::{AttnType, MoeArgs, RopeScalingArgs, ScoreFunc};
+    use crate::models::args::{MoeArgs, RopeScalingArgs, ScoreFunc};
     use crate::models::{FAMILIES, flavor};
 
     fn scout() -> Value {
@@ -380,8 +394,9 @@ mod tests {
     #[test]
     fn everything_the_decoder_cannot_do_is_refused_at_once_and_by_name() {
         let message = faults(|config| {
-            config["use_qk_norm"] = Value::Null;
-            config["no_rope_layers"] = json!([1, 1, 1, 0]);
+            config["use_qk_norm"] = json!("l2");
+            config["no_rope_layers"] = json!([1, 1, 0]);
+            config["floor_scale"] = json!(0);
             config["attention_bias"] = json!(true);
             config["tie_word_embeddings"] = json!("yes");
             config["rope_scaling"] = json!({ "rope_type": "longrope" });
@@ -391,9 +406,9 @@ mod tests {
             config["vocab_size"] = json!(-1);
         });
         for name in [
-            "use_qk_norm: true, its default,",
-            "no_rope_layers: layers [3]",
-            "attn_temperature_tuning: true, its default,",
+            "use_qk_norm: \"l2\"",
+            "no_rope_layers: 3 entries for 4 layers",
+            "floor_scale: 0",
             "attention_bias: true",
             "tie_word_embeddings: \"yes\"",
             "rope_type: \"longrope\"",
@@ -406,17 +421,27 @@ mod tests {
         }
     }
 
+    /// As transformers takes a Llama 4 whose config says nothing of it.
     #[test]
-    fn rotary_positions_missing_in_layers_0_n_2n_become_every_n_layers_nope() {
+    fn every_fourth_layer_of_llama_4_has_no_rotary_positions_and_the_others_attend_in_chunks() {
         let mut config = scout();
-        config["no_rope_layers"] = json!([0, 1, 0, 1]);
-        config["attn_temperature_tuning"] = json!(false);
-        config["attention_chunk_size"] = json!(64);
+        config["num_hidden_layers"] = json!(10);
+        for name in ["no_rope_layers", "use_qk_norm"] {
+            config[name] = Value::Null;
+        }
         let (_, args) = args_from_config(&config).unwrap();
-        assert_eq!(
-            (args.every_n_layers_nope, args.attn_type, args.fixed_attn_block_size),
-            (Some(2), AttnType::Flex, Some(64))
-        );
+        assert_eq!(args.rope_pattern, [true, true, true, false]);
+        let spans: Vec<_> = (2..5).map(|layer| args.layer(layer).span).collect();
+        assert_eq!(spans, [Span::Chunked(8192), Span::Full, Span::Chunked(8192)]);
+        assert!(args.qk_unit_norm && args.attn_temperature_tuning);
+        assert_eq!((args.floor_scale, args.attn_scale), (8192, 0.1));
+
+        // What only layers without rotary positions would have is as good as off.
+        config["no_rope_layers"] = json!(vec![1; 10]);
+        config["attn_temperature_tuning"] = json!(4);
+        assert!(!args_from_config(&config).unwrap().1.attn_temperature_tuning);
+        config["no_rope_layers"][1] = json!(0);
+        assert!(args_from_config(&config).unwrap().1.attn_temperature_tuning);
     }
 
     #[test]
@@ -453,12 +478,13 @@ mod tests {
     fn blocks_of_scales_are_those_of_the_config() {
         let config = |quantization: Value| json!({ "quantization_config": quantization });
         assert_eq!(quantized_block(&json!({})), Ok(None));
+        assert_eq!(quantized_block(&config(json!({ "quant_method": "mxfp4" }))), Ok(None));
         let fp8 = config(json!({ "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 64] }));
         assert_eq!(quantized_block(&fp8), Ok(Some([128, 64])));
         for other in [
             json!({ "quant_method": "fp8", "fmt": "e4m3" }),
             json!({ "quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128] }),
-            json!({ "quant_method": "mxfp4" }),
+            json!({ "quant_method": "gptq" }),
         ] {
             assert!(quantized_block(&config(other)).is_err());
         }
@@ -471,10 +497,6 @@ mod tests {
         for &(name, flavors) in FAMILIES {
             for args in flavors.iter().filter_map(|it| flavor(name, it)) {
                 let Ok(family) = Family::of(name, &args) else { continue };
-                let moe = args.moe_args.as_ref().filter(|_| !args.moe_layers().is_empty());
-                if family == Family::DeepSeekV3 && moe.is_some_and(|moe| moe.score_func == ScoreFunc::Softmax) {
-                    continue;
-                }
                 let config = config_from_args(family, &args, DType::F32, Some(1), Some(2)).unwrap();
                 let (found, described) = args_from_config(&config).unwrap();
                 assert_eq!(found, family);

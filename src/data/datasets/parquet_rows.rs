@@ -1,0 +1,112 @@
+//! Parquet rows whose columns nest, as the messages of a conversation do: read as the objects that JSON lines hold.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::Field;
+use parquet::record::reader::{ReaderIter, TreeBuilder};
+use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
+use serde_json::Value;
+
+use super::json::no_such_field;
+use super::records::{Fields, Parsed, Place, Records};
+use crate::{Error, Result};
+
+pub struct ParquetRows {
+    name: String,
+    file: SerializedFileReader<File>,
+    fields: Fields,
+    /// The columns that `fields` names, with all below them.
+    columns: SchemaDescPtr,
+    row_group: usize,
+    /// Those of `row_group`, once it is being read.
+    rows: Option<ReaderIter>,
+    /// Rows before the next record.
+    row: u64,
+}
+
+impl ParquetRows {
+    pub fn open(file: File, name: &str, fields: &Fields, place: Place) -> Result<Self> {
+        let incomplete = |error| Error::Data(format!("{name}: not a complete parquet file: {error}"));
+        let file = SerializedFileReader::new(file).map_err(incomplete)?;
+        let root = file.metadata().file_metadata().schema();
+        let mut columns = Vec::new();
+        for (key, wanted) in fields.names() {
+            let Some(column) = root.get_fields().iter().find(|column| column.name() == wanted) else {
+                let there = root.get_fields().iter().map(|column| column.name());
+                return Err(Error::Data(no_such_field(name, key, wanted, there)));
+            };
+            columns.push(column.clone());
+        }
+        let columns = Type::group_type_builder(root.name()).with_fields(columns).build().map_err(incomplete)?;
+        let columns = Arc::new(SchemaDescriptor::new(Arc::new(columns)));
+        let (name, fields) = (name.to_owned(), fields.clone());
+        let mut this = Self { name, file, fields, columns, row_group: 0, rows: None, row: 0 };
+        this.skip_to(place.offset)?;
+        Ok(this)
+    }
+
+    fn skip_to(&mut self, row: u64) -> Result<()> {
+        while self.row < row && self.row_group < self.file.num_row_groups() {
+            let rows = self.file.metadata().row_group(self.row_group).num_rows() as u64;
+            if self.row + rows <= row {
+                self.row += rows;
+                self.row_group += 1;
+            } else {
+                self.next()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&self) -> impl FnOnce(parquet::errors::ParquetError) -> Error + use<> {
+        let at = format!("{}: row {}", self.name, self.row + 1);
+        move |error| Error::Data(format!("{at}: cannot be read any further: {error}"))
+    }
+}
+
+impl Records for ParquetRows {
+    fn next(&mut self) -> Result<Option<Parsed>> {
+        while self.row_group < self.file.num_row_groups() {
+            if self.rows.is_none() {
+                let group = self.file.get_row_group(self.row_group).map_err(self.fault())?;
+                self.rows = Some(TreeBuilder::new().as_iter(self.columns.clone(), &*group).map_err(self.fault())?);
+            }
+            let Some(row) = self.rows.as_mut().and_then(Iterator::next) else {
+                self.rows = None;
+                self.row_group += 1;
+                continue;
+            };
+            let columns = row.map_err(self.fault())?.into_columns();
+            self.row += 1;
+            let found = columns.into_iter().map(|(name, field)| (name, value(&field))).collect();
+            return Ok(Some(self.fields.content(format!("{}: row {}", self.name, self.row), found)));
+        }
+        Ok(None)
+    }
+
+    fn place(&self) -> Place {
+        Place { offset: self.row, line: self.row }
+    }
+}
+
+/// As JSON lines would have it: what is null in an object is not there.
+fn value(field: &Field) -> Value {
+    match field {
+        Field::Null => Value::Null,
+        Field::Bool(flag) => (*flag).into(),
+        Field::Int(number) => (*number).into(),
+        Field::Long(number) => (*number).into(),
+        Field::Double(number) => (*number).into(),
+        Field::Str(text) => text.as_str().into(),
+        Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).map_or(Value::Null, Into::into),
+        Field::Group(row) => {
+            let present = row.get_column_iter().filter(|(_, field)| **field != Field::Null);
+            present.map(|(name, field)| (name.clone(), value(field))).collect()
+        }
+        Field::ListInternal(list) => list.elements().iter().map(value).collect(),
+        // Numbers and times of other widths, and maps, are in no template's messages.
+        other => other.to_string().into(),
+    }
+}

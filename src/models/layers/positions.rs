@@ -1,0 +1,22 @@
+use std::sync::Arc;
+
+use crate::Result;
+use crate::autograd::Value;
+use crate::ops::{self, AttentionMask, RopeTable};
+
+/// What the attention of one layer knows of where the tokens of its input stand.
+pub struct Positions<'a> {
+    /// Their angles; `None` in a layer without rotary positions.
+    pub rope: Option<&'a RopeTable>,
+    /// What they see.
+    pub mask: &'a AttentionMask,
+    /// Factors on their queries; `None`: all are 1.
+    pub query_scales: Option<&'a Arc<[f32]>>,
+}
+
+impl Positions<'_> {
+    /// `(b, s, h, hd)`, as it came.
+    pub fn scale_queries(&self, q: Value) -> Result<Value> {
+        self.query_scales.map_or(Ok(q.clone()), |factors| ops::scale_positions(&q, factors))
+    }
+}
