@@ -40,8 +40,7 @@ pub fn run(args: Args) -> Result<()> {
         .map(Path::new)
         .filter(|path| path.is_file() || path.extension().is_some_and(|it| it == "toml"));
     if let Some(path) = job {
-        print!("{}", structure_of_job(path, asked)?);
-        return Ok(());
+        return super::print(structure_of_job(path, asked)?);
     }
     let text = match args.model.as_deref().map(|model| model.split_once('/').unwrap_or((model, ""))) {
         None => list(models::FAMILIES.iter().copied(), seq_len)?,
