@@ -175,9 +175,7 @@ fn huge_records_and_bombs_take_bounded_memory() {
     let record = |text: &[u8]| [b"{\"text\": \"", text, b"\"}\n"].concat();
     let chat = format!(
         "{{\"messages\": [{}]}}\n",
-        format!("{{\"role\":\"user\",\"content\":\"hi\"}},{{\"role\":\"assistant\",\"content\":\"ho\"}},")
-            .repeat(40_000)
-            .trim_end_matches(',')
+        r#"{"role":"user","content":"hi"},{"role":"assistant","content":"ho"},"#.repeat(40_000).trim_end_matches(',')
     );
     let long = format!(
         "{{\"messages\": [{{\"role\":\"user\",\"content\":\"{}\"}},{{\"role\":\"assistant\",\"content\":\"{}\"}}]}}\n",
