@@ -1,7 +1,8 @@
 //! What saving costs a step: the debug model of the README, on random tokens, saved every ten steps in each way there is.
 //!
 //! `cargo bench --bench saving -- [--rounds 15]`. The ways take turns, so that whatever else the machine does meets all of
-//! them; figures are medians over the rounds, and ratios to the round's own steps without saves.
+//! them; figures are medians over the rounds, and ratios to the round's own steps without saves. Processor time counts all
+//! threads: what saving would cost if steps left no processor idle.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -52,21 +53,26 @@ fn main() -> ExitCode {
     let folder = tempfile::tempdir().unwrap();
     let mut run = Run::new(options.batch as usize);
     let mut managers = WAYS.map(|(name, mode)| mode.map(|mode| manager(&folder.path().join(name), mode)));
-    let mut times: [Vec<f64>; 3] = Default::default();
+    let mut times: [Vec<[f64; 2]>; 3] = Default::default();
     // Memory is taken in the first round, which does not count.
     for round in 0..=if options.bench { options.rounds } else { 0 } {
         for (manager, times) in managers.iter_mut().zip(&mut times) {
-            let start = Instant::now();
+            let (start, cpu_start_s) = (Instant::now(), cpu_s());
             run.train_interval(manager.as_mut());
             if round > 0 || !options.bench {
-                times.push(start.elapsed().as_secs_f64() / INTERVAL as f64);
+                times.push([start.elapsed().as_secs_f64(), cpu_s() - cpu_start_s]);
             }
         }
     }
     println!("{} of state, a save every {INTERVAL} steps", indicatif::HumanBytes(run.state_bytes()));
     for ((name, _), way) in WAYS.iter().zip(&times) {
-        let ratios = way.iter().zip(&times[0]).map(|(way, without)| way / without).collect();
-        println!("{name:<18} {:7.1} ms per step  {:.3}", 1e3 * median(way.clone()), median(ratios));
+        print!("{name:<18}");
+        for (which, what) in ["", " of processor time"].into_iter().enumerate() {
+            let step_ms = way.iter().map(|times| 1e3 * times[which] / INTERVAL as f64).collect();
+            let ratios = way.iter().zip(&times[0]).map(|(way, without)| way[which] / without[which]).collect();
+            print!("{:9.1} ms per step{what} {:.3}", median(step_ms), median(ratios));
+        }
+        println!();
     }
     ExitCode::SUCCESS
 }
@@ -136,7 +142,7 @@ impl Run {
     }
 
     fn save(&self, manager: &mut CheckpointManager, step: usize, why: Why) {
-        let (model, optimizer) = self.state();
+        let [model, optimizer] = self.state();
         let progress = Progress {
             train_state: TrainState { step, n_tokens_seen: 0, seed: 0 },
             lr_scheduler: Default::default(),
@@ -148,15 +154,23 @@ impl Run {
         manager.save(step, why, &state).unwrap();
     }
 
-    fn state(&self) -> (Vec<(String, Tensor)>, Vec<(String, Tensor)>) {
-        (self.model.state().unwrap(), self.optimizer.state(self.model.stages()).unwrap())
+    fn state(&self) -> [Vec<(String, Tensor)>; 2] {
+        [self.model.state().unwrap(), self.optimizer.state(self.model.stages()).unwrap()]
     }
 
     fn state_bytes(&self) -> u64 {
-        let (model, optimizer) = self.state();
+        let [model, optimizer] = self.state();
         let bytes = |(_, tensor): &(String, Tensor)| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
         model.iter().chain(&optimizer).map(bytes).sum()
     }
+}
+
+/// Processor time of this process so far.
+fn cpu_s() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: memory for the answer.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
