@@ -90,9 +90,12 @@ impl ChatTemplate {
                 (CHATML.to_owned(), "ChatML")
             }
         };
-        let file = format!("{}/{origin}", tokenizer.origin);
+        let explain = {
+            let at = tokenizer.origin.clone();
+            move |fault: String| Error::Tokenizer(format!("{at}: chat template of {origin}: {fault}"))
+        };
         if source.len() > MAX_BYTES {
-            return Err(Error::Tokenizer(format!("{file}: the chat template is longer than {} KiB", MAX_BYTES >> 10)));
+            return Err(explain(format!("it is longer than {} KiB", MAX_BYTES >> 10)));
         }
         let marked = generation_as_filter(&source);
         let marks_generation = marked != source;
@@ -103,9 +106,7 @@ impl ChatTemplate {
             if asks_for_date {
                 environment.add_function("strftime_now", strftime_now);
             }
-            environment
-                .add_template_owned(origin, marked)
-                .map_err(|error| Error::Tokenizer(format!("{file}: the chat template is malformed: {error}")))?;
+            environment.add_template_owned(origin, marked).map_err(|error| explain(error.to_string()))?;
             Ok(environment)
         })?;
         info!(
