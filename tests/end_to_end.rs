@@ -500,6 +500,6 @@ fn a_model_that_no_memory_holds_is_refused_with_the_figures() {
     let flags = ["--model.args.dim=1048576", "--model.args.n_layers=4096", "--validation.no-enable"];
     let output = train(&small_job(folder.path()), 1).args(flags).output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     assert!(message.contains("GiB") && message.contains("[model.args]"), "{message}");
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, State, Value, context};
+use minijinja::{AutoEscape, Environment, ErrorKind, State, Value, context};
 use serde::Serialize;
 use serde_json::Map;
 use serde_json::ser::Formatter;
@@ -242,6 +242,8 @@ fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.expect("the delimiters are Jinja's own"));
+    // What a template writes is text, whatever the file is called that it is in.
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python_method);
     environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
