@@ -5,14 +5,24 @@ use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value as Json;
 
 use crate::binary::{repo, succeed, titan};
 
-/// Longer than anything that a drill waits for.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Looks again after a nap, for longer than anything should take. Naps are counted, not time: a machine that sleeps, or
+/// stops the drill and its runs, fails none.
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>, fault: impl FnOnce() -> String) -> T {
+    const NAP: Duration = Duration::from_millis(2);
+    for _ in 0..60_000 {
+        match look() {
+            Some(found) => return found,
+            None => std::thread::sleep(NAP),
+        }
+    }
+    panic!("{}", fault());
+}
 
 /// `quick` in CI, `full` in `scripts/drill.sh`.
 pub fn amount(quick: usize, full: usize) -> usize {
@@ -155,11 +165,10 @@ impl Run {
 
     /// Waits until the log has these words, or the run has ended.
     pub fn wait_for(&mut self, words: &str) {
-        let start = Instant::now();
-        while !self.log().contains(words) && self.child.try_wait().unwrap().is_none() {
-            assert!(start.elapsed() < PATIENCE, "no {words:?} in\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let Self { child, log } = self;
+        let read = || fs::read_to_string(&*log).unwrap();
+        let look = || (read().contains(words) || child.try_wait().unwrap().is_some()).then_some(());
+        wait_for(look, || format!("no {words:?} in\n{}", read()));
     }
 
     /// `KILL`, `TERM` and so on.
@@ -169,14 +178,10 @@ impl Run {
     }
 
     pub fn wait(mut self) -> Ended {
-        let start = Instant::now();
-        let status = loop {
-            match self.child.try_wait().unwrap() {
-                Some(status) => break status,
-                None => std::thread::sleep(Duration::from_millis(2)),
-            }
-            assert!(start.elapsed() < PATIENCE, "does not end:\n{}", self.log());
-        };
+        let status = wait_for(
+            || self.child.try_wait().unwrap(),
+            || format!("does not end:\n{}", fs::read_to_string(&self.log).unwrap()),
+        );
         Ended { code: status.code(), signal: status.signal(), log: self.log() }
     }
 }
