@@ -88,9 +88,17 @@ fn the_first_stage_and_parameter_that_went_bad_are_named_and_nothing_is_saved() 
 
 #[test]
 fn a_step_that_poisons_weights_is_never_saved() {
-    // Beyond float32, which neither the loss nor the gradients of that step show.
-    let job =
-        job(&plain(6), &["--optimizer.lr=1e39", "--lr_scheduler.warmup_steps=0", "--checkpoint.interval=1"], |_| ());
+    // Decay beyond float32, which neither the loss nor the gradients of that step show.
+    let job = job(
+        &plain(6),
+        &[
+            "--optimizer.lr=3e38",
+            "--optimizer.weight_decay=10",
+            "--lr_scheduler.warmup_steps=0",
+            "--checkpoint.interval=1",
+        ],
+        |_| (),
+    );
     assert_stopped(&job.run(), &["after step 1 the weight of `", "holds ", "nothing is saved"]);
     assert!(!job.step(1).exists());
     held("weights that a step made infinite: not saved", "1 of 1");

@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use hf_hub::repository::{RepoTreeEntry, RepoTypeDataset, RepoTypeModel};
 use hf_hub::{HFClient, HFClientSync, HFError, HFRepositorySync, HFResult};
+use reqwest::redirect::{Action, Attempt, Policy};
 
 use super::cache::{self, RepoCache};
 use super::download::{Entry, download};
 use super::{HubOptions, RepoKind, explain};
+
 use crate::data::remote::RemoteFiles;
 use crate::{Error, Result};
 
@@ -68,6 +70,17 @@ struct Commit {
     offline: bool,
 }
 
+/// Follows the hub to its storage, and no further: reqwest takes the token off a request that goes to another host, but puts
+/// it on again where that host redirects once more.
+fn follow(attempt: Attempt) -> Action {
+    let hops = attempt.previous();
+    match hops.iter().all(|hop| hop.origin() == hops[0].origin()) {
+        true if hops.len() <= 10 => attempt.follow(),
+        true => attempt.error("it redirects too often"),
+        false => attempt.error("its storage redirects once more"),
+    }
+}
+
 impl Hub {
     /// The hub of the environment: `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_OFFLINE`, and `HF_TOKEN` where `token` is `None`.
     pub fn from_env(token: Option<String>) -> Result<Self> {
@@ -80,6 +93,7 @@ impl Hub {
             .user_agent(concat!("titan/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(Duration::from_secs(20))
             .read_timeout(READ_TIMEOUT)
+            .redirect(Policy::custom(follow))
             .build()
             .map_err(|e| bad(&e))?;
         // Tries are counted here, where the hub's own wishes are heeded and the user is told.
