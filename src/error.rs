@@ -40,6 +40,10 @@ pub enum Error {
     #[error("{0}")]
     Model(String),
 
+    /// A GPU that is not there, or cannot be used.
+    #[error("{0}")]
+    Device(String),
+
     /// Numbers that went bad during training.
     #[error("{0}")]
     Training(String),

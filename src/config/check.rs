@@ -1,10 +1,11 @@
 //! Rules that no single key can break: values that exclude each other, and capabilities that a value would need.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::JobConfig;
 use super::activation_checkpoint::AcMode;
 use super::diagnostic::{Fault, nearest};
+use crate::data::datasets::NAMES as DATASETS;
 use crate::models::args::DecoderArgs;
 use crate::models::{self, Clash};
 
@@ -20,8 +21,10 @@ pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
     faults.extend(model_name(config));
     faults.extend(empty_paths(config));
     faults.extend(batch_size(config));
+    faults.extend(dataset_name("training", &config.training.dataset));
     faults.extend(dataset_path("training", &config.training.dataset, config.training.dataset_path.is_some()));
     if config.validation.enable {
+        faults.extend(dataset_name("validation", &config.validation.dataset));
         faults.extend(dataset_path("validation", &config.validation.dataset, config.validation.dataset_path.is_some()));
     }
     faults.extend(lora(config));
@@ -33,7 +36,6 @@ pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
 }
 
 fn model_name(config: &JobConfig) -> Option<Fault> {
-    let quoted = |names: &[&str]| names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
     let meant =
         |word, names: &[&str]| nearest(word, names.iter().copied()).map(|name| format!("did you mean {name:?}?"));
     let (name, flavor) = (config.model.name.as_str(), config.model.flavor.as_str());
@@ -54,6 +56,10 @@ fn model_name(config: &JobConfig) -> Option<Fault> {
             .note(format!("flavors of {name}: {}", quoted(flavors)))
             .note("[model.args] makes any other size of the nearest flavor; \"hf\" takes that of a Hugging Face folder")
     })
+}
+
+fn quoted(names: &[&str]) -> String {
+    names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ")
 }
 
 /// Paths that must name something.
@@ -83,6 +89,19 @@ fn batch_size(config: &JobConfig) -> Option<Fault> {
             &["training.global_batch_size", "training.local_batch_size"],
         )
         .note(format!("must be a multiple of `training.local_batch_size` = {local}; nearest: {nearest}"))
+    })
+}
+
+fn dataset_name(section: &str, dataset: &str) -> Option<Fault> {
+    let key = format!("{section}.dataset");
+    (!dataset.contains('/') && !DATASETS.contains(&dataset)).then(|| {
+        let fault = Fault::new(format!("`{key}` cannot be {dataset:?}"), &[&key])
+            .hint(nearest(dataset, DATASETS.iter().copied()).map(|name| format!("did you mean {name:?}?")))
+            .note(format!("allowed: {}, and `user/name` of the Hugging Face hub", quoted(&DATASETS)));
+        match Path::new(dataset).exists() {
+            true => fault.note(format!("a path belongs into `{section}.dataset_path`; this says what it holds")),
+            false => fault,
+        }
     })
 }
 

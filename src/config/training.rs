@@ -11,7 +11,8 @@ pub struct Training {
     /// "c4_test": the stories that titan ships. "c4": Hugging Face's `allenai/c4`, fetched as it is needed. Your own
     /// files by their kind: "text", "json" (JSONL, also compressed), "parquet", "tokens" (written by `titan tokenize`);
     /// `dataset_path` says where. To fine-tune: "chat" (JSONL or Parquet of `messages`, of which those of the assistant are
-    /// learned), "instruct" (JSONL or Parquet of `prompt` and `completion`, which is learned). Anything with a slash is a dataset of the Hugging Face hub.
+    /// learned), "instruct" (JSONL or Parquet of `prompt` and `completion`, which is learned). Anything with a slash is a
+    /// dataset of the Hugging Face hub.
     pub dataset: String,
     /// A file, a folder or a glob such as "data/*.jsonl.zst". "none": the dataset's own place.
     pub dataset_path: Option<String>,

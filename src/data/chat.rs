@@ -47,17 +47,9 @@ impl Message {
         self.0.get("content").and_then(Value::as_str).unwrap_or_default()
     }
 
-    /// About the bytes of all that it holds.
+    /// As [`bytes_of`].
     pub fn bytes(&self) -> usize {
-        fn bytes(value: &Value) -> usize {
-            match value {
-                Value::String(text) => text.len(),
-                Value::Array(items) => items.iter().map(bytes).sum(),
-                Value::Object(fields) => fields.iter().map(|(key, value)| key.len() + bytes(value)).sum(),
-                Value::Null | Value::Bool(_) | Value::Number(_) => 8,
-            }
-        }
-        self.0.values().map(bytes).sum()
+        bytes_of(&self.0)
     }
 
     /// Whether a model that learns the conversation is to learn this.
@@ -79,6 +71,19 @@ impl Message {
             Some(_) => Err("has a `content` that is not text".into()),
         }
     }
+}
+
+/// About the bytes of all that these fields hold.
+pub fn bytes_of(fields: &Map<String, Value>) -> usize {
+    fn bytes(value: &Value) -> usize {
+        match value {
+            Value::String(text) => text.len(),
+            Value::Array(items) => items.iter().map(bytes).sum(),
+            Value::Object(fields) => bytes_of(fields),
+            Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+        }
+    }
+    fields.iter().map(|(key, value)| key.len() + bytes(value)).sum()
 }
 
 /// The messages of a conversation to learn from, or what is wrong with them.

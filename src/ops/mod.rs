@@ -4,6 +4,19 @@
 //! that the tests compare with; `cpu.rs` is the arithmetic on one device, from slices to slices. Every op computes in
 //! f32 inside, whatever its inputs are stored in, and gives the same bits on any number of threads.
 
+/// Calls the arithmetic of the device that a tensor is on: `on_device!(x, forward(x, w))` is `cpu::forward(x, w)`, or
+/// `cuda::forward(x, w)` where `x` is on a GPU.
+macro_rules! on_device {
+    ($tensor:expr, $function:ident($($argument:expr),* $(,)?)) => {
+        match $tensor.device() {
+            #[cfg(feature = "cuda")]
+            candle_core::Device::Cuda(_) => cuda::$function($($argument),*),
+            _ => cpu::$function($($argument),*),
+        }
+    };
+}
+use on_device;
+
 mod adamw;
 mod add;
 mod attention;
@@ -11,6 +24,8 @@ mod bias;
 mod cross_entropy;
 mod embedding;
 mod glu;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod host;
 mod layer_norm;
 mod linear;

@@ -1,6 +1,6 @@
 //! How ops are held to their references.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
@@ -19,6 +19,16 @@ pub fn random_tensor(name: &str, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(random(name, shape.iter().product()), shape, &Device::Cpu)?)
 }
 
+/// The devices that ops are tested on: the host, and the first GPU where this program can use one.
+pub fn devices() -> &'static [Device] {
+    static DEVICES: LazyLock<Vec<Device>> = LazyLock::new(|| {
+        let gpu = cfg!(feature = "cuda").then(|| crate::tools::device::gpu(0));
+        let gpu = gpu.and_then(|gpu| gpu.inspect_err(|error| eprintln!("passing over the GPU: {error}")).ok());
+        [Device::Cpu].into_iter().chain(gpu).collect()
+    });
+    &DEVICES
+}
+
 pub fn on_threads<R: Send>(n: usize, body: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(body)
 }
@@ -28,13 +38,18 @@ pub fn golden(name: &str) -> Vec<u8> {
     std::fs::read(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
 }
 
-/// A parameter holding `values`, in a stage of its own.
+/// Parameters holding `values`, in a stage of their own on the host.
 pub fn parameters(values: &[Tensor], compute: DType) -> Result<Vec<Arc<Parameter>>> {
+    parameters_on(&Device::Cpu, values, compute)
+}
+
+/// As [`parameters`], on another device.
+pub fn parameters_on(device: &Device, values: &[Tensor], compute: DType) -> Result<Vec<Arc<Parameter>>> {
     let mut stage = StageBuilder::default();
     for (i, values) in values.iter().enumerate() {
         stage.parameter(format!("p{i}"), values.dims(), Init::Constant(0.0));
     }
-    stage.allocate(Precision { storage: DType::F32, compute }, &Device::Cpu, true)?;
+    stage.allocate(Precision { storage: DType::F32, compute }, device, true)?;
     for (parameter, values) in stage.parameters().iter().zip(values) {
         parameter.set(values)?;
     }
@@ -44,7 +59,7 @@ pub fn parameters(values: &[Tensor], compute: DType) -> Result<Vec<Arc<Parameter
 /// The largest difference, relative to the largest expected magnitude.
 pub fn assert_close(what: &str, ours: &Tensor, expected: &Tensor, tolerance: f64) -> Result<()> {
     assert_eq!(ours.dims(), expected.dims(), "{what}: shape");
-    let ours = ours.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    let ours = ours.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let expected = expected.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let scale = expected.iter().fold(1e-3f64, |m, x| m.max(x.abs()));
     for (i, (a, b)) in ours.iter().zip(&expected).enumerate() {
@@ -109,20 +124,19 @@ impl Case {
         let product = |y: Tensor| -> Result<Tensor> { Ok((y * dy.to_dtype(DType::F64)?)?.sum_all()?) };
         let gradients = product(expected.clone())?.backward()?;
 
-        for (i, input) in inputs.iter().enumerate() {
-            let parameters = parameters(&self.parameters, self.compute)?;
-            let values: Vec<Value> = self
-                .inputs
-                .iter()
-                .enumerate()
-                .map(|(j, t)| if i == j { Value::input(t.clone()) } else { Value::constant(t.clone()) })
-                .collect();
+        for (device, (i, input)) in devices().iter().flat_map(|device| inputs.iter().enumerate().map(move |i| (device, i))) {
+            let parameters = parameters_on(device, &self.parameters, self.compute)?;
+            let values = self.inputs.iter().enumerate().map(|(j, t)| {
+                let t = t.to_device(device)?;
+                Ok(if i == j { Value::input(t) } else { Value::constant(t) })
+            });
+            let values: Vec<Value> = values.collect::<Result<_>>()?;
             let y = ours(&values, &parameters)?;
             assert_close(self.name, y.tensor(), &expected, tolerance)?;
             let dtype = y.tensor().dtype();
-            let dx = y.backward(dy.to_dtype(dtype)?)?;
+            let dx = y.backward(dy.to_dtype(dtype)?.to_device(device)?)?;
             assert_eq!(dx.dtype(), self.inputs[i].dtype(), "{}: a gradient has its input's dtype", self.name);
-            let what = format!("{}: gradient of input {i}", self.name);
+            let what = format!("{} on {:?}: gradient of input {i}", self.name, device.location());
             assert_close(&what, &dx, gradients.get(input).expect("the reference uses every input"), tolerance)?;
 
             let direction = random_tensor("direction", input.dims())?.to_dtype(DType::F64)?;
@@ -133,7 +147,7 @@ impl Case {
                 Ok(product(reference(&inputs, &tensors(&weights))?)?.to_scalar()?)
             };
             let difference = (moved(step)? - moved(-step)?) / (2.0 * step);
-            let derivative = (dx.to_dtype(DType::F64)? * &direction)?;
+            let derivative = (dx.to_device(&Device::Cpu)?.to_dtype(DType::F64)? * &direction)?;
             let scale = derivative.abs()?.sum_all()?.to_scalar::<f64>()?.max(1e-3);
             let derivative = derivative.sum_all()?.to_scalar::<f64>()?;
             assert!(

@@ -1,11 +1,16 @@
 //! Facts about the device that trains: what it is, how much memory it has, how fast it can be.
 
+#[cfg(feature = "cuda")]
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
+#[cfg(feature = "cuda")]
+use std::sync::{LazyLock, Mutex, PoisonError};
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 use crate::ops::measured_peak_flops;
+use crate::{Error, Result};
 
 pub const GIB: f64 = (1u64 << 30) as f64;
 
@@ -30,6 +35,32 @@ impl DeviceFacts {
             total_memory_bytes: total_memory_bytes().unwrap_or(0),
             peak_flops: measured_peak_flops(DType::F32).max(measured_peak_flops(DType::BF16)),
         }
+    }
+}
+
+/// GPU number `index` of this machine.
+///
+/// # Errors
+/// [`Error::Device`] if this program was built without the `cuda` feature, or there is no such GPU.
+pub fn gpu(index: usize) -> Result<Device> {
+    #[cfg(not(feature = "cuda"))]
+    return Err(Error::Device(format!("there is no GPU {index}: titan was built without the `cuda` feature")));
+    #[cfg(feature = "cuda")]
+    {
+        // One for all: candle takes two devices for different ones even where they are the same GPU.
+        static GPUS: LazyLock<Mutex<BTreeMap<usize, Device>>> = LazyLock::new(Mutex::default);
+        let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = gpus.get(&index) {
+            return Ok(gpu.clone());
+        }
+        let gpu = Device::new_cuda_with_stream(index).map_err(|error| Error::Device(format!("{error}")))?;
+        if let Device::Cuda(gpu) = &gpu {
+            // SAFETY: all work of this device goes through one stream, in order, so that nothing is freed or written while it
+            // is in use elsewhere.
+            unsafe { gpu.disable_event_tracking() };
+        }
+        gpus.insert(index, gpu.clone());
+        Ok(gpu)
     }
 }
 

@@ -190,15 +190,15 @@ impl Trainer {
         }
         Ok(())
     }
+
     /// A step may poison weights that its loss and its gradients did not show.
     fn check_weights(&self) -> Result<()> {
         for parameter in self.model.trained_parameters() {
             let largest = magnitude(&parameter.weights()?)?;
             if !largest.is_finite() {
                 return Err(Error::Training(format!(
-                    "after step {} the weight of `{}` holds {largest}; nothing is saved
-   = a lower optimizer.lr may keep                      the run stable
-   = {}",
+                    "after step {} the weight of `{}` holds {largest}; nothing is saved\n   = a lower optimizer.lr may keep \
+                     the run stable\n   = {}",
                     self.step,
                     parameter.fqn(),
                     step::last_checkpoint(&self.config)

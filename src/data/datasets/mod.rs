@@ -13,7 +13,7 @@ mod tokens;
 use serde::{Deserialize, Serialize};
 
 pub use files::{FileEntry, Files, Stop, StopOnDrop};
-pub use open::{open, vocabulary};
+pub use open::{NAMES, open, vocabulary};
 pub use records::{Fields, Record};
 pub use tokens::{Dtype, Sidecar, Vocabulary};
 

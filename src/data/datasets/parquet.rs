@@ -28,6 +28,20 @@ pub struct ParquetColumn {
     ahead: VecDeque<Parsed>,
 }
 
+/// The row group that row `row` is in, and the first row of that; behind the last ones, if there is none.
+pub fn row_group_of(file: &SerializedFileReader<File>, row: u64) -> (usize, u64) {
+    let groups = file.metadata().row_groups();
+    let mut first = 0;
+    for (i, group) in groups.iter().enumerate() {
+        let end = first + group.num_rows().max(0) as u64;
+        if row < end {
+            return (i, first);
+        }
+        first = end;
+    }
+    (groups.len(), first)
+}
+
 impl ParquetColumn {
     pub fn open(file: File, name: &str, text_field: &str, place: Place) -> Result<Self> {
         let file = SerializedFileReader::new(file)
@@ -62,17 +76,12 @@ impl ParquetColumn {
     }
 
     fn skip_to(&mut self, row: u64) -> Result<()> {
-        while self.row < row && self.row_group < self.file.num_row_groups() {
-            let rows = self.file.metadata().row_group(self.row_group).num_rows() as u64;
-            if self.row + rows <= row {
-                self.row += rows;
-                self.row_group += 1;
-            } else {
-                let skip = (row - self.row) as usize;
-                let fault = self.fault();
-                self.column()?.skip_records(skip).map_err(fault)?;
-                self.row = row;
-            }
+        (self.row_group, self.row) = row_group_of(&self.file, row);
+        if self.row < row && self.row_group < self.file.num_row_groups() {
+            let skip = (row - self.row) as usize;
+            let fault = self.fault();
+            self.column()?.skip_records(skip).map_err(fault)?;
+            self.row = row;
         }
         Ok(())
     }

@@ -7,10 +7,12 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use parquet::record::reader::{ReaderIter, TreeBuilder};
 use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::json::no_such_field;
-use super::records::{Fields, Parsed, Place, Records};
+use super::parquet::row_group_of;
+use super::records::{Fields, MAX_RECORD_BYTES, Parsed, Place, Records};
+use crate::data::chat::bytes_of;
 use crate::{Error, Result};
 
 pub struct ParquetRows {
@@ -42,22 +44,10 @@ impl ParquetRows {
         let columns = Type::group_type_builder(root.name()).with_fields(columns).build().map_err(incomplete)?;
         let columns = Arc::new(SchemaDescriptor::new(Arc::new(columns)));
         let (name, fields) = (name.to_owned(), fields.clone());
-        let mut this = Self { name, file, fields, columns, row_group: 0, rows: None, row: 0 };
-        this.skip_to(place.offset)?;
+        let (row_group, row) = row_group_of(&file, place.offset);
+        let mut this = Self { name, file, fields, columns, row_group, rows: None, row };
+        while this.row < place.offset && this.next()?.is_some() {}
         Ok(this)
-    }
-
-    fn skip_to(&mut self, row: u64) -> Result<()> {
-        while self.row < row && self.row_group < self.file.num_row_groups() {
-            let rows = self.file.metadata().row_group(self.row_group).num_rows() as u64;
-            if self.row + rows <= row {
-                self.row += rows;
-                self.row_group += 1;
-            } else {
-                self.next()?;
-            }
-        }
-        Ok(())
     }
 
     fn fault(&self) -> impl FnOnce(parquet::errors::ParquetError) -> Error + use<> {
@@ -80,8 +70,12 @@ impl Records for ParquetRows {
             };
             let columns = row.map_err(self.fault())?.into_columns();
             self.row += 1;
-            let found = columns.into_iter().map(|(name, field)| (name, value(&field))).collect();
-            return Ok(Some(self.fields.content(format!("{}: row {}", self.name, self.row), found)));
+            let found: Map<_, _> = columns.into_iter().map(|(name, field)| (name, value(&field))).collect();
+            let at = format!("{}: row {}", self.name, self.row);
+            return Ok(Some(match bytes_of(&found) > MAX_RECORD_BYTES {
+                true => Err(format!("{at}: a record of more than {} MiB", MAX_RECORD_BYTES >> 20)),
+                false => self.fields.content(at, found),
+            }));
         }
         Ok(None)
     }

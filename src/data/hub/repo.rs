@@ -12,7 +12,6 @@ use reqwest::redirect::{Action, Attempt, Policy};
 use super::cache::{self, RepoCache};
 use super::download::{Entry, download};
 use super::{HubOptions, RepoKind, explain};
-
 use crate::data::remote::RemoteFiles;
 use crate::{Error, Result};
 

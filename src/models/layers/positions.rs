@@ -15,8 +15,11 @@ pub struct Positions<'a> {
 }
 
 impl Positions<'_> {
-    /// `(b, s, h, hd)`, as it came.
+    /// `q`, `(b, s, h, hd)`, times the factors of its positions.
     pub fn scale_queries(&self, q: Value) -> Result<Value> {
-        self.query_scales.map_or(Ok(q.clone()), |factors| ops::scale_positions(&q, factors))
+        match self.query_scales {
+            Some(factors) => ops::scale_positions(&q, factors),
+            None => Ok(q),
+        }
     }
 }

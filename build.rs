@@ -1,0 +1,41 @@
+//! Compiles the kernels of the `cuda` feature: one PTX per `src/ops/*/kernel.cu`, for compute capability 8.0 and up. The
+//! driver translates PTX for the card at hand when a kernel is first used.
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    #[cfg(feature = "cuda")]
+    kernels();
+}
+
+#[cfg(feature = "cuda")]
+fn kernels() {
+    use std::path::Path;
+
+    for variable in ["NVCC", "CUDA_HOME"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    println!("cargo::rerun-if-changed=src/ops");
+    let out = std::env::var("OUT_DIR").expect("cargo names a folder for outputs");
+    let mut folders: Vec<_> = std::fs::read_dir("src/ops").expect("src/ops").flatten().map(|it| it.path()).collect();
+    folders.sort();
+    let mut modules = String::new();
+    for source in folders.iter().map(|folder| folder.join("kernel.cu")).filter(|source| source.exists()) {
+        let op = source.parent().and_then(Path::file_name).and_then(|name| name.to_str()).expect("ops have plain names");
+        // A folder for each, as outputs are named after their sources.
+        let ptx_folder = Path::new(&out).join(op);
+        std::fs::create_dir_all(&ptx_folder).expect("the folder for outputs can be written");
+        let compiled = cudaforge::KernelBuilder::new()
+            .compute_cap_arch("80")
+            .source_files([&source])
+            .watch(["src/ops/kernel.cuh"])
+            .out_dir(&ptx_folder)
+            .args(["-std=c++17", "-O3", "-Isrc/ops"])
+            .build_ptx();
+        if let Err(error) = compiled {
+            panic!("the kernels of {op} do not compile: {error}");
+        }
+        modules += &format!("({op:?}, include_str!({:?})),\n", ptx_folder.join("kernel.ptx"));
+    }
+    let table = format!("&[\n{modules}]");
+    std::fs::write(Path::new(&out).join("modules.rs"), table).expect("the folder for outputs can be written");
+}
