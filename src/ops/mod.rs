@@ -15,7 +15,6 @@ macro_rules! on_device {
         }
     };
 }
-use on_device;
 
 mod adamw;
 mod add;
