@@ -20,6 +20,7 @@ mod adamw;
 mod add;
 mod attention;
 mod bias;
+mod copy;
 mod cross_entropy;
 mod embedding;
 mod glu;
