@@ -17,7 +17,7 @@ use candle_core::cuda_backend::cudarc::cublaslt::sys::cublasLtMatrixLayoutAttrib
     CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
 };
 use candle_core::cuda_backend::cudarc::cublaslt::sys::{
-    self, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cudaDataType_t,
+    cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cudaDataType_t,
 };
 use candle_core::cuda_backend::cudarc::cublaslt::{result, result::CublasError};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
