@@ -15,12 +15,12 @@ macro_rules! on_device {
         }
     };
 }
-use on_device;
 
 mod adamw;
 mod add;
 mod attention;
 mod bias;
+mod copy;
 mod cross_entropy;
 mod embedding;
 mod glu;

@@ -2,6 +2,8 @@
 
 mod adapter;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,7 +31,7 @@ pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
 
 /// [`linear`] on bare tensors, for ops that contain one.
 pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
-    let y = cpu::forward(x, &weight.compute()?)?;
+    let y = on_device!(x, forward(x, &weight.compute()?))?;
     match weight.adapter() {
         None => Ok(y),
         Some(adapter) => add_tensors(&y, &adapter::forward(x, &adapter, weight.fqn())?),
@@ -38,7 +40,7 @@ pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> 
 
 /// The gradient of `x` under `dy`; those of the weight and its adapter go to their accumulators.
 pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Tensor> {
-    let dx = cpu::backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy)?;
+    let dx = on_device!(x, backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy))?;
     match weight.adapter() {
         None => Ok(dx),
         Some(adapter) => add_tensors(&dx, &adapter::backward(x, &adapter, weight.fqn(), dy)?),
@@ -49,7 +51,7 @@ pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> R
 /// are to be compared with one another. `softcap`: they are `softcap · tanh(logits / softcap)`.
 pub fn logits(x: &Tensor, weight: &Parameter, softcap: Option<f32>) -> Result<Tensor> {
     let _span = profiler::span("logits").shapes(&[x.dims(), weight.shape()]);
-    cpu::logits(x, &weight.compute()?, softcap)
+    on_device!(x, logits(x, &weight.compute()?, softcap))
 }
 
 /// For each head its own product, without a gradient: with `Wₕ` the rows `rows` of the head's part of `weight`,
@@ -60,7 +62,7 @@ pub fn logits(x: &Tensor, weight: &Parameter, softcap: Option<f32>) -> Result<Te
 /// or the other way round.
 pub fn by_head(x: &Tensor, weight: &Parameter, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
     let _span = profiler::span("by_head").shapes(&[x.dims(), weight.shape()]);
-    let y = cpu::by_head(x, &weight.compute()?, rows.clone(), transposed)?;
+    let y = on_device!(x, by_head(x, &weight.compute()?, rows.clone(), transposed))?;
     match weight.adapter() {
         None => Ok(y),
         Some(adapter) => add_tensors(&y, &adapter::by_head(x, &adapter, rows, transposed)?),
