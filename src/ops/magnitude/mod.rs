@@ -1,6 +1,8 @@
 //! How large the elements of a tensor are.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::Tensor;
 
@@ -8,7 +10,7 @@ use crate::Result;
 
 /// `max |x|`; NaN where any element is, so that it is finite only where all of them are. 0 of no elements.
 pub fn magnitude(x: &Tensor) -> Result<f32> {
-    cpu::magnitude(x)
+    on_device!(x, magnitude(x))
 }
 
 #[cfg(test)]
@@ -16,12 +18,15 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
-    use crate::ops::testing::random;
+    use crate::ops::testing::{devices, random};
 
     #[test]
     fn one_element_that_is_not_finite_shows_wherever_it_is() -> Result<()> {
         let values = random("x", 40_001);
-        let of = |values: &[f32], dtype| magnitude(&Tensor::new(values, &Device::Cpu)?.to_dtype(dtype)?);
+        for device in devices() {
+        let of = |values: &[f32], dtype| {
+            magnitude(&Tensor::new(values, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+        };
         let largest = values.iter().fold(0f32, |most, x| most.max(x.abs()));
         assert_eq!(of(&values, DType::F32)?, largest);
         assert_eq!(of(&[], DType::F32)?, 0.0);
@@ -38,6 +43,7 @@ mod tests {
                     [f32::INFINITY, f32::INFINITY, 64.0]
                 );
             }
+        }
         }
         Ok(())
     }
