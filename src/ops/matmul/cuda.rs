@@ -298,3 +298,22 @@ pub fn product_with_transpose(x: &Tensor, weight: &Tensor, dtype: DType) -> Resu
     multiply(device, Mat::new(&x, rows)?, Mat::new(weight, outer)?.t(), Mat::new(&y, rows)?, Store::Overwrite(1.0))?;
     Ok(y)
 }
+
+/// The rate of the best of several square products of bf16, in floating-point operations per second.
+pub fn measured_peak_flops(device: &CudaDevice) -> Result<f64> {
+    const SIZE: usize = 4096;
+    const RUNS: usize = 8;
+    let values = Tensor::ones((SIZE, SIZE), DType::BF16, &candle_core::Device::Cuda(device.clone()))?;
+    let dst = gpu::uninit((SIZE, SIZE), DType::BF16, device)?;
+    let (values, dst) = (Mat::new(&values, SIZE)?, Mat::new(&dst, SIZE)?);
+    let mut best_s = f64::INFINITY;
+    for _ in 0..RUNS {
+        let wait = || device.cuda_stream().synchronize().map_err(candle_core::Error::wrap);
+        wait()?;
+        let start = std::time::Instant::now();
+        multiply(device, values, values, dst, Store::Overwrite(1.0))?;
+        wait()?;
+        best_s = best_s.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (SIZE as f64).powi(3) / best_s)
+}
