@@ -109,12 +109,7 @@ enum Out<'a> {
 
 /// Runs a micro-batch forward and backward: adds the gradients of `scale` times the mean loss to the accumulators of all
 /// parameters, and returns that loss, `()` f32, on the model's device: reading it waits for the pass.
-pub fn forward_backward<M: Stages>(
-    model: &M,
-    batch: &MicroBatch,
-    scale: f64,
-    recompute: Recompute,
-) -> Result<Tensor> {
+pub fn forward_backward<M: Stages>(model: &M, batch: &MicroBatch, scale: f64, recompute: Recompute) -> Result<Tensor> {
     watched(model, batch, scale, recompute, &mut |_, _| Ok(()))
 }
 

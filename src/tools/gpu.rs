@@ -29,7 +29,8 @@ pub fn open(index: usize) -> Result<Device> {
     if let Some(gpu) = gpus.get(&index) {
         return Ok(gpu.clone());
     }
-    let gpu = open_anew(index).map_err(|error| Error::Device(format!("GPU {index} cannot be used: {}", plain(&error))))?;
+    let gpu =
+        open_anew(index).map_err(|error| Error::Device(format!("GPU {index} cannot be used: {}", plain(&error))))?;
     gpus.insert(index, gpu.clone());
     Ok(gpu)
 }

@@ -197,11 +197,7 @@ fn with_library(device: &CudaDevice, body: impl FnOnce(&mut Library) -> Result<(
             device.cuda_stream().context().bind_to_thread().map_err(candle_core::Error::wrap)?;
             // SAFETY: scratch memory is written before it is read.
             let workspace = unsafe { device.alloc::<u8>(WORKSPACE_BYTES)? };
-            entry.insert(Library {
-                handle: result::create_handle().map_err(fault)?,
-                workspace,
-                plans: HashMap::new(),
-            })
+            entry.insert(Library { handle: result::create_handle().map_err(fault)?, workspace, plans: HashMap::new() })
         }
     };
     device.cuda_stream().context().bind_to_thread().map_err(candle_core::Error::wrap)?;
@@ -219,7 +215,9 @@ impl Library {
         {
             let value = i32::from(is_transposed);
             // SAFETY: the descriptor is alive, and the attribute is a number of 4 bytes.
-            unsafe { result::set_matmul_desc_attribute(product, attribute, (&raw const value).cast(), size_of_val(&value))? };
+            unsafe {
+                result::set_matmul_desc_attribute(product, attribute, (&raw const value).cast(), size_of_val(&value))?
+            };
         }
         let (first, second, dst) =
             (layout(&key.first, key.batch)?, layout(&key.second, key.batch)?, layout(&key.dst, key.batch)?);
@@ -244,8 +242,7 @@ impl Library {
                 let value = (&raw const bytes).cast();
                 result::set_matmul_pref_attribute(preference, attribute, value, size_of_val(&bytes))?;
             }
-            let chosen =
-                result::get_matmul_algo_heuristic(self.handle, product, first, second, dst, dst, preference);
+            let chosen = result::get_matmul_algo_heuristic(self.handle, product, first, second, dst, dst, preference);
             result::destroy_matmul_pref(preference)?;
             chosen?
         };
@@ -262,8 +259,7 @@ fn layout(shape: &Shape, batch: usize) -> Result<cublasLtMatrixLayout_t, CublasE
         DType::F32 => cudaDataType_t::CUDA_R_32F,
         other => unreachable!("activations and weights are f32 or bf16, not {other:?}"),
     };
-    let layout =
-        result::create_matrix_layout(dtype, shape.cols as u64, shape.rows as u64, shape.row_stride as i64)?;
+    let layout = result::create_matrix_layout(dtype, shape.cols as u64, shape.rows as u64, shape.row_stride as i64)?;
     if batch > 1 {
         let (count, stride) = (batch as i32, shape.batch_stride as i64);
         // SAFETY: the layout is alive, and the attributes are numbers of 4 and 8 bytes.
