@@ -105,7 +105,7 @@ pub enum Elements<'a, T> {
 
 pub type Floats<'a> = Elements<'a, f32>;
 
-impl<T: Element> Deref for Elements<'_, T> {
+impl<T: WithDType> Deref for Elements<'_, T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
@@ -139,6 +139,15 @@ pub fn elements<T: Element>(tensor: &Tensor) -> Result<Elements<'_, T>> {
 /// The elements of `tensor`, in row-major order, as f32.
 pub fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
     elements(tensor)
+}
+
+/// The elements of a u32 tensor, in row-major order.
+pub fn indices(tensor: &Tensor) -> Result<Elements<'_, u32>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(Elements::Borrowed { storage, range: start..end }),
+        None => Ok(Elements::Owned(tensor.flatten_all()?.to_vec1()?)),
+    }
 }
 
 /// The elements of a contiguous u32 tensor.

@@ -36,6 +36,7 @@ mod narrow;
 mod rms_norm;
 mod rope;
 mod scale;
+mod sort;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(target_arch = "x86_64")]
