@@ -22,6 +22,15 @@ const MODULES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/modules.rs"
 /// Shared memory that a block gets without being asked for.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
 
+/// Threads of a block where nothing speaks for another number.
+pub const THREADS: usize = 256;
+
+/// Blocks of [`THREADS`] for a thread per group of numbers. Kernels count groups in 32 bits.
+pub fn blocks(groups: usize) -> [usize; 3] {
+    assert!(u32::try_from(groups).is_ok(), "{groups} groups are more than a kernel can count");
+    [groups.div_ceil(THREADS), 1, 1]
+}
+
 /// Launches a kernel: `launch!(device, "op", "name", grid: [x, y, z], block: threads, shared: bytes; arguments)`.
 ///
 /// The arguments are [`Argument`]s. That a kernel gets what it declares, and stays inside the tensors that it gets, is the
@@ -61,7 +70,7 @@ macro_rules! launch {
 }
 pub(in crate::ops) use launch;
 
-/// What a kernel takes: a tensor as the address of its first element, or null; a `usize` as 64 bits with a sign; other
+/// What a kernel takes: a tensor as the address of its first element, or null; a `usize` or `isize` as 64 bits with a sign; other
 /// numbers as they are.
 pub trait Argument {
     type Raw: DeviceRepr;
@@ -84,6 +93,14 @@ impl Argument for Option<&Tensor> {
 
     fn raw(self) -> Result<u64> {
         self.map_or(Ok(0), address)
+    }
+}
+
+impl Argument for isize {
+    type Raw = i64;
+
+    fn raw(self) -> Result<i64> {
+        Ok(self as i64)
     }
 }
 
