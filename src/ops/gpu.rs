@@ -4,6 +4,7 @@
 //! as soon as the kernels that read it are launched, and nothing here waits.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, PoisonError, RwLock};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -64,6 +65,7 @@ macro_rules! launch {
             // SAFETY: the kernel's parameters are these arguments, and it stays inside their tensors: see the macro's words.
             let launched = unsafe { launch.launch(config) };
             candle_core::cuda_backend::WrapErr::w(launched)?;
+            $crate::ops::gpu::count_launch();
         }
     }};
 }
@@ -123,6 +125,19 @@ macro_rules! number {
     )*};
 }
 number!(u64, i32, u32, f32, f64);
+
+/// Kernels and matrix products launched since the process began.
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+
+/// Kernels and matrix products launched since the process began, those of the tensor library left out.
+pub fn launches() -> u64 {
+    LAUNCHES.load(Ordering::Relaxed)
+}
+
+/// Counts a launch.
+pub fn count_launch() {
+    LAUNCHES.fetch_add(1, Ordering::Relaxed);
+}
 
 /// Kernels by name, of each device.
 static KERNELS: LazyLock<RwLock<HashMap<DeviceId, HashMap<String, CudaFunction>>>> = LazyLock::new(RwLock::default);
