@@ -42,7 +42,7 @@ pub(crate) mod testing;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-pub use adamw::{AdamStep, adam_step, sum_of_squares};
+pub use adamw::{Adam, AdamSteps, StepOutcome, StepRules, zero};
 pub use add::add;
 pub(crate) use add::add_tensors;
 pub use attention::{AttentionMask, Scores, attention};

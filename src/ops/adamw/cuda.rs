@@ -3,8 +3,8 @@ use candle_core::Tensor;
 use super::AdamSteps;
 use crate::Result;
 use crate::autograd::StageBuffers;
-pub use crate::ops::gpu::{write, zero};
 use crate::ops::gpu::{THREADS, blocks, device, launch, suffix};
+pub use crate::ops::gpu::{write, zero};
 
 /// `Σ g²`, in as many parts as `squares` has room for.
 pub fn sum_of_squares(grads: &Tensor, squares: &Tensor) -> Result<()> {

@@ -245,7 +245,9 @@ mod tests {
     fn a_step_whose_numbers_are_bad_only_zeroes_the_gradients() -> Result<()> {
         let n = 1003;
         for device in devices() {
-            for (own_loss, bad) in [(f32::NAN, 0.5), (f32::INFINITY, 0.5), (7.5, 0.5), (1.0, f32::NAN), (1.0, f32::INFINITY)] {
+            for (own_loss, bad) in
+                [(f32::NAN, 0.5), (f32::INFINITY, 0.5), (7.5, 0.5), (1.0, f32::NAN), (1.0, f32::INFINITY)]
+            {
                 let stage = stage_of(n, DType::F32, DType::BF16, device)?;
                 let p = &stage.parameters()[0];
                 let moments = [0, 1].map(|_| Tensor::zeros(n, DType::F32, device).unwrap());
@@ -259,7 +261,10 @@ mod tests {
                 steps.decide(&loss(own_loss, device)?)?;
                 steps.apply(stage.buffers(), &moments[0], &moments[1])?;
                 let outcome = steps.outcome()?;
-                assert!(!outcome.applied && outcome.norm.is_finite() == bad.is_finite(), "{own_loss} {bad}: {outcome:?}");
+                assert!(
+                    !outcome.applied && outcome.norm.is_finite() == bad.is_finite(),
+                    "{own_loss} {bad}: {outcome:?}"
+                );
                 assert_eq!([on_host(&p.weights()?)?, on_host(&p.compute()?)?], before);
                 for zeros in [&moments[0], &moments[1], stage.grads()] {
                     assert!(on_host(zeros)?.iter().all(|x| *x == 0.0));

@@ -87,7 +87,11 @@ mod tests {
             let tokens = Tensor::new(&[[3u32, 4]], device)?;
             let y = embedding(&tokens, parameter)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
             assert_eq!([0, 1, 2, 3].map(|i| y[i].is_nan()), [false, false, true, true]);
-            embedding_backward(&tokens, parameter, &Tensor::ones((1, 2, 2), DType::F32, &Device::Cpu)?.to_device(device)?)?;
+            embedding_backward(
+                &tokens,
+                parameter,
+                &Tensor::ones((1, 2, 2), DType::F32, &Device::Cpu)?.to_device(device)?,
+            )?;
             let grad = parameter.grad()?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
             assert_eq!(grad, [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]);
         }
