@@ -146,7 +146,14 @@ impl Case {
 
             for (fqn, ours) in self.model.state().unwrap() {
                 let expected = &self.tensors[&format!("step{step}.{fqn}")];
-                let difference = (ours.to_device(&Device::Cpu).unwrap() - expected).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+                let difference = (ours.to_device(&Device::Cpu).unwrap() - expected)
+                    .unwrap()
+                    .abs()
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .max(0)
+                    .unwrap();
                 let difference = f64::from(difference.to_scalar::<f32>().unwrap());
                 let what = if fqn.ends_with("expert_bias") { "expert_bias_abs" } else { "params_abs" };
                 assert!(difference < self.tolerance(what), "{}: {fqn} after step {step}: {difference:e}", self.name);
