@@ -10,6 +10,7 @@ use titan::components::optimizer::Optimizer;
 use titan::engine::{self, MicroBatch, Pass, Recompute, Stages};
 use titan::models::args::DecoderArgs;
 use titan::models::{self, Decoder};
+use titan::ops::{Adam, StepRules};
 
 #[path = "common/devices.rs"]
 mod devices;

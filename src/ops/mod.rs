@@ -52,6 +52,7 @@ pub use embedding::{embedding, embedding_backward};
 pub use glu::{Gate, glu};
 #[cfg(feature = "cuda")]
 pub use gpu::launches;
+pub(crate) use host::check_tokens;
 pub use layer_norm::layer_norm;
 pub use linear::{by_head, linear, logits};
 pub use magnitude::magnitude;
