@@ -26,6 +26,7 @@ use crate::models::hf;
 use crate::models::{self, Decoder};
 use crate::ops::Adam;
 use crate::tools::device::{Choice, DeviceFacts};
+use crate::tools::profiler;
 use crate::{Error, Result};
 
 /// What the metrics need to know of a run.
@@ -74,6 +75,7 @@ impl Trainer {
         let choice = Choice::of_environment()?;
         let (device, facts) = (choice.device.clone(), choice.facts()?);
         info!("Device: {facts}; {choice}");
+        profiler::wait_for(&device);
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         // From here on the dump folder is this process's.
@@ -171,6 +173,8 @@ impl Trainer {
             grad_accum: config.training.global_batch_size.map_or(1, |global| global / local_batch_size),
             n_tokens_seen: train_state.map_or(0, |state| state.n_tokens_seen),
             classes,
+            #[cfg(feature = "cuda")]
+            recorder: None,
             run: RunFacts { device: facts, flops_per_token: flops_per_token as f64 },
             profiler: profiling.enable_profiling.then(|| StepProfiler::new(profiling, &config.job.dump_folder)),
             config,
