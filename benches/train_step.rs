@@ -15,11 +15,11 @@ use clap::{CommandFactory, Parser, ValueEnum};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use titan::autograd::Precision;
-use titan::components::optimizer::{Optimizer, OptimizerKind};
+use titan::components::optimizer::Optimizer;
 use titan::config::ModelArgs;
 use titan::engine::{self, MicroBatch, Recompute, Stages};
 use titan::models::{self, Decoder};
-use titan::ops;
+use titan::ops::{self, Adam, StepRules};
 use titan::tools::device::{GIB, MemoryUse};
 use titan::tools::{memory, random};
 
@@ -154,8 +154,9 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, options: &Options) -> 
     let mut model = Decoder::new(&args, None).unwrap();
     model.allocate(precision, &Device::Cpu, true).unwrap();
     model.parameters().for_each(|parameter| models::initialize(parameter, 0).unwrap());
-    let kind = OptimizerKind { decoupled: true, betas: (0.9, 0.95), eps: 1e-8 };
-    let mut optimizer = Optimizer::new(kind, 0.1, model.stages()).unwrap();
+    let adam = Adam { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
+    let mut optimizer = Optimizer::new(adam, model.stages()).unwrap();
+    let rules = StepRules { lr: 1e-3, max_norm: 1.0, max_loss: f64::INFINITY };
 
     let mut ids = random::keyed(0, "tokens", name);
     let (mut losses, mut elapsed_s) = (Vec::new(), Vec::new());
@@ -170,7 +171,7 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, options: &Options) -> 
         let loss = engine::forward_backward(&model, &rows, 1.0, recompute).unwrap();
         losses.push(loss.to_scalar::<f32>().unwrap());
         model.expert_loads().values().for_each(|load| drop(load.rebalance(true)));
-        optimizer.step(model.stages(), 1e-3, 1.0).unwrap();
+        optimizer.step(model.stages(), &loss, &rules).unwrap();
         elapsed_s.push(start.elapsed().as_secs_f64());
     }
     let timed = &mut elapsed_s[usize::from(options.bench)..];
