@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use tracing::{info, warn};
 
 use super::memory::{self, Classes};
@@ -111,7 +111,7 @@ impl Trainer {
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
         memory::check(&model, precision, &config, &facts)?;
-        let classes = Classes::of(&model, precision);
+        let classes = Classes::of(&model, precision, config.training.enable_cpu_offload);
         let explain = |class, error| classes.explain(error, class, &config, &facts);
 
         // Data before memory is taken: what is wrong with a dataset shows at once.
@@ -132,7 +132,10 @@ impl Trainer {
             },
             flops_per_token as f64 / 1e6
         );
-        model.allocate(precision, &device, true).map_err(|error| explain("weights and gradients", error))?;
+        let of_optimizer = if config.training.enable_cpu_offload { &Device::Cpu } else { &device };
+        model
+            .allocate_apart(precision, &device, of_optimizer, true)
+            .map_err(|error| explain("weights and gradients", error))?;
         let adam = Adam {
             beta1: config.optimizer.beta1,
             beta2: config.optimizer.beta2,

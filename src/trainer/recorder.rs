@@ -52,6 +52,8 @@ impl Recorder {
             Some("attention stays inside documents, which differ from step to step")
         } else if trainer.model.adapters().is_some_and(|adapters| adapters.dropout().is_on()) {
             Some("dropout differs from step to step")
+        } else if trainer.config.training.enable_cpu_offload {
+            Some("training.enable_cpu_offload has the host take part in each")
         } else {
             None
         };
