@@ -171,8 +171,8 @@ pub fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
 }
 
 /// Refuses ids that are not in the vocabulary.
-pub fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<()> {
-    match tokens.iter().find(|t| **t as usize >= vocab_size) {
+pub fn check_tokens<'a>(tokens: impl IntoIterator<Item = &'a u32>, vocab_size: usize) -> Result<()> {
+    match tokens.into_iter().find(|t| **t as usize >= vocab_size) {
         None => Ok(()),
         Some(token) => Err(Error::Model(format!("token {token} does not exist in a model of vocab_size {vocab_size}"))),
     }

@@ -50,9 +50,14 @@ pub use bias::add_bias;
 pub use cross_entropy::{IGNORE_INDEX, LossAndGrad, cross_entropy_grad, cross_entropy_loss};
 pub use embedding::{embedding, embedding_backward};
 pub use glu::{Gate, glu};
+#[cfg(feature = "cuda")]
+pub use gpu::launches;
+pub(crate) use host::check_tokens;
 pub use layer_norm::layer_norm;
 pub use linear::{by_head, linear, logits};
 pub use magnitude::magnitude;
+#[cfg(feature = "cuda")]
+pub use matmul::cuda::measured_peak_flops as measured_gpu_peak_flops;
 pub use matmul::measured_peak_flops;
 pub use moe::{ExpertGroups, Experts, Router, Routing, experts, route};
 pub use narrow::{join_shared, narrow};

@@ -50,8 +50,7 @@ pub fn cross_entropy_grad(
 ) -> Result<LossAndGrad> {
     let _span = profiler::span_in(Category::ForwardBackward, "cross_entropy").shapes(&[x.dims(), weight.shape()]);
     let grad = weight.accumulator()?;
-    let (loss, dx) =
-        on_device!(x, forward_backward(x, &weight.compute()?, grad.as_ref(), softcap, targets, scale))?;
+    let (loss, dx) = on_device!(x, forward_backward(x, &weight.compute()?, grad.as_ref(), softcap, targets, scale))?;
     Ok(LossAndGrad { loss, dx })
 }
 

@@ -4,6 +4,8 @@ mod adapter;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_adapter;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -74,22 +76,25 @@ mod tests {
     use candle_core::DType;
 
     use super::*;
-    use crate::ops::testing::{Case, assert_close, parameters, random_tensor};
+    use crate::ops::testing::{Case, assert_close, devices, parameters_on, random_tensor};
 
     #[test]
     fn each_head_is_multiplied_by_its_own_rows() -> Result<()> {
         let (b, s, h, n, m) = (2, 3, 4, 7, 10);
         let weight = random_tensor("w", &[h * n, m])?;
         for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 2e-2)] {
-            let parameter = &parameters(std::slice::from_ref(&weight), dtype)?[0];
             for (rows, transposed) in [(0..5, true), (5..7, false), (0..7, false)] {
                 let x = random_tensor("x", &[b, s, h, if transposed { rows.len() } else { m }])?;
                 let own = weight.reshape((h, n, m))?.narrow(1, rows.start, rows.len())?;
                 let own = if transposed { own } else { own.transpose(1, 2)? };
                 let by_head = x.reshape((b * s, h, ()))?.transpose(0, 1)?.contiguous()?;
                 let expected = by_head.matmul(&own.contiguous()?)?.transpose(0, 1)?.reshape((b, s, h, ()))?;
-                let ours = super::by_head(&x.to_dtype(dtype)?, parameter, rows, transposed)?;
-                assert_close("by_head", &ours, &expected, tolerance)?;
+                for device in devices() {
+                    let parameter = &parameters_on(device, std::slice::from_ref(&weight), dtype)?[0];
+                    let x = x.to_dtype(dtype)?.to_device(device)?;
+                    let ours = super::by_head(&x, parameter, rows.clone(), transposed)?;
+                    assert_close("by_head", &ours, &expected, tolerance)?;
+                }
             }
         }
         Ok(())
@@ -116,10 +121,15 @@ mod tests {
     fn logits_may_be_capped() -> Result<()> {
         let weight = random_tensor("w", &[19, 33])?;
         let x = (random_tensor("x", &[1, 7, 33])? * 9.0)?;
-        let parameter = &parameters(std::slice::from_ref(&weight), DType::F32)?[0];
         let expected = x.broadcast_matmul(&weight.t()?)?;
-        assert_close("logits", &logits(&x, parameter, None)?, &expected, 2e-6)?;
-        assert_close("capped logits", &logits(&x, parameter, Some(5.0))?, &((expected / 5.0)?.tanh()? * 5.0)?, 2e-6)
+        let capped = ((&expected / 5.0)?.tanh()? * 5.0)?;
+        for device in devices() {
+            let parameter = &parameters_on(device, std::slice::from_ref(&weight), DType::F32)?[0];
+            let x = x.to_device(device)?;
+            assert_close("logits", &logits(&x, parameter, None)?, &expected, 2e-6)?;
+            assert_close("capped logits", &logits(&x, parameter, Some(5.0))?, &capped, 2e-6)?;
+        }
+        Ok(())
     }
 
     #[test]

@@ -109,6 +109,7 @@ pub fn multiply_batch(device: &CudaDevice, a: Mat, b: Mat, dst: Mat, store: Stor
     let key = Key { first: Shape::of(&b), second: Shape::of(&a), dst: Shape::of(&dst), batch };
     with_library(device, |library| {
         let plan = library.plan(&key)?;
+        gpu::count_launch();
         let stream = device.cuda_stream();
         let pointer = |address: u64| address as *const c_void;
         let (algorithm, dst_pointer) = (&raw const plan.algorithm, dst.address as *mut c_void);
@@ -197,11 +198,7 @@ fn with_library(device: &CudaDevice, body: impl FnOnce(&mut Library) -> Result<(
             device.cuda_stream().context().bind_to_thread().map_err(candle_core::Error::wrap)?;
             // SAFETY: scratch memory is written before it is read.
             let workspace = unsafe { device.alloc::<u8>(WORKSPACE_BYTES)? };
-            entry.insert(Library {
-                handle: result::create_handle().map_err(fault)?,
-                workspace,
-                plans: HashMap::new(),
-            })
+            entry.insert(Library { handle: result::create_handle().map_err(fault)?, workspace, plans: HashMap::new() })
         }
     };
     device.cuda_stream().context().bind_to_thread().map_err(candle_core::Error::wrap)?;
@@ -219,7 +216,9 @@ impl Library {
         {
             let value = i32::from(is_transposed);
             // SAFETY: the descriptor is alive, and the attribute is a number of 4 bytes.
-            unsafe { result::set_matmul_desc_attribute(product, attribute, (&raw const value).cast(), size_of_val(&value))? };
+            unsafe {
+                result::set_matmul_desc_attribute(product, attribute, (&raw const value).cast(), size_of_val(&value))?
+            };
         }
         let (first, second, dst) =
             (layout(&key.first, key.batch)?, layout(&key.second, key.batch)?, layout(&key.dst, key.batch)?);
@@ -244,8 +243,7 @@ impl Library {
                 let value = (&raw const bytes).cast();
                 result::set_matmul_pref_attribute(preference, attribute, value, size_of_val(&bytes))?;
             }
-            let chosen =
-                result::get_matmul_algo_heuristic(self.handle, product, first, second, dst, dst, preference);
+            let chosen = result::get_matmul_algo_heuristic(self.handle, product, first, second, dst, dst, preference);
             result::destroy_matmul_pref(preference)?;
             chosen?
         };
@@ -262,8 +260,7 @@ fn layout(shape: &Shape, batch: usize) -> Result<cublasLtMatrixLayout_t, CublasE
         DType::F32 => cudaDataType_t::CUDA_R_32F,
         other => unreachable!("activations and weights are f32 or bf16, not {other:?}"),
     };
-    let layout =
-        result::create_matrix_layout(dtype, shape.cols as u64, shape.rows as u64, shape.row_stride as i64)?;
+    let layout = result::create_matrix_layout(dtype, shape.cols as u64, shape.rows as u64, shape.row_stride as i64)?;
     if batch > 1 {
         let (count, stride) = (batch as i32, shape.batch_stride as i64);
         // SAFETY: the layout is alive, and the attributes are numbers of 4 and 8 bytes.
@@ -297,4 +294,23 @@ pub fn product_with_transpose(x: &Tensor, weight: &Tensor, dtype: DType) -> Resu
     let y = gpu::uninit(shape, dtype, device)?;
     multiply(device, Mat::new(&x, rows)?, Mat::new(weight, outer)?.t(), Mat::new(&y, rows)?, Store::Overwrite(1.0))?;
     Ok(y)
+}
+
+/// The rate of the best of several square products of bf16, in floating-point operations per second.
+pub fn measured_peak_flops(device: &CudaDevice) -> Result<f64> {
+    const SIZE: usize = 4096;
+    const RUNS: usize = 8;
+    let values = Tensor::ones((SIZE, SIZE), DType::BF16, &candle_core::Device::Cuda(device.clone()))?;
+    let dst = gpu::uninit((SIZE, SIZE), DType::BF16, device)?;
+    let (values, dst) = (Mat::new(&values, SIZE)?, Mat::new(&dst, SIZE)?);
+    let mut best_s = f64::INFINITY;
+    for _ in 0..RUNS {
+        let wait = || device.cuda_stream().synchronize().map_err(candle_core::Error::wrap);
+        wait()?;
+        let start = std::time::Instant::now();
+        multiply(device, values, values, dst, Store::Overwrite(1.0))?;
+        wait()?;
+        best_s = best_s.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (SIZE as f64).powi(3) / best_s)
 }

@@ -63,7 +63,8 @@ fn sort(keys: &Tensor, bound: usize, positions: Option<&Tensor>, offsets: Option
         let is_last = i + 1 == passes.len();
         let offsets = offsets.filter(|_| passes.len() == 1);
         let from = (i > 0).then_some(&sorted.order);
-        sorted = pass(device, &sorted.keys, from, n, [shift, *bits], positions.filter(|_| is_last), offsets, n_offsets)?;
+        sorted =
+            pass(device, &sorted.keys, from, n, [shift, *bits], positions.filter(|_| is_last), offsets, n_offsets)?;
         shift += bits;
     }
     if let Some(offsets) = offsets.filter(|_| passes.len() > 1) {

@@ -81,7 +81,8 @@ mod tests {
                 let offsets = offsets.to_vec1::<u32>()?;
                 assert_eq!(offsets.len(), n_groups + 1);
                 let checked = (0..=n_groups).step_by(1 + n_groups / 700).chain([n_groups]);
-                checked.for_each(|group| assert_eq!(offsets[group], expected(group), "{n} in {n_groups} on {device:?}"));
+                checked
+                    .for_each(|group| assert_eq!(offsets[group], expected(group), "{n} in {n_groups} on {device:?}"));
             }
         }
         Ok(())
