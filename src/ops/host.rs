@@ -104,6 +104,7 @@ pub enum Elements<'a, T> {
 }
 
 pub type Floats<'a> = Elements<'a, f32>;
+pub type Indices<'a> = Elements<'a, u32>;
 
 impl<T: WithDType> Deref for Elements<'_, T> {
     type Target = [T];
@@ -142,7 +143,7 @@ pub fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
 }
 
 /// The elements of a u32 tensor, in row-major order.
-pub fn indices(tensor: &Tensor) -> Result<Elements<'_, u32>> {
+pub fn indices(tensor: &Tensor) -> Result<Indices<'_>> {
     let (storage, layout) = tensor.storage_and_layout();
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(Elements::Borrowed { storage, range: start..end }),

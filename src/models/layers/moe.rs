@@ -1,10 +1,12 @@
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
 
 use super::{FeedForward, Linear, STD, normal};
 use crate::Result;
 use crate::autograd::{Init, StageBuilder, Value};
 use crate::models::args::{FeedForwardKind, MoeArgs};
-use crate::ops::{self, ExpertGroups, Experts, Gate, Router};
+use crate::ops::{self, ExpertGroups, Experts, Gate, Router, Routing};
 
 /// Token-choice mixture of experts, with shared experts that see every token.
 #[derive(Debug)]
@@ -64,9 +66,9 @@ impl Moe {
         let (b, s, dim) = x.tensor().dims3()?;
         let tokens = x.reshape(&[b * s, dim])?;
         let bias = self.load.bias();
-        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, bias.as_deref(), &self.router)?;
+        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, bias.as_ref(), &self.router)?;
         if count {
-            self.load.count(routing.tokens_per_expert());
+            self.load.count(&routing)?;
         }
         let mut y = ops::experts(&tokens, &weights, &routing, &self.experts)?;
         if let Some(shared_experts) = &self.shared_experts {
@@ -76,18 +78,23 @@ impl Moe {
     }
 }
 
-/// How busy the experts of a layer are, and the biases that even it out without an auxiliary loss.
-///
-/// # Source
-/// Wang et al., arXiv:2408.15664, with the bias's mean kept at zero.
+/// How busy the experts of a layer are, and the biases that even it out without an auxiliary loss: both on the device of
+/// the model, which need not be waited for.
 #[derive(Debug)]
 pub struct ExpertLoad {
     /// The field path of the layer's biases.
     fqn: String,
     coeff: Option<f32>,
-    bias: RwLock<Vec<f32>>,
-    /// Tokens since the last [`ExpertLoad::rebalance`].
-    tokens: Mutex<Vec<u64>>,
+    n_experts: usize,
+    state: Mutex<Option<State>>,
+}
+
+/// Of an allocated layer. Tensors are replaced, never written: whoever has one keeps what it held.
+#[derive(Debug)]
+struct State {
+    bias: Tensor,
+    /// Tokens since the last [`ExpertLoad::rebalance`]; `None`: there were none.
+    tokens: Option<Tensor>,
 }
 
 impl ExpertLoad {
@@ -95,9 +102,16 @@ impl ExpertLoad {
         Self {
             fqn: format!("{prefix}.expert_bias"),
             coeff: args.load_balance_coeff.map(|coeff| coeff as f32),
-            bias: RwLock::new(vec![0.0; args.num_experts]),
-            tokens: Mutex::new(vec![0; args.num_experts]),
+            n_experts: args.num_experts,
+            state: Mutex::default(),
         }
+    }
+
+    /// Takes the memory. Biases are zero at first.
+    pub fn allocate(&self, device: &Device) -> Result<()> {
+        let bias = Tensor::zeros(self.n_experts, DType::F32, device)?;
+        *self.lock() = Some(State { bias, tokens: None });
+        Ok(())
     }
 
     /// The field path of the biases, as in `layers.1.moe.expert_bias`.
@@ -105,39 +119,55 @@ impl ExpertLoad {
         &self.fqn
     }
 
-    /// What is added to scores when experts are chosen; `None` in a layer that balances nothing.
-    pub fn bias(&self) -> Option<Vec<f32>> {
-        self.coeff.map(|_| self.bias.read().unwrap_or_else(PoisonError::into_inner).clone())
+    /// How many biases there are: 0 in a layer that balances nothing.
+    pub fn n_biases(&self) -> usize {
+        if self.coeff.is_some() { self.n_experts } else { 0 }
+    }
+
+    /// What is added to scores when experts are chosen, `(n_experts,)` f32; `None` in a layer that balances nothing.
+    pub fn bias(&self) -> Option<Tensor> {
+        self.coeff.map(|_| self.with_state(|state| state.bias.clone()))
     }
 
     /// Overwrites the biases, one per expert.
-    pub fn set_bias(&self, bias: &[f32]) {
-        self.bias.write().unwrap_or_else(PoisonError::into_inner).copy_from_slice(bias);
+    ///
+    /// # Errors
+    /// If there are not as many.
+    pub fn set_bias(&self, bias: &Tensor) -> Result<()> {
+        let bias = bias.reshape(self.n_experts)?.to_dtype(DType::F32)?;
+        self.with_state(|state| {
+            state.bias = bias.to_device(state.bias.device())?;
+            Ok(())
+        })
     }
 
-    fn count(&self, tokens_per_expert: impl Iterator<Item = usize>) {
-        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-        tokens.iter_mut().zip(tokens_per_expert).for_each(|(sum, n)| *sum += n as u64);
+    fn count(&self, routing: &Routing) -> Result<()> {
+        self.with_state(|state| {
+            state.tokens = Some(routing.count(state.tokens.as_ref())?);
+            Ok(())
+        })
     }
 
-    /// Moves each bias by `coeff` towards an even load (up where an expert had fewer tokens than the mean), less the mean
-    /// of these moves; not at all unless `moves`, as the biases of a frozen model. Returns the tokens counted since the last
-    /// time, and starts counting anew.
-    pub fn rebalance(&self, moves: bool) -> Vec<u64> {
-        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-        let n = tokens.len();
-        let counted = std::mem::replace(&mut *tokens, vec![0; n]);
-        if let Some(coeff) = self.coeff.filter(|_| moves) {
-            let mean = counted.iter().sum::<u64>() as f32 / n as f32;
-            let towards_mean = |tokens: &u64| match mean - *tokens as f32 {
-                0.0 => 0.0,
-                gap => coeff * gap.signum(),
+    /// Moves each bias towards an even load, as [`ops::rebalanced`] does; not at all unless `moves`, as the biases of a
+    /// frozen model. Returns the tokens of each expert since the last time, `(n_experts,)` u32, and starts counting anew.
+    pub fn rebalance(&self, moves: bool) -> Result<Tensor> {
+        self.with_state(|state| {
+            let tokens = match state.tokens.take() {
+                Some(tokens) => tokens,
+                None => Tensor::zeros(self.n_experts, DType::U32, state.bias.device())?,
             };
-            let moves: Vec<f32> = counted.iter().map(towards_mean).collect();
-            let drift = moves.iter().sum::<f32>() / n as f32;
-            let mut bias = self.bias.write().unwrap_or_else(PoisonError::into_inner);
-            bias.iter_mut().zip(moves).for_each(|(bias, by)| *bias += by - drift);
-        }
-        counted
+            if let Some(coeff) = self.coeff.filter(|_| moves) {
+                state.bias = ops::rebalanced(&state.bias, &tokens, coeff)?;
+            }
+            Ok(tokens)
+        })
+    }
+
+    fn with_state<R>(&self, body: impl FnOnce(&mut State) -> R) -> R {
+        body(self.lock().as_mut().expect("a model is allocated before it is used"))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<State>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,13 +1,18 @@
 //! Token-choice mixture of experts: routing, and the experts on the tokens that chose them.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::sync::Arc;
+
+use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::models::args::ScoreFunc;
 use crate::ops::glu::Gate;
+use crate::ops::sort::{self, Groups};
 use crate::tools::profiler;
 
 /// How router logits become choices and weights.
@@ -33,40 +38,48 @@ pub struct ExpertGroups {
     pub limit: usize,
 }
 
-/// Who goes where. A slot is one choice of one token: slot `t · top_k + j` is choice `j` of token `t`.
+/// Who goes where, on the device of the tokens. A slot is one choice of one token: slot `t · top_k + j` is choice `j` of
+/// token `t`.
 #[derive(Debug)]
 pub struct Routing {
-    /// The expert of each slot.
-    pub experts: Vec<u32>,
-    /// The slots, sorted by expert and within an expert by slot.
-    sorted: Vec<u32>,
-    /// Where each slot stands in `sorted`.
-    positions: Vec<u32>,
-    /// Where expert `e` begins in `sorted`; one more entry than experts.
-    offsets: Vec<usize>,
+    /// The expert of each slot, `(n, top_k)` u32.
+    pub experts: Tensor,
+    /// The slots by expert: how they are sorted, where each stands then, and where experts begin.
+    slots: Groups,
     top_k: usize,
 }
 
 impl Routing {
-    fn new(experts: Vec<u32>, n_experts: usize, top_k: usize) -> Self {
-        let mut offsets = vec![0; n_experts + 1];
-        experts.iter().for_each(|e| offsets[*e as usize + 1] += 1);
-        (0..n_experts).for_each(|e| offsets[e + 1] += offsets[e]);
-        let mut next = offsets.clone();
-        let (mut sorted, mut positions) = (vec![0; experts.len()], vec![0; experts.len()]);
-        for (slot, expert) in experts.iter().enumerate() {
-            let position = &mut next[*expert as usize];
-            sorted[*position] = slot as u32;
-            positions[slot] = *position as u32;
-            *position += 1;
-        }
-        Self { experts, sorted, positions, offsets, top_k }
+    fn new(experts: Tensor, n_experts: usize) -> Result<Self> {
+        let (_, top_k) = experts.dims2()?;
+        let slots = sort::group(&experts.flatten_all()?, n_experts)?;
+        Ok(Self { experts, slots, top_k })
     }
 
-    /// How many slots chose each expert.
-    pub fn tokens_per_expert(&self) -> impl Iterator<Item = usize> {
-        self.offsets.windows(2).map(|pair| pair[1] - pair[0])
+    fn n_experts(&self) -> usize {
+        self.slots.offsets.elem_count() - 1
     }
+
+    fn n_slots(&self) -> usize {
+        self.slots.order.elem_count()
+    }
+
+    /// How many slots chose each expert, `(n_experts,)` u32, added to what is counted `so_far`.
+    pub fn count(&self, so_far: Option<&Tensor>) -> Result<Tensor> {
+        on_device!(self.experts, count(self, so_far))
+    }
+}
+
+/// `bias` after a step in which each expert had so many tokens: each moves by `coeff` towards an even load (up where an
+/// expert had fewer tokens than the mean), less the mean of these moves. All devices have the same numbers.
+///
+/// # Shapes
+/// `bias`: `(n_experts,)` f32. `tokens`: `(n_experts,)` u32. Returns `(n_experts,)` f32.
+///
+/// # Source
+/// Wang et al., arXiv:2408.15664, with the bias's mean kept at zero.
+pub fn rebalanced(bias: &Tensor, tokens: &Tensor, coeff: f32) -> Result<Tensor> {
+    on_device!(bias, rebalanced(bias, tokens, coeff))
 }
 
 /// Chooses `top_k` experts for each token and weighs them.
@@ -77,17 +90,18 @@ impl Routing {
 /// the weights, not the choices.
 ///
 /// # Shapes
-/// `logits`: `(n, n_experts)`. `bias`: `n_experts`.
+/// `logits`: `(n, n_experts)`. `bias`: `(n_experts,)`, f32.
 ///
 /// # Source
 /// Groups: DeepSeek-V3, arXiv:2412.19437, as its own inference code chooses them.
-pub fn route(logits: &Value, bias: Option<&[f32]>, router: &Router) -> Result<(Value, Arc<Routing>)> {
+pub fn route(logits: &Value, bias: Option<&Tensor>, router: &Router) -> Result<(Value, Arc<Routing>)> {
     let _span = profiler::span("route").shapes(&[logits.tensor().dims()]);
-    let (weights, routing) = cpu::route(logits.tensor(), bias, router)?;
-    let routing = Arc::new(routing);
-    let (saved, choices, router) = (logits.tensor().clone(), routing.clone(), *router);
+    let (_, n_experts) = logits.tensor().dims2()?;
+    let (weights, choices) = on_device!(logits.tensor(), route(logits.tensor(), bias, router))?;
+    let routing = Arc::new(Routing::new(choices.clone(), n_experts)?);
+    let (saved, router) = (logits.tensor().clone(), *router);
     let weights = Value::record("route", weights, [logits], move |dweights| {
-        Ok([Some(cpu::route_backward(&saved, &choices, &router, &dweights)?)])
+        Ok([Some(on_device!(saved, route_backward(&saved, &choices, &router, &dweights))?)])
     });
     Ok((weights, routing))
 }
@@ -118,14 +132,23 @@ pub struct Experts {
 /// dtype.
 pub fn experts(x: &Value, weights: &Value, routing: &Arc<Routing>, experts: &Experts) -> Result<Value> {
     let _span = profiler::span("experts").shapes(&[x.tensor().dims(), experts.w1.shape()]);
-    let forward = cpu::forward(x.tensor(), weights.tensor(), routing, experts)?;
-    let (y, hidden) = (forward.y, forward.hidden);
+    let (y, hidden) = on_device!(x.tensor(), forward(x.tensor(), weights.tensor(), routing, experts))?;
     let (saved_x, saved_weights) = (x.tensor().clone(), weights.tensor().clone());
     let (routing, experts) = (routing.clone(), experts.clone());
     Ok(Value::record("experts", y, [x, weights], move |dy| {
-        let (dx, dweights) = cpu::backward(&saved_x, &saved_weights, &hidden, &routing, &experts, &dy)?;
+        let gradients = on_device!(dy, backward(&saved_x, &saved_weights, &hidden, &routing, &experts, &dy));
+        let (dx, dweights) = gradients?;
         Ok([Some(dx), Some(dweights)])
     }))
+}
+
+/// What forward leaves for backward, in the order of the sorted slots, in the compute dtype of the weights.
+struct Hidden {
+    /// `W₁ x` and `W₃ x`, `(slots, hidden)`.
+    gate: Tensor,
+    up: Tensor,
+    /// The experts' results, `(slots, dim)`, where the gradient of the weights needs them.
+    result: Option<Tensor>,
 }
 
 #[cfg(test)]
