@@ -137,7 +137,7 @@ impl Run {
         let rows = Tensor::new(rows, &Device::Cpu).unwrap();
         let window = |start| rows.narrow(1, start, SEQ_LEN).unwrap().contiguous().unwrap();
         engine::forward_backward(&self.model, &MicroBatch::new(window(0), window(1)), 1.0, Recompute::None).unwrap();
-        self.model.expert_loads().values().for_each(|load| drop(load.rebalance(true)));
+        self.model.expert_loads().values().for_each(|load| load.rebalance(true).unwrap());
         self.optimizer.step(self.model.stages(), 1e-3, 1.0).unwrap();
     }
 

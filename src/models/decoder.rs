@@ -173,6 +173,7 @@ impl Decoder {
         self.rope_tables = tables.collect::<Result<_>>()?;
         let scales = self.args.query_scales(self.args.max_seq_len);
         self.query_scales = scales.map(|scales| Tensor::new(scales, device)).transpose()?;
+        self.expert_loads().values().try_for_each(|load| load.allocate(device))?;
         let Some(adapters) = &self.adapters else {
             return self.stages.iter().try_for_each(|stage| stage.allocate(precision, device, with_grads));
         };
@@ -204,7 +205,7 @@ impl Decoder {
         }
         for load in self.expert_loads().values() {
             if let Some(bias) = load.bias() {
-                state.push((load.fqn().to_owned(), bias));
+                state.push((load.fqn().to_owned(), bias.clone()));
             }
         }
         Ok(state)

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, PoisonError, RwLock};
 
+use candle_core::cuda_backend::cudarc::driver::result;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
@@ -211,6 +212,28 @@ pub fn uninit(shape: impl Into<Shape>, dtype: DType, device: &CudaDevice) -> Res
     // SAFETY: what is read before it is written would be a fault of the kernel that the tensor is made for; any bits are
     // numbers.
     Ok(unsafe { Tensor::empty(shape, dtype, &Device::Cuda(device.clone()))? })
+}
+
+/// Fills a contiguous tensor with zeros.
+pub fn zero(tensor: &Tensor) -> Result<()> {
+    let (stream, bytes) = (device(tensor).cuda_stream(), tensor.elem_count() * tensor.dtype().size_in_bytes());
+    let start = address(tensor)?;
+    stream.context().bind_to_thread().w()?;
+    // SAFETY: the bytes are those of the tensor, and its work goes through this stream in order.
+    unsafe { result::memset_d8_async(start, 0, bytes, stream.cu_stream()).w()? };
+    Ok(())
+}
+
+/// Copies a few numbers from the host into a contiguous tensor, whose address does not change.
+pub fn write(tensor: &Tensor, values: &[f64]) -> Result<()> {
+    assert_eq!((tensor.dtype(), tensor.elem_count()), (DType::F64, values.len()), "as many numbers as the tensor has");
+    let stream = device(tensor).cuda_stream();
+    let start = address(tensor)?;
+    stream.context().bind_to_thread().w()?;
+    // SAFETY: the tensor has as many bytes, and its work goes through this stream in order. The driver has read what is not
+    // pinned when the call returns.
+    unsafe { result::memcpy_htod_async(start, values, stream.cu_stream()).w()? };
+    Ok(())
 }
 
 /// What kernels call a dtype in their names.

@@ -14,7 +14,7 @@ use crate::components::checkpoint::{Assets, CheckpointManager, Weights, holds_hu
 use crate::components::loss_guard::LossGuard;
 use crate::components::lr_scheduler::LrScheduler;
 use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
-use crate::components::optimizer::{Optimizer, OptimizerKind};
+use crate::components::optimizer::Optimizer;
 use crate::components::validate::Validator;
 use crate::config::{AcMode, JobConfig, Loaded, ModelArgs, OptimizerName};
 use crate::data::datasets::{self, DatasetSpec, Vocabulary};
@@ -24,6 +24,7 @@ use crate::engine::Recompute;
 use crate::models::args::{AttnMaskType, AttnType, DecoderArgs};
 use crate::models::hf;
 use crate::models::{self, Decoder};
+use crate::ops::Adam;
 use crate::tools::device::{Choice, DeviceFacts};
 use crate::{Error, Result};
 
@@ -130,13 +131,15 @@ impl Trainer {
             flops_per_token as f64 / 1e6
         );
         model.allocate(precision, &device, true).map_err(|error| explain("weights and gradients", error))?;
-        let kind = OptimizerKind {
-            decoupled: config.optimizer.name == OptimizerName::AdamW,
-            betas: (config.optimizer.beta1, config.optimizer.beta2),
+        let adam = Adam {
+            beta1: config.optimizer.beta1,
+            beta2: config.optimizer.beta2,
             eps: config.optimizer.eps,
+            weight_decay: config.optimizer.weight_decay,
+            decoupled: config.optimizer.name == OptimizerName::AdamW,
         };
-        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.trained())
-            .map_err(|error| explain("the optimizer's moments", error))?;
+        let mut optimizer =
+            Optimizer::new(adam, model.trained()).map_err(|error| explain("the optimizer's moments", error))?;
 
         let step = train_state.as_ref().map_or(0, |state| state.step);
         if let Some(base) = base {

@@ -1,8 +1,8 @@
 //! One optimizer step, and what becomes of one whose numbers cannot be trusted.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
+use candle_core::Tensor;
 use tracing::warn;
 
 use super::Trainer;
@@ -10,6 +10,7 @@ use crate::components::checkpoint::{step_name, steps_in};
 use crate::config::{JobConfig, NanPolicy};
 use crate::data::Batch;
 use crate::engine::{self, MicroBatch};
+use crate::ops::{StepOutcome, StepRules};
 use crate::tools::profiler::{self, Category};
 use crate::{Error, Result};
 
@@ -20,7 +21,6 @@ pub struct Step {
     pub lr: f64,
     pub n_tokens: u64,
     pub data_loading: Duration,
-    pub tokens_per_expert: BTreeMap<usize, Vec<u64>>,
 }
 
 /// A part of a step's batch, and the factor of its mean loss in the step's.
@@ -53,31 +53,27 @@ impl Trainer {
         let _span = profiler::span_in(Category::Optimizer, "optimizer");
         let step = self.step + 1;
         let lr = self.config.optimizer.lr * self.schedule.factor(self.step);
+        let loss = Tensor::new(loss as f32, &self.device)?;
+        let rules = StepRules { lr, max_norm: self.config.training.max_norm, max_loss: self.guard.max_loss() };
+        let StepOutcome { norm: grad_norm, loss, applied } =
+            self.optimizer.step(self.model.trained(), &loss, &rules)?;
+        let loss = f64::from(loss);
         let spike = self.guard.spike(loss);
-        let is_wanted = loss.is_finite() && !(spike.is_some() && self.guard.skips_spikes());
-        let stages = self.model.trained();
-        let grad_norm = if is_wanted {
-            self.optimizer.step(stages, lr, self.config.training.max_norm)?
-        } else {
-            self.optimizer.discard(stages)?
-        };
-        let is_applied = is_wanted && grad_norm.is_finite();
-        if is_applied {
+        if applied {
             self.guard.applied(loss);
         }
         match spike {
             _ if !(loss.is_finite() && grad_norm.is_finite()) => self.not_finite(step, loss, grad_norm, &parts)?,
-            Some(spike) if is_applied => warn!("step {step}: {spike}"),
+            Some(spike) if applied => warn!("step {step}: {spike}"),
             Some(spike) => self.guard.skipped(step, &spike)?,
             None => {}
         }
-        let moves = is_applied && self.model.adapters().is_none();
-        let loads = self.model.expert_loads().into_iter();
-        let tokens_per_expert = loads.map(|(layer, load)| (layer, load.rebalance(moves))).collect();
+        let moves = applied && self.model.adapters().is_none();
+        self.model.expert_loads().values().try_for_each(|load| load.rebalance(moves))?;
 
         self.step = step;
         self.n_tokens_seen += n_tokens;
-        Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading, tokens_per_expert })
+        Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading })
     }
 
     /// The number of a micro-batch in the whole training, from 1.

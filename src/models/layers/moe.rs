@@ -1,4 +1,4 @@
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -6,7 +6,7 @@ use super::{FeedForward, Linear, STD, normal};
 use crate::Result;
 use crate::autograd::{Init, StageBuilder, Value};
 use crate::models::args::{FeedForwardKind, MoeArgs};
-use crate::ops::{self, ExpertGroups, Experts, Gate, Router, Routing};
+use crate::ops::{self, ExpertGroups, Experts, Gate, Router};
 
 /// Token-choice mixture of experts, with shared experts that see every token.
 #[derive(Debug)]
@@ -65,10 +65,9 @@ impl Moe {
     pub fn forward(&self, x: &Value, count: bool) -> Result<Value> {
         let (b, s, dim) = x.tensor().dims3()?;
         let tokens = x.reshape(&[b * s, dim])?;
-        let bias = self.load.bias();
-        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, bias.as_ref(), &self.router)?;
+        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, self.load.bias(), &self.router)?;
         if count {
-            self.load.count(&routing)?;
+            routing.count(&self.load.state().tokens)?;
         }
         let mut y = ops::experts(&tokens, &weights, &routing, &self.experts)?;
         if let Some(shared_experts) = &self.shared_experts {
@@ -78,23 +77,26 @@ impl Moe {
     }
 }
 
-/// How busy the experts of a layer are, and the biases that even it out without an auxiliary loss: both on the device of
-/// the model, which need not be waited for.
+/// How busy the experts of a layer are, and the biases that even it out without an auxiliary loss: all on the device of the
+/// model, which a step need not wait for.
 #[derive(Debug)]
 pub struct ExpertLoad {
     /// The field path of the layer's biases.
     fqn: String,
     coeff: Option<f32>,
     n_experts: usize,
-    state: Mutex<Option<State>>,
+    state: OnceLock<State>,
 }
 
-/// Of an allocated layer. Tensors are replaced, never written: whoever has one keeps what it held.
+/// `(n_experts,)` each, and written in place: a recorded step reads and writes where it did.
 #[derive(Debug)]
 struct State {
+    /// f32.
     bias: Tensor,
-    /// Tokens since the last [`ExpertLoad::rebalance`]; `None`: there were none.
-    tokens: Option<Tensor>,
+    /// Tokens since the last [`ExpertLoad::rebalance`], u32.
+    tokens: Tensor,
+    /// Those until then.
+    counted: Tensor,
 }
 
 impl ExpertLoad {
@@ -103,15 +105,20 @@ impl ExpertLoad {
             fqn: format!("{prefix}.expert_bias"),
             coeff: args.load_balance_coeff.map(|coeff| coeff as f32),
             n_experts: args.num_experts,
-            state: Mutex::default(),
+            state: OnceLock::new(),
         }
     }
 
-    /// Takes the memory. Biases are zero at first.
+    /// Takes the memory, zeroed.
     pub fn allocate(&self, device: &Device) -> Result<()> {
-        let bias = Tensor::zeros(self.n_experts, DType::F32, device)?;
-        *self.lock() = Some(State { bias, tokens: None });
+        let zeros = |dtype| Tensor::zeros(self.n_experts, dtype, device);
+        let state = State { bias: zeros(DType::F32)?, tokens: zeros(DType::U32)?, counted: zeros(DType::U32)? };
+        self.state.set(state).expect("a model is allocated once");
         Ok(())
+    }
+
+    fn state(&self) -> &State {
+        self.state.get().expect("a model is allocated before it is used")
     }
 
     /// The field path of the biases, as in `layers.1.moe.expert_bias`.
@@ -125,8 +132,8 @@ impl ExpertLoad {
     }
 
     /// What is added to scores when experts are chosen, `(n_experts,)` f32; `None` in a layer that balances nothing.
-    pub fn bias(&self) -> Option<Tensor> {
-        self.coeff.map(|_| self.with_state(|state| state.bias.clone()))
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.coeff.map(|_| &self.state().bias)
     }
 
     /// Overwrites the biases, one per expert.
@@ -134,40 +141,20 @@ impl ExpertLoad {
     /// # Errors
     /// If there are not as many.
     pub fn set_bias(&self, bias: &Tensor) -> Result<()> {
-        let bias = bias.reshape(self.n_experts)?.to_dtype(DType::F32)?;
-        self.with_state(|state| {
-            state.bias = bias.to_device(state.bias.device())?;
-            Ok(())
-        })
+        let own = &self.state().bias;
+        let bias = bias.reshape(self.n_experts)?.to_dtype(DType::F32)?.to_device(own.device())?;
+        Ok(own.slice_set(&bias, 0, 0)?)
     }
 
-    fn count(&self, routing: &Routing) -> Result<()> {
-        self.with_state(|state| {
-            state.tokens = Some(routing.count(state.tokens.as_ref())?);
-            Ok(())
-        })
+    /// Ends a step: counting starts anew, and each bias moves towards an even load, as [`ops::rebalance`] does; not at all
+    /// unless `moves`, as the biases of a frozen model.
+    pub fn rebalance(&self, moves: bool) -> Result<()> {
+        let State { bias, tokens, counted } = self.state();
+        ops::rebalance(tokens, counted, self.coeff.filter(|_| moves).map(|coeff| (bias, coeff)))
     }
 
-    /// Moves each bias towards an even load, as [`ops::rebalanced`] does; not at all unless `moves`, as the biases of a
-    /// frozen model. Returns the tokens of each expert since the last time, `(n_experts,)` u32, and starts counting anew.
-    pub fn rebalance(&self, moves: bool) -> Result<Tensor> {
-        self.with_state(|state| {
-            let tokens = match state.tokens.take() {
-                Some(tokens) => tokens,
-                None => Tensor::zeros(self.n_experts, DType::U32, state.bias.device())?,
-            };
-            if let Some(coeff) = self.coeff.filter(|_| moves) {
-                state.bias = ops::rebalanced(&state.bias, &tokens, coeff)?;
-            }
-            Ok(tokens)
-        })
-    }
-
-    fn with_state<R>(&self, body: impl FnOnce(&mut State) -> R) -> R {
-        body(self.lock().as_mut().expect("a model is allocated before it is used"))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<State>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The tokens of each expert in the step that the last [`ExpertLoad::rebalance`] has ended. Waits for the device.
+    pub fn tokens_per_expert(&self) -> Result<Vec<u64>> {
+        Ok(self.state().counted.to_vec1::<u32>()?.into_iter().map(u64::from).collect())
     }
 }

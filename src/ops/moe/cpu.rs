@@ -144,26 +144,27 @@ fn route_backward_in<T: Element>(
     Ok(Tensor::from_vec(dlogits, logits.shape(), &Device::Cpu)?)
 }
 
-pub fn count(routing: &Routing, so_far: Option<&Tensor>) -> Result<Tensor> {
-    let (offsets, so_far) = (indices(&routing.slots.offsets)?, so_far.map(indices).transpose()?);
-    let so_far = so_far.as_deref();
-    let counts = offsets.windows(2).map(|pair| pair[1] - pair[0]).enumerate();
-    let counts: Vec<u32> = counts.map(|(e, count)| so_far.map_or(0, |so_far| so_far[e]) + count).collect();
-    Ok(Tensor::from_vec(counts, routing.n_experts(), &Device::Cpu)?)
+pub fn count(routing: &Routing, tokens: &Tensor) -> Result<()> {
+    let offsets = indices(&routing.slots.offsets)?;
+    update(tokens, |tokens: &mut [u32]| {
+        tokens.iter_mut().zip(offsets.windows(2)).for_each(|(sum, pair)| *sum += pair[1] - pair[0]);
+    })
 }
 
-pub fn rebalanced(bias: &Tensor, tokens: &Tensor, coeff: f32) -> Result<Tensor> {
-    let (bias, tokens) = (floats(bias)?, indices(tokens)?);
-    let n = tokens.len();
-    let mean = tokens.iter().map(|tokens| u64::from(*tokens)).sum::<u64>() as f32 / n as f32;
+pub fn rebalance(tokens: &Tensor, counted: &Tensor, bias: Option<(&Tensor, f32)>) -> Result<()> {
+    update(tokens, |tokens: &mut [u32]| update(counted, |counted: &mut [u32]| counted.copy_from_slice(tokens)))??;
+    update(tokens, |tokens: &mut [u32]| tokens.fill(0))?;
+    let Some((bias, coeff)) = bias else { return Ok(()) };
+    let counted = indices(counted)?;
+    let n = counted.len();
+    let mean = counted.iter().map(|tokens| u64::from(*tokens)).sum::<u64>() as f32 / n as f32;
     let towards_mean = |tokens: &u32| match mean - *tokens as f32 {
         0.0 => 0.0,
         gap => coeff * gap.signum(),
     };
-    let moves: Vec<f32> = tokens.iter().map(towards_mean).collect();
+    let moves: Vec<f32> = counted.iter().map(towards_mean).collect();
     let drift = moves.iter().sum::<f32>() / n as f32;
-    let moved = bias.iter().zip(moves).map(|(bias, by)| bias + (by - drift)).collect();
-    Ok(Tensor::from_vec(moved, n, &Device::Cpu)?)
+    update(bias, |bias: &mut [f32]| bias.iter_mut().zip(moves).for_each(|(bias, by)| *bias += by - drift))
 }
 
 /// The slots of a routing, as the host reads them.

@@ -192,23 +192,29 @@ KERNEL(moe_tiles, const uint32_t* offsets, int64_t n_experts, int64_t n_tiles, R
     }
 }
 
-// counts = tokens of each expert, added to `before` unless that is null. One thread per expert.
-KERNEL(moe_count, const uint32_t* offsets, const uint32_t* before, int64_t n_experts, uint32_t* counts) {
+// tokens += slots of each expert. One thread per expert.
+KERNEL(moe_count, const uint32_t* offsets, int64_t n_experts, uint32_t* tokens) {
     const int64_t e = blockIdx.x * (int64_t)THREADS + threadIdx.x;
-    if (e < n_experts) counts[e] = (before != nullptr ? before[e] : 0) + offsets[e + 1] - offsets[e];
+    if (e < n_experts) tokens[e] += offsets[e + 1] - offsets[e];
 }
 
-// moved = bias + move - mean of moves, move = coeff towards an even load. Shared memory: n_experts numbers.
-KERNEL(moe_rebalance, const float* bias, const uint32_t* tokens, int64_t n_experts, float coeff, float* moved) {
+// counted = tokens, tokens = 0; bias, unless null, += move - mean of moves, move = coeff towards an even load. Shared
+// memory: n_experts numbers.
+KERNEL(moe_rebalance, uint32_t* tokens, uint32_t* counted, float* bias, int64_t n_experts, float coeff) {
     SHARED(shared);
     __shared__ double scratch[32];
     __shared__ float drift;
     float* moves = reinterpret_cast<float*>(shared);
     double all = 0; // Exact, as these are integers.
-    for (int64_t e = threadIdx.x; e < n_experts; e += THREADS) all += tokens[e];
+    for (int64_t e = threadIdx.x; e < n_experts; e += THREADS) {
+        all += tokens[e];
+        counted[e] = tokens[e];
+        tokens[e] = 0;
+    }
+    if (bias == nullptr) return;
     const float mean = (float)block_sum(all, scratch) / (float)n_experts;
     for (int64_t e = threadIdx.x; e < n_experts; e += THREADS) {
-        const float gap = mean - (float)tokens[e];
+        const float gap = mean - (float)counted[e];
         moves[e] = gap == 0.0f ? 0.0f : (gap > 0.0f ? coeff : -coeff);
     }
     __syncthreads();
@@ -218,7 +224,7 @@ KERNEL(moe_rebalance, const float* bias, const uint32_t* tokens, int64_t n_exper
         drift = sum / (float)n_experts;
     }
     __syncthreads();
-    for (int64_t e = threadIdx.x; e < n_experts; e += THREADS) moved[e] = bias[e] + (moves[e] - drift);
+    for (int64_t e = threadIdx.x; e < n_experts; e += THREADS) bias[e] += moves[e] - drift;
 }
 
 // rows[i] = x[token of slot sorted[i]], times the slot's weight unless weights is null.
