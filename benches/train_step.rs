@@ -203,7 +203,7 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, choice: &Choice, optio
         let rows = MicroBatch::new(window(0), window(1));
         let loss = engine::forward_backward(&model, &rows, 1.0, recompute).unwrap();
         losses.push(loss.clone());
-        model.expert_loads().values().for_each(|load| drop(load.rebalance(true)));
+        model.expert_loads().values().for_each(|load| load.rebalance(true).unwrap());
         optimizer.step(model.stages(), &loss, &rules).unwrap();
         elapsed_s.push(start.elapsed().as_secs_f64());
     }

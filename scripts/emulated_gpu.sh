@@ -86,7 +86,7 @@ for source in "$emulator"/*.cu "$root"/src/ops/*/kernel.cu; do
     op=$(basename "${source%/kernel.cu}" .cu)
     ops+=("$op")
     object=$folder/op.$op.o
-    if is_newer "$object" "$0" "$source" "$emulator/emulate.h" "$root/src/ops/kernel.cuh" "$(dirname "$source")"/*.cuh; then
+    if is_newer "$object" "$0" "$source" "$emulator/emulate.h" "$root"/src/ops/*.cuh "$(dirname "$source")"/*.cuh; then
         add "$CXX" "${flags[@]}" "${kernel_flags[@]}" -c "$source" -o "$object"
     fi
 done

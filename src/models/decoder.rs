@@ -184,6 +184,7 @@ impl Decoder {
         self.rope_tables = tables.collect::<Result<_>>()?;
         let scales = self.args.query_scales(self.args.max_seq_len);
         self.query_scales = scales.map(|scales| Tensor::new(scales, device)).transpose()?;
+        self.expert_loads().values().try_for_each(|load| load.allocate(device))?;
         let Some(adapters) = &self.adapters else {
             let mut stages = self.stages.iter();
             return stages.try_for_each(|stage| stage.allocate_apart(precision, device, of_optimizer, with_grads));
@@ -217,8 +218,7 @@ impl Decoder {
         }
         for load in self.expert_loads().values() {
             if let Some(bias) = load.bias() {
-                let n = bias.len();
-                state.push((load.fqn().to_owned(), Tensor::from_vec(bias, n, &Device::Cpu)?));
+                state.push((load.fqn().to_owned(), bias.clone()));
             }
         }
         Ok(state)
@@ -236,7 +236,8 @@ impl Decoder {
     pub fn base_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let parameters = self.parameters().map(|p| (p.fqn().to_owned(), p.shape().to_vec()));
         let biases = self.expert_loads().into_values();
-        let biases = biases.filter_map(|load| Some((load.fqn().to_owned(), vec![load.bias()?.len()])));
+        let biases = biases.filter(|load| load.n_biases() > 0);
+        let biases = biases.map(|load| (load.fqn().to_owned(), vec![load.n_biases()]));
         parameters.chain(biases).collect()
     }
 
@@ -250,10 +251,9 @@ impl Decoder {
             return parameter.set(values);
         }
         match self.expert_loads().values().find(|load| load.fqn() == fqn) {
-            Some(load) => load.set_bias(&values.to_dtype(DType::F32)?.to_vec1()?),
-            None => return Err(Error::Model(format!("the model has no parameter {fqn}"))),
+            Some(load) => load.set_bias(values),
+            None => Err(Error::Model(format!("the model has no parameter {fqn}"))),
         }
-        Ok(())
     }
 
     /// Number of parameters, without those of adapters. Biases of experts are not trained and do not count.

@@ -61,7 +61,7 @@ pub use magnitude::magnitude;
 #[cfg(feature = "cuda")]
 pub use matmul::cuda::measured_peak_flops as measured_gpu_peak_flops;
 pub use matmul::measured_peak_flops;
-pub use moe::{ExpertGroups, Experts, Router, Routing, experts, route};
+pub use moe::{ExpertGroups, Experts, Router, Routing, experts, rebalance, route};
 pub use narrow::{join_shared, narrow};
 pub use rms_norm::{rms_norm, unit_norm};
 pub use rope::{RopeTable, rope};

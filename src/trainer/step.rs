@@ -1,6 +1,5 @@
 //! One optimizer step, and what becomes of one whose numbers cannot be trusted.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use candle_core::Tensor;
@@ -23,7 +22,6 @@ pub struct Step {
     pub lr: f64,
     pub n_tokens: u64,
     pub data_loading: Duration,
-    pub tokens_per_expert: BTreeMap<usize, Vec<u64>>,
 }
 
 /// A part of a step's batch, and the factor of its mean loss in the step's.
@@ -61,12 +59,11 @@ impl Trainer {
             None => {}
         }
         let moves = applied && self.model.adapters().is_none();
-        let loads = self.model.expert_loads().into_iter();
-        let tokens_per_expert = loads.map(|(layer, load)| (layer, load.rebalance(moves))).collect();
+        self.model.expert_loads().values().try_for_each(|load| load.rebalance(moves))?;
 
         self.step = step;
         self.n_tokens_seen += n_tokens;
-        Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading, tokens_per_expert })
+        Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading })
     }
 
     /// All arithmetic of a step. Nothing of it is read back before its end.
