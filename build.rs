@@ -20,7 +20,8 @@ fn kernels() {
     folders.sort();
     let mut modules = String::new();
     for source in folders.iter().map(|folder| folder.join("kernel.cu")).filter(|source| source.exists()) {
-        let op = source.parent().and_then(Path::file_name).and_then(|name| name.to_str()).expect("ops have plain names");
+        let op =
+            source.parent().and_then(Path::file_name).and_then(|name| name.to_str()).expect("ops have plain names");
         // A folder for each, as outputs are named after their sources.
         let ptx_folder = Path::new(&out).join(op);
         std::fs::create_dir_all(&ptx_folder).expect("the folder for outputs can be written");

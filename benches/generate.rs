@@ -148,7 +148,7 @@ fn training_forward(model: &Decoder, tokens: &Tensor) -> f32 {
     for layer in 0..model.n_blocks() {
         x = model.block(layer, &Value::input(x), &sequence, Pass::Training).unwrap().tensor().clone();
     }
-    model.loss(x, tokens).unwrap()
+    model.loss(x, tokens).unwrap().to_scalar().unwrap()
 }
 
 /// Seconds that a run takes.

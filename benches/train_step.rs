@@ -167,7 +167,8 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, options: &Options) -> 
         let rows = MicroBatch::new(window(0), window(1));
 
         let start = Instant::now();
-        losses.push(engine::forward_backward(&model, &rows, 1.0, recompute).unwrap());
+        let loss = engine::forward_backward(&model, &rows, 1.0, recompute).unwrap();
+        losses.push(loss.to_scalar::<f32>().unwrap());
         model.expert_loads().values().for_each(|load| drop(load.rebalance(true)));
         optimizer.step(model.stages(), 1e-3, 1.0).unwrap();
         elapsed_s.push(start.elapsed().as_secs_f64());

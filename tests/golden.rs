@@ -80,7 +80,7 @@ impl Case {
             engine::forward_backward(&self.model, &MicroBatch::new(rows(&tokens), rows(&labels)), scale, recompute)
                 .unwrap()
         };
-        (0..grad_accum).map(|i| f64::from(run(i))).sum()
+        (0..grad_accum).map(|i| f64::from(run(i).to_scalar::<f32>().unwrap())).sum()
     }
 
     fn check_forward(&self) {

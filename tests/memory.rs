@@ -123,7 +123,7 @@ impl Stages for Watched {
         self.model.block(index, x, context, pass)
     }
 
-    fn loss(&self, x: Tensor, labels: &Tensor) -> titan::Result<f32> {
+    fn loss(&self, x: Tensor, labels: &Tensor) -> titan::Result<Tensor> {
         self.model.loss(x, labels)
     }
 

@@ -25,7 +25,8 @@ fn settings() -> MetricsSettings {
 
 /// A run that goes on after `start_step`.
 fn logger(dump_folder: &Path, start_step: u64) -> MetricsLogger {
-    let device = DeviceFacts { name: "a device".into(), cores: 2, total_memory_bytes: 1 << 40, peak_flops: 1e12 };
+    let device =
+        DeviceFacts { name: "a device".into(), cores: 2, total_memory_bytes: 1 << 40, peak_flops: 1e12, gpu: None };
     let facts = RunFacts { flops_per_token: 1e6, device, total_steps: 40, start_step };
     MetricsLogger::new(settings(), dump_folder, facts).unwrap()
 }

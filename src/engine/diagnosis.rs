@@ -55,7 +55,7 @@ fn look<M: Stages>(model: &M, trained: &[StageBuilder], stage: usize, out: Out) 
     let own = &model.stages()[stage];
     let (what, parameter) = match out {
         Out::Activations(x) if !magnitude(x)?.is_finite() => ("output", weights_of(model, trained, own)?),
-        Out::Loss(loss) if !loss.is_finite() => ("loss", weights_of(model, trained, own)?),
+        Out::Loss(loss) if !loss.to_scalar::<f32>()?.is_finite() => ("loss", weights_of(model, trained, own)?),
         Out::Gradients(dx) => {
             let largest = largest_gradient(trained)?;
             let is_bad = |largest: &Largest| !largest.magnitude.is_finite();

@@ -66,8 +66,8 @@ pub trait Stages {
     /// `(b, s, dim) -> (b, s, dim)`.
     fn block(&self, index: usize, x: &Value, context: &Self::Context, pass: Pass) -> Result<Value>;
 
-    /// The mean loss over the `labels`, `(b, s)`, that count.
-    fn loss(&self, x: Tensor, labels: &Tensor) -> Result<f32>;
+    /// The mean loss over the `labels`, `(b, s)`, that count: `()`, f32.
+    fn loss(&self, x: Tensor, labels: &Tensor) -> Result<Tensor>;
 
     /// As [`Stages::loss`], times `scale`, with its gradient.
     fn loss_grad(&self, x: Tensor, labels: &Tensor, scale: f64) -> Result<LossAndGrad>;
@@ -102,14 +102,14 @@ enum Kept {
 #[derive(Clone, Copy)]
 enum Out<'a> {
     Activations(&'a Tensor),
-    Loss(f32),
+    Loss(&'a Tensor),
     /// Of the stage's input, as are now those of its parameters.
     Gradients(&'a Tensor),
 }
 
 /// Runs a micro-batch forward and backward: adds the gradients of `scale` times the mean loss to the accumulators of all
-/// parameters, and returns that loss.
-pub fn forward_backward<M: Stages>(model: &M, batch: &MicroBatch, scale: f64, recompute: Recompute) -> Result<f32> {
+/// parameters, and returns that loss, `()` f32, on the model's device: reading it waits for the pass.
+pub fn forward_backward<M: Stages>(model: &M, batch: &MicroBatch, scale: f64, recompute: Recompute) -> Result<Tensor> {
     watched(model, batch, scale, recompute, &mut |_, _| Ok(()))
 }
 
@@ -120,7 +120,7 @@ fn watched<M: Stages>(
     scale: f64,
     recompute: Recompute,
     watch: &mut impl FnMut(usize, Out) -> Result<()>,
-) -> Result<f32> {
+) -> Result<Tensor> {
     let MicroBatch { tokens, labels, document_starts } = batch;
     let span = |category, stage: usize| profiler::span_in(category, model.stages()[stage].name());
     let head = model.n_blocks() + 1;
@@ -145,7 +145,7 @@ fn watched<M: Stages>(
     let LossAndGrad { loss, dx } =
         span(Category::ForwardBackward, head).around(|| model.loss_grad(x, labels, scale))?;
     let mut grad = dx;
-    watch(head, Out::Loss(loss))?;
+    watch(head, Out::Loss(&loss))?;
     watch(head, Out::Gradients(&grad))?;
     while let Some(block) = kept.pop() {
         let index = kept.len();
@@ -172,5 +172,6 @@ pub fn evaluate<M: Stages>(model: &M, batch: &MicroBatch) -> Result<f32> {
         let _span = span(index + 1);
         x = model.block(index, &Value::constant(x), &context, Pass::Evaluation)?.tensor().clone();
     }
-    span(model.n_blocks() + 1).around(|| model.loss(x, labels))
+    let loss = span(model.n_blocks() + 1).around(|| model.loss(x, labels))?;
+    Ok(loss.to_scalar()?)
 }

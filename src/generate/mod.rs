@@ -17,6 +17,7 @@ use crate::autograd::Precision;
 use crate::data::tokenizer::Tokenizer;
 use crate::models::Decoder;
 use crate::models::decoder::KvCache;
+use crate::tools::device::Choice;
 use crate::{Error, Result};
 
 /// More than any model was trained with; tables of positions take memory.
@@ -61,7 +62,9 @@ impl Generator {
         // No table for the millions of positions that a model could have.
         args.fit_to(longest);
         let mut model = Decoder::new(&args, tokenizer.eos_id())?;
-        let device = Device::Cpu;
+        let choice = Choice::of_environment()?;
+        tracing::info!("Device: {}; {choice}", choice.name());
+        let device = choice.device;
         if let Some((lora, _)) = &pretrained.adapters {
             model.adapt(lora, 0)?;
         }

@@ -415,7 +415,7 @@ impl Stages for Decoder {
         self.layers[layer].forward(x, sequence, pass, None)
     }
 
-    fn loss(&self, x: Tensor, labels: &Tensor) -> Result<f32> {
+    fn loss(&self, x: Tensor, labels: &Tensor) -> Result<Tensor> {
         let x = self.norm.forward(&Value::constant(x))?;
         ops::cross_entropy_loss(x.tensor(), &self.output, self.logit_softcap(), labels)
     }

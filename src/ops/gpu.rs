@@ -13,6 +13,7 @@ use candle_core::{DType, Device, Shape, Storage, Tensor};
 use half::bf16;
 
 use crate::Result;
+pub use crate::ops::copy::cuda::elements;
 
 /// The PTX of each `kernel.cu`, by the name of its op.
 const MODULES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
@@ -110,7 +111,8 @@ static KERNELS: LazyLock<RwLock<HashMap<DeviceId, HashMap<String, CudaFunction>>
 
 /// A kernel of `src/ops/<op>/kernel.cu`, for blocks with `shared` bytes of dynamic shared memory.
 pub fn kernel(device: &CudaDevice, op: &'static str, name: &str, shared: usize) -> Result<CudaFunction> {
-    let known = |kernels: &HashMap<DeviceId, HashMap<String, CudaFunction>>| kernels.get(&device.id())?.get(name).cloned();
+    let known =
+        |kernels: &HashMap<DeviceId, HashMap<String, CudaFunction>>| kernels.get(&device.id())?.get(name).cloned();
     let found = known(&KERNELS.read().unwrap_or_else(PoisonError::into_inner));
     let function = match found {
         Some(function) => function,
@@ -138,14 +140,19 @@ pub fn device(tensor: &Tensor) -> &CudaDevice {
 
 /// The address of the first element of a contiguous tensor.
 pub fn address(tensor: &Tensor) -> Result<u64> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let Some((start, _)) = layout.contiguous_offsets() else {
-        let found = format!("a kernel takes contiguous tensors, not {:?} by {:?}", layout.dims(), layout.stride());
+    if !tensor.is_contiguous() {
+        let found = format!("a kernel takes contiguous tensors, not {:?} by {:?}", tensor.dims(), tensor.stride());
         return Err(candle_core::Error::Msg(found).bt().into());
-    };
+    }
+    first(tensor)
+}
+
+/// The address of the first element of a tensor with any strides.
+pub fn first(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { unreachable!("a kernel takes tensors of its GPU") };
     let stream = storage.device.cuda_stream();
-    let first = match tensor.dtype() {
+    let start = match tensor.dtype() {
         DType::F32 => storage.as_cuda_slice::<f32>()?.device_ptr(&stream).0,
         DType::BF16 => storage.as_cuda_slice::<bf16>()?.device_ptr(&stream).0,
         DType::U32 => storage.as_cuda_slice::<u32>()?.device_ptr(&stream).0,
@@ -154,7 +161,17 @@ pub fn address(tensor: &Tensor) -> Result<u64> {
         DType::U8 => storage.as_cuda_slice::<u8>()?.device_ptr(&stream).0,
         other => unreachable!("no kernel takes {other:?}"),
     };
-    Ok(first + (start * tensor.dtype().size_in_bytes()) as u64)
+    Ok(start + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
+}
+
+/// Whether rows of `dim` numbers can be moved 8 at a time in each of these contiguous tensors: `dim` is a multiple of 8,
+/// and the addresses of 16. Weights are windows of a buffer, which begin anywhere.
+pub fn by_eights(dim: usize, tensors: &[&Tensor]) -> Result<bool> {
+    let mut aligned = dim.is_multiple_of(8);
+    for tensor in tensors {
+        aligned = aligned && address(tensor)?.is_multiple_of(16);
+    }
+    Ok(aligned)
 }
 
 /// A new tensor for a kernel to write, all of it.

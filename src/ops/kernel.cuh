@@ -36,6 +36,39 @@ template <typename T, int N> struct alignas(sizeof(T) * N) Pack {
     T at[N];
 };
 
+// How many of N numbers one access moves.
+template <typename T, int N> constexpr int PACKED = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
+
+// N numbers that lie side by side, as f32. Their address is aligned to 16, or to all their bytes if these are fewer.
+template <int N, typename T> __device__ inline void load_all(float (&to)[N], const T* from) {
+    constexpr int M = PACKED<T, N>;
+#pragma unroll
+    for (int i = 0; i < N; i += M) {
+        const Pack<T, M> pack = *reinterpret_cast<const Pack<T, M>*>(from + i);
+#pragma unroll
+        for (int j = 0; j < M; j++) to[i + j] = load(pack.at[j]);
+    }
+}
+
+// The same the other way.
+template <int N, typename T> __device__ inline void store_all(T* to, const float (&from)[N]) {
+    constexpr int M = PACKED<T, N>;
+#pragma unroll
+    for (int i = 0; i < N; i += M) {
+        Pack<T, M> pack;
+#pragma unroll
+        for (int j = 0; j < M; j++) pack.at[j] = store<T>(from[i + j]);
+        *reinterpret_cast<Pack<T, M>*>(to + i) = pack;
+    }
+}
+
+// N numbers as they are.
+template <int N, typename T> __device__ inline void copy_all(T* to, const T* from) {
+    constexpr int M = PACKED<T, N>;
+#pragma unroll
+    for (int i = 0; i < N; i += M) *reinterpret_cast<Pack<T, M>*>(to + i) = *reinterpret_cast<const Pack<T, M>*>(from + i);
+}
+
 __device__ inline float warp_sum(float x) {
     for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
     return x;

@@ -15,12 +15,12 @@ macro_rules! on_device {
         }
     };
 }
-use on_device;
 
 mod adamw;
 mod add;
 mod attention;
 mod bias;
+mod copy;
 mod cross_entropy;
 mod embedding;
 mod glu;
@@ -52,6 +52,8 @@ pub use glu::{Gate, glu};
 pub use layer_norm::layer_norm;
 pub use linear::{by_head, linear, logits};
 pub use magnitude::magnitude;
+#[cfg(feature = "cuda")]
+pub use matmul::cuda::measured_peak_flops as measured_gpu_peak_flops;
 pub use matmul::measured_peak_flops;
 pub use moe::{ExpertGroups, Experts, Router, Routing, experts, route};
 pub use narrow::{join_shared, narrow};

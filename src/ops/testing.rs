@@ -124,7 +124,9 @@ impl Case {
         let product = |y: Tensor| -> Result<Tensor> { Ok((y * dy.to_dtype(DType::F64)?)?.sum_all()?) };
         let gradients = product(expected.clone())?.backward()?;
 
-        for (device, (i, input)) in devices().iter().flat_map(|device| inputs.iter().enumerate().map(move |i| (device, i))) {
+        for (device, (i, input)) in
+            devices().iter().flat_map(|device| inputs.iter().enumerate().map(move |i| (device, i)))
+        {
             let parameters = parameters_on(device, &self.parameters, self.compute)?;
             let values = self.inputs.iter().enumerate().map(|(j, t)| {
                 let t = t.to_device(device)?;

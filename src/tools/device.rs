@@ -1,16 +1,15 @@
 //! Facts about the device that trains: what it is, how much memory it has, how fast it can be.
 
-#[cfg(feature = "cuda")]
-use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
-#[cfg(feature = "cuda")]
-use std::sync::{LazyLock, Mutex, PoisonError};
 
 use candle_core::{DType, Device};
 
 use crate::ops::measured_peak_flops;
 use crate::{Error, Result};
+
+/// The environment variable that names the device.
+const DEVICE_VARIABLE: &str = "TITAN_DEVICE";
 
 pub const GIB: f64 = (1u64 << 30) as f64;
 
@@ -24,6 +23,8 @@ pub struct DeviceFacts {
     pub total_memory_bytes: u64,
     /// What 100 % MFU means, in floating-point operations per second.
     pub peak_flops: f64,
+    /// The number of a GPU; `None`: the host's processor.
+    pub gpu: Option<usize>,
 }
 
 impl DeviceFacts {
@@ -34,41 +35,112 @@ impl DeviceFacts {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             total_memory_bytes: total_memory_bytes().unwrap_or(0),
             peak_flops: measured_peak_flops(DType::F32).max(measured_peak_flops(DType::BF16)),
+            gpu: None,
         }
+    }
+
+    /// What this process holds of the device's memory.
+    pub fn memory_use(&self) -> MemoryUse {
+        #[cfg(feature = "cuda")]
+        if let Some(index) = self.gpu {
+            return super::gpu::memory_use(index);
+        }
+        MemoryUse::of_process()
     }
 }
 
 /// GPU number `index` of this machine.
 ///
 /// # Errors
-/// [`Error::Device`] if this program was built without the `cuda` feature, or there is no such GPU.
+/// [`Error::Device`] if this program was built without the `cuda` feature, or the GPU is not there or too old.
 pub fn gpu(index: usize) -> Result<Device> {
-    #[cfg(not(feature = "cuda"))]
-    return Err(Error::Device(format!("there is no GPU {index}: titan was built without the `cuda` feature")));
     #[cfg(feature = "cuda")]
-    {
-        // One for all: candle takes two devices for different ones even where they are the same GPU.
-        static GPUS: LazyLock<Mutex<BTreeMap<usize, Device>>> = LazyLock::new(Mutex::default);
-        let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(gpu) = gpus.get(&index) {
-            return Ok(gpu.clone());
-        }
-        let gpu = Device::new_cuda_with_stream(index).map_err(|error| Error::Device(format!("{error}")))?;
-        if let Device::Cuda(gpu) = &gpu {
-            // SAFETY: all work of this device goes through one stream, in order, so that nothing is freed or written while it
-            // is in use elsewhere.
-            unsafe { gpu.disable_event_tracking() };
-        }
-        gpus.insert(index, gpu.clone());
-        Ok(gpu)
+    return super::gpu::open(index);
+    #[cfg(not(feature = "cuda"))]
+    Err(Error::Device(format!("GPU {index} cannot be used: titan was built without the `cuda` feature")))
+}
+
+/// The device that computes, and why it is this one.
+#[derive(Debug)]
+pub struct Choice {
+    pub device: Device,
+    why: String,
+}
+
+impl Choice {
+    /// What the environment variable `TITAN_DEVICE` names: "cpu", "cuda" or "cuda:N"; else the first GPU, if there is one
+    /// that can be used, else the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the variable names no device, [`Error::Device`] if its GPU cannot be used.
+    pub fn of_environment() -> Result<Self> {
+        let named = std::env::var(DEVICE_VARIABLE).unwrap_or_default();
+        let index = match named.as_str() {
+            "" => return Ok(Self::of_machine()),
+            "cpu" => None,
+            "cuda" => Some(0),
+            other => Some(other.strip_prefix("cuda:").and_then(|index| index.parse().ok()).ok_or_else(|| {
+                Error::Usage(format!(
+                    "{DEVICE_VARIABLE} = {other:?} names no device\n   = allowed: \"cpu\", \"cuda\", and \"cuda:1\" for the \
+                     second GPU"
+                ))
+            })?),
+        };
+        Ok(Self { device: index.map_or(Ok(Device::Cpu), gpu)?, why: format!("as {DEVICE_VARIABLE} says") })
     }
+
+    fn of_machine() -> Self {
+        match gpu(0) {
+            Ok(device) => Self { device, why: "the first GPU".into() },
+            Err(_) if !cfg!(feature = "cuda") => {
+                Self { device: Device::Cpu, why: "titan was built without the `cuda` feature".into() }
+            }
+            Err(error) => Self { device: Device::Cpu, why: error.to_string() },
+        }
+    }
+
+    /// The device, in few words.
+    pub fn name(&self) -> String {
+        match &self.device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let context = device.cuda_stream().context().clone();
+                format!("{} (cuda:{})", context.name().unwrap_or_default(), context.ordinal())
+            }
+            _ => cpu_name(),
+        }
+    }
+
+    /// Of a processor, measures the peak.
+    pub fn facts(&self) -> Result<DeviceFacts> {
+        match &self.device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => super::gpu::facts(device.cuda_stream().context().ordinal()),
+            _ => Ok(DeviceFacts::cpu()),
+        }
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.why)
+    }
+}
+
+/// Waits until `device` has done all that it was given.
+pub fn synchronize(device: &Device) -> Result<()> {
+    Ok(device.synchronize()?)
 }
 
 impl fmt::Display for DeviceFacts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, cores, total_memory_bytes, peak_flops } = self;
+        let Self { name, cores, total_memory_bytes, peak_flops, gpu } = self;
         let memory_gib = *total_memory_bytes as f64 / GIB;
-        write!(f, "{name}, {cores} cores, {memory_gib:.1} GiB of memory, peak {:.2} TFLOP/s", peak_flops / 1e12)
+        match gpu {
+            Some(index) => write!(f, "{name} (cuda:{index})")?,
+            None => write!(f, "{name}, {cores} cores")?,
+        }
+        write!(f, ", {memory_gib:.1} GiB of memory, peak {:.2} TFLOP/s", peak_flops / 1e12)
     }
 }
 
@@ -78,6 +150,8 @@ pub struct MemoryUse {
     pub current_bytes: u64,
     /// The most since the process began.
     pub peak_bytes: u64,
+    /// The most that was held, in use or ready for use. On the host the two are one.
+    pub peak_reserved_bytes: u64,
 }
 
 impl MemoryUse {
@@ -85,7 +159,8 @@ impl MemoryUse {
     pub fn of_process() -> Self {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let bytes = |key| kib_field(&status, key).unwrap_or(0);
-        Self { current_bytes: bytes("VmRSS"), peak_bytes: bytes("VmHWM") }
+        let peak_bytes = bytes("VmHWM");
+        Self { current_bytes: bytes("VmRSS"), peak_bytes, peak_reserved_bytes: peak_bytes }
     }
 }
 

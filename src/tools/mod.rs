@@ -3,6 +3,8 @@
 pub mod bugs;
 pub mod device;
 pub mod files;
+#[cfg(feature = "cuda")]
+mod gpu;
 pub mod logging;
 pub mod memory;
 pub mod panics;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use tracing::{info, warn};
 
 use super::profile::StepProfiler;
@@ -23,7 +23,7 @@ use crate::engine::Recompute;
 use crate::models::args::{AttnMaskType, AttnType, DecoderArgs};
 use crate::models::hf;
 use crate::models::{self, Decoder};
-use crate::tools::device::{DeviceFacts, GIB};
+use crate::tools::device::{Choice, DeviceFacts, GIB};
 use crate::{Error, Result};
 
 /// What the metrics need to know of a run.
@@ -69,9 +69,9 @@ impl Trainer {
             info!("Running with this config:\n{}", config.to_toml());
         }
 
-        let device = Device::Cpu;
-        let facts = DeviceFacts::cpu();
-        info!("Device: {facts}");
+        let choice = Choice::of_environment()?;
+        let (device, facts) = (choice.device.clone(), choice.facts()?);
+        info!("Device: {facts}; {choice}");
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         // From here on the dump folder is this process's.

@@ -44,7 +44,8 @@ impl Trainer {
         let mut loss = 0.0;
         for (i, (batch, scale)) in parts.iter().enumerate() {
             self.model.drop_out(Some(self.pass(i)));
-            loss += f64::from(engine::forward_backward(&self.model, batch, *scale, self.recompute)?);
+            let own = engine::forward_backward(&self.model, batch, *scale, self.recompute)?;
+            loss += f64::from(own.to_scalar::<f32>()?);
         }
         self.model.drop_out(None);
 

@@ -7,14 +7,14 @@ use crate::tools::device::GIB;
 
 /// `step: 10  loss:  6.9078  grad_norm:  1.2500  memory:  0.51GiB(6.43%)  tps: 12,345  tflops: 0.93  mfu: 41.20%`
 pub fn step_line(metrics: &StepMetrics, colors: bool) -> String {
-    let memory_gib = metrics.peak_mem_bytes as f64 / GIB;
+    let memory_gib = metrics.peak_reserved_bytes as f64 / GIB;
     paint(
         colors,
         &[
             (RED, format!("step: {:2}  ", metrics.step)),
             (GREEN, format!("loss: {}  ", fixed(metrics.loss.into(), 7, 4))),
             (ORANGE, format!("grad_norm: {}  ", fixed(metrics.grad_norm.into(), 7, 4))),
-            (TURQUOISE, format!("memory: {memory_gib:5.2}GiB({:.2}%)  ", metrics.peak_mem_pct)),
+            (TURQUOISE, format!("memory: {memory_gib:5.2}GiB({:.2}%)  ", metrics.peak_reserved_pct)),
             (BLUE, format!("tps: {}  ", grouped(metrics.tps, 0))),
             (CYAN, format!("tflops: {}  ", grouped(metrics.tflops, 2))),
             (MAGENTA, format!("mfu: {:.2}%", metrics.mfu_pct)),
@@ -24,13 +24,13 @@ pub fn step_line(metrics: &StepMetrics, colors: bool) -> String {
 
 /// `validate step: 10  loss:  6.9078  memory:  0.51GiB(6.43%)  tps: 12,345`
 pub fn validation_line(metrics: &ValidationMetrics, colors: bool) -> String {
-    let memory_gib = metrics.peak_mem_bytes as f64 / GIB;
+    let memory_gib = metrics.peak_reserved_bytes as f64 / GIB;
     paint(
         colors,
         &[
             (YELLOW, format!("validate step: {:2}  ", metrics.step)),
             (GREEN, format!("loss: {}  ", fixed(metrics.validation_loss.into(), 7, 4))),
-            (TURQUOISE, format!("memory: {memory_gib:5.2}GiB({:.2}%)  ", metrics.peak_mem_pct)),
+            (TURQUOISE, format!("memory: {memory_gib:5.2}GiB({:.2}%)  ", metrics.peak_reserved_pct)),
             (BLUE, format!("tps: {}", grouped(metrics.validation_tps, 0))),
         ],
     )

@@ -17,7 +17,7 @@ use tracing::{info, warn};
 pub use console::grouped;
 
 use crate::Result;
-use crate::tools::device::{DeviceFacts, MemoryUse};
+use crate::tools::device::DeviceFacts;
 use crate::tools::logging;
 use jsonl::JsonLines;
 use tensorboard::EventFile;
@@ -86,6 +86,8 @@ struct StepMetrics {
     mem_bytes: u64,
     peak_mem_bytes: u64,
     peak_mem_pct: f64,
+    peak_reserved_bytes: u64,
+    peak_reserved_pct: f64,
     n_tokens_seen: u64,
     tokens_per_expert: BTreeMap<usize, Vec<u64>>,
 }
@@ -102,6 +104,8 @@ struct ValidationMetrics {
     mem_bytes: u64,
     peak_mem_bytes: u64,
     peak_mem_pct: f64,
+    peak_reserved_bytes: u64,
+    peak_reserved_pct: f64,
 }
 
 /// The steps that the next line will speak of.
@@ -176,7 +180,7 @@ impl MetricsLogger {
         let elapsed_s = self.window.start.elapsed().as_secs_f64();
         let tps = self.window.n_tokens as f64 / elapsed_s;
         let flops = self.facts.flops_per_token * tps;
-        let memory = MemoryUse::of_process();
+        let memory = self.facts.device.memory_use();
         let metrics = StepMetrics {
             step: record.step,
             time: now(),
@@ -193,6 +197,8 @@ impl MetricsLogger {
             mem_bytes: memory.current_bytes,
             peak_mem_bytes: memory.peak_bytes,
             peak_mem_pct: self.memory_pct(memory.peak_bytes),
+            peak_reserved_bytes: memory.peak_reserved_bytes,
+            peak_reserved_pct: self.memory_pct(memory.peak_reserved_bytes),
             n_tokens_seen: record.n_tokens_seen,
             tokens_per_expert: record.tokens_per_expert,
         };
@@ -205,7 +211,7 @@ impl MetricsLogger {
 
     /// Logs the mean loss of a validation after `step`, over `n_tokens` tokens in `elapsed`.
     pub fn validation(&mut self, step: u64, loss: f32, n_tokens: u64, elapsed: Duration) {
-        let memory = MemoryUse::of_process();
+        let memory = self.facts.device.memory_use();
         let metrics = ValidationMetrics {
             step,
             time: now(),
@@ -216,6 +222,8 @@ impl MetricsLogger {
             mem_bytes: memory.current_bytes,
             peak_mem_bytes: memory.peak_bytes,
             peak_mem_pct: self.memory_pct(memory.peak_bytes),
+            peak_reserved_bytes: memory.peak_reserved_bytes,
+            peak_reserved_pct: self.memory_pct(memory.peak_reserved_bytes),
         };
         info!("{}", console::validation_line(&metrics, self.colors()));
         warn_if_failed("metrics.jsonl", self.json_lines.append(&metrics));
@@ -280,6 +288,8 @@ mod tests {
             mem_bytes: 1 << 30,
             peak_mem_bytes: 3 << 29,
             peak_mem_pct: 18.75,
+            peak_reserved_bytes: 3 << 29,
+            peak_reserved_pct: 18.75,
             n_tokens_seen: 16_384,
             tokens_per_expert: BTreeMap::from([(1, vec![3, 5])]),
         }
@@ -296,6 +306,8 @@ mod tests {
             mem_bytes: 1 << 30,
             peak_mem_bytes: 3 << 29,
             peak_mem_pct: 18.75,
+            peak_reserved_bytes: 3 << 29,
+            peak_reserved_pct: 18.75,
         }
     }
 }

@@ -20,7 +20,8 @@ const TOKENS: &[&str] = &[".bin"];
 
 const C4: &str = "allenai/c4";
 /// Besides those of the hub, `user/name`.
-pub const NAMES: [&str; 9] = ["c4", "c4_test", "c4_validation", "chat", "instruct", "json", "parquet", "text", "tokens"];
+pub const NAMES: [&str; 9] =
+    ["c4", "c4_test", "c4_validation", "chat", "instruct", "json", "parquet", "text", "tokens"];
 
 /// What token shards say of themselves; `None` for datasets of text, and for shards without a sidecar.
 pub fn vocabulary(spec: &DatasetSpec) -> Result<Option<Vocabulary>> {

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::Value;
-use crate::ops::host::cast;
+use crate::ops::copy::cast;
 use crate::tools::profiler;
 
 /// `x + y`, in `x`'s dtype: the residual stream keeps its own precision whatever is added to it.

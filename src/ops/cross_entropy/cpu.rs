@@ -1,9 +1,10 @@
-use candle_core::{Device, Tensor};
+use candle_core::{D, Device, Tensor};
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::tiles::Head;
 use crate::Result;
+use crate::ops::IGNORE_INDEX;
 use crate::ops::host::{
     Element, GRAIN, check_tokens, elements, exp, max_of, softcap_slope, softcapped, sum_of, tensor, typed, update_if,
     vectorized, with_indices,
@@ -15,8 +16,70 @@ use crate::ops::tiles::{Number, Source};
 /// Logits that exist at a time: 128 MiB of f32.
 const LOGITS: usize = 1 << 25;
 
+/// The mean of the losses, `()` f32.
+pub fn forward(x: &Tensor, weight: &Tensor, softcap: Option<f32>, targets: &Tensor) -> Result<Tensor> {
+    let Some(Counted { x, targets, .. }) = Counted::of(x, targets)? else { return scalar(0.0) };
+    let mean = 1.0 / targets.elem_count() as f64;
+    scalar(sum_of_losses(&x, weight, softcap, &targets)? * mean)
+}
+
+/// `scale` times that mean, and the gradient of `x`; that of the weight is added to `grad`, if it is wanted.
+pub fn forward_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    grad: Option<&Tensor>,
+    softcap: Option<f32>,
+    targets: &Tensor,
+    scale: f64,
+) -> Result<(Tensor, Tensor)> {
+    let Some(Counted { x: rows, targets, places }) = Counted::of(x, targets)? else {
+        return Ok((scalar(0.0)?, x.zeros_like()?));
+    };
+    let mean = scale / targets.elem_count() as f64;
+    let (sum, dx) = sum_and_gradients(&rows, weight, grad, softcap, &targets, mean as f32)?;
+    let dx = match places {
+        None => dx,
+        Some(places) => {
+            let all = Tensor::zeros((x.elem_count() / x.dim(D::Minus1)?, x.dim(D::Minus1)?), dx.dtype(), dx.device())?;
+            all.index_add(&places, &dx, 0)?.reshape(x.shape())?
+        }
+    };
+    Ok((scalar(sum * mean)?, dx))
+}
+
+fn scalar(loss: f64) -> Result<Tensor> {
+    Ok(Tensor::new(loss as f32, &Device::Cpu)?)
+}
+
+/// The rows that have targets.
+struct Counted {
+    x: Tensor,
+    targets: Tensor,
+    /// Where among all rows they were; `None`: they are all.
+    places: Option<Tensor>,
+}
+
+impl Counted {
+    /// `None` if there are no such rows.
+    fn of(x: &Tensor, targets: &Tensor) -> Result<Option<Self>> {
+        let flat = targets.flatten_all()?;
+        let kept: Vec<u32> =
+            flat.to_vec1::<u32>()?.iter().zip(0..).filter(|(t, _)| **t != IGNORE_INDEX).map(|(_, i)| i).collect();
+        if kept.len() == flat.elem_count() {
+            return Ok(Some(Self { x: x.clone(), targets: targets.clone(), places: None }));
+        }
+        if kept.is_empty() {
+            return Ok(None);
+        }
+        let places = Tensor::new(kept, x.device())?;
+        let rows = x.reshape(((), x.dim(D::Minus1)?))?.contiguous()?;
+        let (x, targets) = (rows.index_select(&places, 0)?, flat.index_select(&places, 0)?);
+        Ok(Some(Self { x, targets, places: Some(places) }))
+    }
+}
+
 /// The sum of the losses of all tokens.
-pub fn forward(x: &Tensor, weight: &Tensor, softcap: Option<f32>, targets: &Tensor) -> Result<f64> {
+fn sum_of_losses(x: &Tensor, weight: &Tensor, softcap: Option<f32>, targets: &Tensor) -> Result<f64> {
     #[cfg(target_arch = "x86_64")]
     if softcap.is_none()
         && let Some(loss) = typed!(T = weight.dtype(); in_tiles::<T>(x, weight, targets))?
@@ -26,8 +89,8 @@ pub fn forward(x: &Tensor, weight: &Tensor, softcap: Option<f32>, targets: &Tens
     typed!(T = weight.dtype(); forward_in::<T>(x, weight, softcap, targets))
 }
 
-/// As [`forward`], with the gradients of `mean` times that sum.
-pub fn forward_backward(
+/// As [`sum_of_losses`], with the gradients of `mean` times that sum.
+fn sum_and_gradients(
     x: &Tensor,
     weight: &Tensor,
     grad: Option<&Tensor>,
@@ -44,7 +107,7 @@ pub fn forward_backward(
     typed!(T = weight.dtype(); forward_backward_in::<T>(x, weight, grad, softcap, targets, mean))
 }
 
-/// [`forward`] on matrix instructions, where the processor has them.
+/// [`sum_of_losses`] on matrix instructions, where the processor has them.
 #[cfg(target_arch = "x86_64")]
 fn in_tiles<S: Source + Number>(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Option<f64>> {
     let Some(isa) = Head::<S>::isa() else { return Ok(None) };
@@ -56,7 +119,7 @@ fn in_tiles<S: Source + Number>(x: &Tensor, weight: &Tensor, targets: &Tensor) -
     })?
 }
 
-/// As [`in_tiles`], of [`forward_backward`].
+/// As [`in_tiles`], of [`sum_and_gradients`].
 #[cfg(target_arch = "x86_64")]
 fn in_tiles_backward<S: Source + Number>(
     x: &Tensor,

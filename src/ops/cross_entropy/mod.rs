@@ -1,10 +1,12 @@
 //! The output layer with the loss, without ever holding the logits of all tokens.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::Parameter;
@@ -13,26 +15,26 @@ use crate::tools::profiler::{self, Category};
 /// A target that carries no loss: what is predicted there does not matter.
 pub const IGNORE_INDEX: u32 = u32::MAX;
 
-/// Mean next-token cross-entropy, in nats per token, of the logits `x Wᵀ`.
+/// Mean next-token cross-entropy, in nats per token, of the logits `x Wᵀ`: `()`, f32, on `x`'s device.
 ///
 /// `1/N · Σ (logsumexp(logits) - logits[target])` over the `N` targets other than [`IGNORE_INDEX`]; 0 if there are none.
-/// The rows of the others are left out before anything is computed. Logits are computed for some rows at a time, so
-/// that at most 128 MiB of them exist; they are rounded to the compute dtype of `weight`, the rest is f32.
+/// On the host, the rows of the others are left out before anything is computed. Logits are computed for some rows at a
+/// time, so that at most 128 MiB of them exist, 512 on a GPU; they are rounded to the compute dtype of `weight`, the rest
+/// is f32.
 ///
 /// `softcap`: the logits are `softcap · tanh(logits / softcap)`.
 ///
 /// # Shapes
 /// `x`: `(b, s, dim)`. `weight`: `(vocab_size, dim)`. `targets`: `(b, s)`, u32.
-pub fn cross_entropy_loss(x: &Tensor, weight: &Parameter, softcap: Option<f32>, targets: &Tensor) -> Result<f32> {
+pub fn cross_entropy_loss(x: &Tensor, weight: &Parameter, softcap: Option<f32>, targets: &Tensor) -> Result<Tensor> {
     let _span = profiler::span("cross_entropy").shapes(&[x.dims(), weight.shape()]);
-    let Some(Counted { x, targets, .. }) = Counted::of(x, targets)? else { return Ok(0.0) };
-    let mean = 1.0 / targets.elem_count() as f64;
-    Ok((cpu::forward(&x, &weight.compute()?, softcap, &targets)? * mean) as f32)
+    on_device!(x, forward(x, &weight.compute()?, softcap, targets))
 }
 
 /// A loss, and its gradient with respect to the output layer's input.
 pub struct LossAndGrad {
-    pub loss: f32,
+    /// `()`, f32.
+    pub loss: Tensor,
     /// `(b, s, dim)`, in the input's dtype.
     pub dx: Tensor,
 }
@@ -47,54 +49,21 @@ pub fn cross_entropy_grad(
     scale: f64,
 ) -> Result<LossAndGrad> {
     let _span = profiler::span_in(Category::ForwardBackward, "cross_entropy").shapes(&[x.dims(), weight.shape()]);
-    let Some(counted) = Counted::of(x, targets)? else { return Ok(LossAndGrad { loss: 0.0, dx: x.zeros_like()? }) };
-    let Counted { x: rows, targets, places } = counted;
-    let mean = scale / targets.elem_count() as f64;
     let grad = weight.accumulator()?;
-    let (sum, dx) = cpu::forward_backward(&rows, &weight.compute()?, grad.as_ref(), softcap, &targets, mean as f32)?;
-    let dx = match places {
-        None => dx,
-        Some(places) => {
-            let all = Tensor::zeros((x.elem_count() / x.dim(D::Minus1)?, x.dim(D::Minus1)?), dx.dtype(), dx.device())?;
-            all.index_add(&places, &dx, 0)?.reshape(x.shape())?
-        }
-    };
-    Ok(LossAndGrad { loss: (sum * mean) as f32, dx })
-}
-
-/// The rows that have targets.
-struct Counted {
-    x: Tensor,
-    targets: Tensor,
-    /// Where among all rows they were; `None`: they are all.
-    places: Option<Tensor>,
-}
-
-impl Counted {
-    /// `None` if there are no such rows.
-    fn of(x: &Tensor, targets: &Tensor) -> Result<Option<Self>> {
-        let flat = targets.flatten_all()?;
-        let kept: Vec<u32> =
-            flat.to_vec1::<u32>()?.iter().zip(0..).filter(|(t, _)| **t != IGNORE_INDEX).map(|(_, i)| i).collect();
-        if kept.len() == flat.elem_count() {
-            return Ok(Some(Self { x: x.clone(), targets: targets.clone(), places: None }));
-        }
-        if kept.is_empty() {
-            return Ok(None);
-        }
-        let places = Tensor::new(kept, x.device())?;
-        let rows = x.reshape(((), x.dim(D::Minus1)?))?.contiguous()?;
-        let (x, targets) = (rows.index_select(&places, 0)?, flat.index_select(&places, 0)?);
-        Ok(Some(Self { x, targets, places: Some(places) }))
-    }
+    let (loss, dx) = on_device!(x, forward_backward(x, &weight.compute()?, grad.as_ref(), softcap, targets, scale))?;
+    Ok(LossAndGrad { loss, dx })
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device, Var};
+    use candle_core::{D, DType, Device, Var};
 
     use super::*;
-    use crate::ops::testing::{assert_close, parameters, random_tensor};
+    use crate::ops::testing::{assert_close, devices, parameters, parameters_on, random_tensor};
+
+    fn number(loss: &Tensor) -> Result<f64> {
+        Ok(f64::from(loss.to_scalar::<f32>()?))
+    }
 
     #[test]
     fn cross_entropy_matches_its_reference() -> Result<()> {
@@ -110,8 +79,6 @@ mod tests {
             let w = random_tensor("w", &[vocab_size, dim])?;
             let targets: Vec<u32> = (0..b * s).map(|i| (i * 7 % vocab_size) as u32).collect();
             let targets = Tensor::from_vec(targets, (b, s), &Device::Cpu)?;
-            let parameter = &parameters(std::slice::from_ref(&w), dtype)?[0];
-
             let x64 = Var::from_tensor(&x.to_dtype(DType::F64)?)?;
             let w64 = Var::from_tensor(&w.to_dtype(dtype)?.to_dtype(DType::F64)?)?;
             let logits = x64.broadcast_matmul(&w64.t()?)?;
@@ -123,15 +90,18 @@ mod tests {
             let expected = (picked.mean_all()?.neg()? * 0.5)?;
             let grads = expected.backward()?;
 
-            let LossAndGrad { loss, dx } = cross_entropy_grad(&x, parameter, softcap, &targets, 0.5)?;
             let expected = expected.to_scalar::<f64>()?;
-            assert!((f64::from(loss) - expected).abs() < tolerance * expected, "{loss}, expected {expected}");
-            assert!(
-                (f64::from(cross_entropy_loss(&x, parameter, softcap, &targets)?) - 2.0 * expected).abs()
-                    < 4.0 * tolerance * expected
-            );
-            assert_close("dx", &dx, grads.get(&x64).unwrap(), tolerance)?;
-            assert_close("dw", &parameter.grad()?, grads.get(&w64).unwrap(), tolerance)?;
+            for device in devices() {
+                let parameter = &parameters_on(device, std::slice::from_ref(&w), dtype)?[0];
+                let (x, targets) = (x.to_device(device)?, targets.to_device(device)?);
+                let LossAndGrad { loss, dx } = cross_entropy_grad(&x, parameter, softcap, &targets, 0.5)?;
+                let loss = number(&loss)?;
+                assert!((loss - expected).abs() < tolerance * expected, "{loss}, expected {expected}");
+                let mean = number(&cross_entropy_loss(&x, parameter, softcap, &targets)?)?;
+                assert!((mean - 2.0 * expected).abs() < 4.0 * tolerance * expected);
+                assert_close("dx", &dx, grads.get(&x64).unwrap(), tolerance)?;
+                assert_close("dw", &parameter.grad()?, grads.get(&w64).unwrap(), tolerance)?;
+            }
         }
         Ok(())
     }
@@ -157,11 +127,23 @@ mod tests {
             let [sparse, dense] = [0, 1].map(|_| parameters(std::slice::from_ref(&w), dtype).unwrap().remove(0));
             let expected = cross_entropy_grad(&few, &dense, None, &few_targets, 0.5)?;
             let found = cross_entropy_grad(&x, &sparse, None, &targets, 0.5)?;
-            assert_eq!(found.loss, expected.loss);
+            assert_eq!(number(&found.loss)?, number(&expected.loss)?);
             assert_eq!(
-                cross_entropy_loss(&x, &sparse, None, &targets)?,
-                cross_entropy_loss(&few, &dense, None, &few_targets)?
+                number(&cross_entropy_loss(&x, &sparse, None, &targets)?)?,
+                number(&cross_entropy_loss(&few, &dense, None, &few_targets)?)?
             );
+            // A GPU leaves nothing out, and sums in another order.
+            for device in &devices()[1..] {
+                let parameter = &parameters_on(device, std::slice::from_ref(&w), dtype)?[0];
+                let (x, targets) = (x.to_device(device)?, targets.to_device(device)?);
+                let there = cross_entropy_grad(&x, parameter, None, &targets, 0.5)?;
+                let tolerance = if dtype == DType::F32 { 1e-5 } else { 2e-2 };
+                assert!((number(&there.loss)? / number(&expected.loss)? - 1.0).abs() < tolerance);
+                assert_close("dx", &there.dx, &found.dx, tolerance)?;
+                assert_close("dw", &parameter.grad()?, &dense.grad()?, tolerance)?;
+                let none = Tensor::full(IGNORE_INDEX, (b, s), device)?;
+                assert_eq!(number(&cross_entropy_loss(&x, parameter, None, &none)?)?, 0.0);
+            }
             assert_close("dw", &sparse.grad()?, &dense.grad()?, 0.0)?;
             assert_close("dx of the kept", &rows(&found.dx, dim)?, &expected.dx, 0.0)?;
             let total = |t: &Tensor| -> Result<f32> { Ok(t.abs()?.sum_all()?.to_scalar()?) };
@@ -169,7 +151,7 @@ mod tests {
             assert_eq!(total(&pick(&found.dx, dim, &Tensor::new(others, &Device::Cpu)?)?)?, 0.0);
 
             let none = cross_entropy_grad(&x, &sparse, None, &Tensor::full(IGNORE_INDEX, (b, s), &Device::Cpu)?, 1.0)?;
-            assert_eq!((none.loss, total(&none.dx)?), (0.0, 0.0));
+            assert_eq!((number(&none.loss)?, total(&none.dx)?), (0.0, 0.0));
         }
         Ok(())
     }

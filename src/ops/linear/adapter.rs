@@ -13,16 +13,28 @@ use crate::ops::matmul::{Mat, Operand, add_product, product, wide_product};
 
 /// `(…, in) -> (…, out)`, in the compute dtype of the adapter.
 pub fn forward(x: &Tensor, adapter: &Adapter, name: &str) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda_adapter::forward(x, adapter, name);
+    }
     typed!(T = compute_dtype(adapter)?; forward_in::<T>(x, adapter, name))
 }
 
 /// The adapter's share of the gradient of `x`, in `x`'s dtype; those of `A` and `B` are added to their accumulators.
 pub fn backward(x: &Tensor, adapter: &Adapter, name: &str, dy: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda_adapter::backward(x, adapter, name, dy);
+    }
     typed!(T = compute_dtype(adapter)?; backward_in::<T>(x, adapter, name, dy))
 }
 
 /// What it adds to [`by_head`](super::by_head): `B` has the rows of the weight, `A` its columns. Nothing is left out.
 pub fn by_head(x: &Tensor, adapter: &Adapter, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda_adapter::by_head(x, adapter, rows, transposed);
+    }
     typed!(T = compute_dtype(adapter)?; by_head_in::<T>(x, adapter, rows, transposed))
 }
 
@@ -110,7 +122,7 @@ mod tests {
     use super::*;
     use crate::autograd::{Dropout, Parameter, Value};
     use crate::ops::linear;
-    use crate::ops::testing::{Case, assert_close, on_threads, parameters, random_tensor};
+    use crate::ops::testing::{Case, assert_close, devices, on_threads, parameters, parameters_on, random_tensor};
 
     const SCALE: f32 = 1.75;
 
@@ -153,14 +165,16 @@ mod tests {
         let values = values.map(|(name, shape)| random_tensor(name, &shape).unwrap());
         let merged = (&values[0] + (values[2].matmul(&values[1])? * f64::from(SCALE))?)?;
         for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 2e-2)] {
-            let p = parameters(&values, dtype)?;
-            adapt(&p[0], &p[1], &p[2], 0.3);
             let whole = &parameters(std::slice::from_ref(&merged), dtype)?[0];
             for (rows, transposed) in [(0..5, true), (5..7, false)] {
                 let x = random_tensor("x", &[b, s, h, if transposed { rows.len() } else { m }])?.to_dtype(dtype)?;
                 let expected = super::super::by_head(&x, whole, rows.clone(), transposed)?;
-                let ours = super::super::by_head(&x, &p[0], rows, transposed)?;
-                assert_close("by_head", &ours, &expected, tolerance)?;
+                for device in devices() {
+                    let p = parameters_on(device, &values, dtype)?;
+                    adapt(&p[0], &p[1], &p[2], 0.3);
+                    let ours = super::super::by_head(&x.to_device(device)?, &p[0], rows.clone(), transposed)?;
+                    assert_close("by_head", &ours, &expected, tolerance)?;
+                }
             }
         }
         Ok(())
@@ -197,5 +211,26 @@ mod tests {
         let sums = Tensor::from_vec(kept, (rows, inner), &Device::Cpu)?.sum(0)?;
         let da = Tensor::from_vec(da, (inner, inner), &Device::Cpu)?;
         assert_close("dA", &da, &sums.broadcast_as((inner, inner))?, 1e-5)
+    }
+
+    #[test]
+    fn every_device_leaves_out_the_same() -> Result<()> {
+        let (rows, inner) = (37, 24);
+        let x = random_tensor("x", &[rows, inner])?;
+        let eye = Tensor::eye(inner, DType::F32, &Device::Cpu)?;
+        let zero = eye.zeros_like()?;
+        let kept = |device: &Device| -> Result<Vec<f32>> {
+            let p = parameters_on(device, &[zero.clone(), eye.clone(), eye.clone()], DType::F32)?;
+            adapt(&p[0], &p[1], &p[2], 0.4).set_pass(Some(5));
+            let y = linear(&Value::input(x.to_device(device)?), &p[0])?;
+            Ok(y.tensor().flatten_all()?.to_vec1()?)
+        };
+        let expected = kept(&Device::Cpu)?;
+        assert!(expected.contains(&0.0));
+        for device in devices() {
+            let zeros = |values: &[f32]| values.iter().map(|x| *x == 0.0).collect::<Vec<_>>();
+            assert_eq!(zeros(&kept(device)?), zeros(&expected), "{:?}", device.location());
+        }
+        Ok(())
     }
 }

@@ -2,6 +2,10 @@
 
 mod adapter;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_adapter;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,7 +33,7 @@ pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
 
 /// [`linear`] on bare tensors, for ops that contain one.
 pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
-    let y = cpu::forward(x, &weight.compute()?)?;
+    let y = on_device!(x, forward(x, &weight.compute()?))?;
     match weight.adapter() {
         None => Ok(y),
         Some(adapter) => add_tensors(&y, &adapter::forward(x, &adapter, weight.fqn())?),
@@ -38,7 +42,7 @@ pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> 
 
 /// The gradient of `x` under `dy`; those of the weight and its adapter go to their accumulators.
 pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Tensor> {
-    let dx = cpu::backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy)?;
+    let dx = on_device!(x, backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy))?;
     match weight.adapter() {
         None => Ok(dx),
         Some(adapter) => add_tensors(&dx, &adapter::backward(x, &adapter, weight.fqn(), dy)?),
@@ -49,7 +53,7 @@ pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> R
 /// are to be compared with one another. `softcap`: they are `softcap · tanh(logits / softcap)`.
 pub fn logits(x: &Tensor, weight: &Parameter, softcap: Option<f32>) -> Result<Tensor> {
     let _span = profiler::span("logits").shapes(&[x.dims(), weight.shape()]);
-    cpu::logits(x, &weight.compute()?, softcap)
+    on_device!(x, logits(x, &weight.compute()?, softcap))
 }
 
 /// For each head its own product, without a gradient: with `Wₕ` the rows `rows` of the head's part of `weight`,
@@ -60,7 +64,7 @@ pub fn logits(x: &Tensor, weight: &Parameter, softcap: Option<f32>) -> Result<Te
 /// or the other way round.
 pub fn by_head(x: &Tensor, weight: &Parameter, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
     let _span = profiler::span("by_head").shapes(&[x.dims(), weight.shape()]);
-    let y = cpu::by_head(x, &weight.compute()?, rows.clone(), transposed)?;
+    let y = on_device!(x, by_head(x, &weight.compute()?, rows.clone(), transposed))?;
     match weight.adapter() {
         None => Ok(y),
         Some(adapter) => add_tensors(&y, &adapter::by_head(x, &adapter, rows, transposed)?),
@@ -72,22 +76,25 @@ mod tests {
     use candle_core::DType;
 
     use super::*;
-    use crate::ops::testing::{Case, assert_close, parameters, random_tensor};
+    use crate::ops::testing::{Case, assert_close, devices, parameters_on, random_tensor};
 
     #[test]
     fn each_head_is_multiplied_by_its_own_rows() -> Result<()> {
         let (b, s, h, n, m) = (2, 3, 4, 7, 10);
         let weight = random_tensor("w", &[h * n, m])?;
         for (dtype, tolerance) in [(DType::F32, 2e-6), (DType::BF16, 2e-2)] {
-            let parameter = &parameters(std::slice::from_ref(&weight), dtype)?[0];
             for (rows, transposed) in [(0..5, true), (5..7, false), (0..7, false)] {
                 let x = random_tensor("x", &[b, s, h, if transposed { rows.len() } else { m }])?;
                 let own = weight.reshape((h, n, m))?.narrow(1, rows.start, rows.len())?;
                 let own = if transposed { own } else { own.transpose(1, 2)? };
                 let by_head = x.reshape((b * s, h, ()))?.transpose(0, 1)?.contiguous()?;
                 let expected = by_head.matmul(&own.contiguous()?)?.transpose(0, 1)?.reshape((b, s, h, ()))?;
-                let ours = super::by_head(&x.to_dtype(dtype)?, parameter, rows, transposed)?;
-                assert_close("by_head", &ours, &expected, tolerance)?;
+                for device in devices() {
+                    let parameter = &parameters_on(device, std::slice::from_ref(&weight), dtype)?[0];
+                    let x = x.to_dtype(dtype)?.to_device(device)?;
+                    let ours = super::by_head(&x, parameter, rows.clone(), transposed)?;
+                    assert_close("by_head", &ours, &expected, tolerance)?;
+                }
             }
         }
         Ok(())
@@ -114,10 +121,15 @@ mod tests {
     fn logits_may_be_capped() -> Result<()> {
         let weight = random_tensor("w", &[19, 33])?;
         let x = (random_tensor("x", &[1, 7, 33])? * 9.0)?;
-        let parameter = &parameters(std::slice::from_ref(&weight), DType::F32)?[0];
         let expected = x.broadcast_matmul(&weight.t()?)?;
-        assert_close("logits", &logits(&x, parameter, None)?, &expected, 2e-6)?;
-        assert_close("capped logits", &logits(&x, parameter, Some(5.0))?, &((expected / 5.0)?.tanh()? * 5.0)?, 2e-6)
+        let capped = ((&expected / 5.0)?.tanh()? * 5.0)?;
+        for device in devices() {
+            let parameter = &parameters_on(device, std::slice::from_ref(&weight), DType::F32)?[0];
+            let x = x.to_device(device)?;
+            assert_close("logits", &logits(&x, parameter, None)?, &expected, 2e-6)?;
+            assert_close("capped logits", &logits(&x, parameter, Some(5.0))?, &capped, 2e-6)?;
+        }
+        Ok(())
     }
 
     #[test]

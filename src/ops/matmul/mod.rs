@@ -1,5 +1,7 @@
 //! Matrix products on the host.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod rows;
 #[cfg(target_arch = "x86_64")]
 mod tiles;

@@ -1,0 +1,51 @@
+use std::ops::Range;
+
+use candle_core::{DType, Tensor};
+
+use crate::Result;
+use crate::ops::gpu::{self, launch};
+use crate::ops::matmul::cuda::{Mat, Store, multiply, multiply_batch, product_with_transpose};
+
+pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    product_with_transpose(x, weight, weight.dtype())
+}
+
+/// As the host's, but `dx` is rounded once, to `x`'s dtype.
+pub fn backward(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, dy: &Tensor) -> Result<Tensor> {
+    let (outer, inner) = weight.dims2()?;
+    let device = gpu::device(x);
+    let rows = x.elem_count() / inner;
+    let dy = gpu::elements(dy, weight.dtype())?;
+    if let Some(grad) = grad {
+        let x = gpu::elements(x, weight.dtype())?;
+        multiply(device, Mat::new(&dy, rows)?.t(), Mat::new(&x, rows)?, Mat::new(grad, outer)?, Store::Add(1.0))?;
+    }
+    let dx = gpu::uninit(x.shape(), x.dtype(), device)?;
+    multiply(device, Mat::new(&dy, rows)?, Mat::new(weight, outer)?, Mat::new(&dx, rows)?, Store::Overwrite(1.0))?;
+    Ok(dx)
+}
+
+pub fn logits(x: &Tensor, weight: &Tensor, softcap: Option<f32>) -> Result<Tensor> {
+    let logits = product_with_transpose(x, weight, DType::F32)?;
+    if let Some(cap) = softcap {
+        let n = logits.elem_count();
+        // The kernel stays below `n`, the tensor's length.
+        launch!(gpu::device(x), "linear", "softcap", grid: [n.div_ceil(256), 1, 1], block: 256; &logits, n, cap);
+    }
+    Ok(logits)
+}
+
+pub fn by_head(x: &Tensor, weight: &Tensor, rows: Range<usize>, transposed: bool) -> Result<Tensor> {
+    let (b, s, h, inner) = x.dims4()?;
+    let (all_rows, cols) = weight.dims2()?;
+    let outer = if transposed { cols } else { rows.len() };
+    let device = gpu::device(x);
+    let x = gpu::elements(x, weight.dtype())?;
+    let y = gpu::uninit((b, s, h, outer), weight.dtype(), device)?;
+    // The matrices of head 0; those of the others follow within the tensors.
+    let own = Mat::strided(weight, rows.start * cols, rows.len(), cols, cols)?.batched(all_rows / h * cols);
+    let x = Mat::strided(&x, 0, b * s, inner, h * inner)?.batched(inner);
+    let dst = Mat::strided(&y, 0, b * s, outer, h * outer)?.batched(outer);
+    multiply_batch(device, x, if transposed { own } else { own.t() }, dst, Store::Overwrite(1.0), h)?;
+    Ok(y)
+}

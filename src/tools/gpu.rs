@@ -1,0 +1,107 @@
+//! GPUs of this machine: opened once, with a pool that keeps its memory.
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::{
+    self, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+    CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+};
+use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute_enum, CUmemoryPool};
+use candle_core::cuda_backend::cudarc::driver::{DriverError, result};
+use candle_core::{CudaDevice, Device};
+
+use super::device::{DeviceFacts, MemoryUse, gpu_peak_flops};
+use crate::ops::measured_gpu_peak_flops;
+use crate::{Error, Result};
+
+/// What titan's kernels are compiled for at least.
+const LEAST_CAPABILITY: (i32, i32) = (8, 0);
+
+/// GPU number `index`, the same for all that ask: candle takes a device that is opened twice for two.
+///
+/// # Errors
+/// [`Error::Device`] if there is no such GPU, or it is too old.
+pub fn open(index: usize) -> Result<Device> {
+    static GPUS: LazyLock<Mutex<BTreeMap<usize, Device>>> = LazyLock::new(Mutex::default);
+    let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(gpu) = gpus.get(&index) {
+        return Ok(gpu.clone());
+    }
+    let gpu =
+        open_anew(index).map_err(|error| Error::Device(format!("GPU {index} cannot be used: {}", plain(&error))))?;
+    gpus.insert(index, gpu.clone());
+    Ok(gpu)
+}
+
+/// The message alone: candle's errors end with where they were raised.
+fn plain(error: &Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().replace("internal tensor error: ", "")
+}
+
+fn open_anew(index: usize) -> Result<Device> {
+    let device = CudaDevice::new_with_stream(index)?;
+    let context = device.cuda_stream().context().clone();
+    let capability = |attribute| context.attribute(attribute).map_err(candle_core::Error::wrap);
+    let found = (
+        capability(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        capability(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    if found < LEAST_CAPABILITY {
+        return Err(Error::Device(format!(
+            "its compute capability is {}.{}, and titan's kernels need {}.{}",
+            found.0, found.1, LEAST_CAPABILITY.0, LEAST_CAPABILITY.1
+        )));
+    }
+    // SAFETY: all work of this device goes through one stream, in order, so that nothing is freed or written while it is in
+    // use elsewhere.
+    unsafe { device.disable_event_tracking() };
+    if context.has_async_alloc() {
+        // What a step frees, the next takes again.
+        set_attribute(index, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX).map_err(candle_core::Error::wrap)?;
+    }
+    Ok(Device::Cuda(device))
+}
+
+/// The name, memory and peak of an open GPU. A peak that no data sheet gives is measured, which takes a moment.
+pub fn facts(index: usize) -> Result<DeviceFacts> {
+    let Device::Cuda(device) = open(index)? else { unreachable!("a GPU was opened") };
+    let context = device.cuda_stream().context().clone();
+    let name = context.name().map_err(candle_core::Error::wrap)?;
+    let peak_flops = match gpu_peak_flops(&name) {
+        Some(peak) => peak,
+        None => measured_gpu_peak_flops(&device)?,
+    };
+    let total_memory_bytes = context.total_mem().map_err(candle_core::Error::wrap)? as u64;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok(DeviceFacts { name, cores, total_memory_bytes, peak_flops, gpu: Some(index) })
+}
+
+/// What the pool of GPU `index` has handed out, and what it holds; 0 where the driver does not say.
+pub fn memory_use(index: usize) -> MemoryUse {
+    let get = |attribute| attribute_of(index, attribute).unwrap_or(0);
+    MemoryUse {
+        current_bytes: get(CU_MEMPOOL_ATTR_USED_MEM_CURRENT),
+        peak_bytes: get(CU_MEMPOOL_ATTR_USED_MEM_HIGH),
+        peak_reserved_bytes: get(CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
+    }
+}
+
+fn pool(index: usize) -> Result<CUmemoryPool, DriverError> {
+    let device = result::device::get(index as i32)?;
+    // SAFETY: the device exists, as `get` has found it; its default pool lives as long as it.
+    unsafe { result::device::get_default_mem_pool(device) }
+}
+
+fn attribute_of(index: usize, attribute: CUmemPool_attribute_enum) -> Result<u64, DriverError> {
+    let mut value = 0u64;
+    // SAFETY: the pool lives, and the attributes that are asked for are 64 bits wide.
+    unsafe { result::mem_pool::get_attribute(pool(index)?, attribute, (&raw mut value).cast::<c_void>())? };
+    Ok(value)
+}
+
+fn set_attribute(index: usize, attribute: CUmemPool_attribute_enum, mut value: u64) -> Result<(), DriverError> {
+    // SAFETY: as in `attribute_of`.
+    unsafe { result::mem_pool::set_attribute(pool(index)?, attribute, (&raw mut value).cast::<c_void>()) }
+}
