@@ -644,6 +644,518 @@ __device__ inline void backward_queries(
         dq + sizes.query(row, own, head), q_tile + warp * 16 * M * W, sums, scales, q_stride, sizes.sq - own, hd);
 }
 
+// ---- f32: blocks of 256 threads, 16 by 16 of them over tiles of R rows of W numbers. Thread (y, x) computes rows
+// ---- y + 16 i and columns x + 16 j of a product of two tiles, and columns 4 x + 64 j.. of a sum.
+
+constexpr int THREADS_F32 = 256;
+
+// A row is 16 bytes longer than it need be, so that a column is spread over the banks.
+template <int W> constexpr int ROW_F32 = W + 4;
+
+template <int W, int R> __device__ inline void load_tile_f32(float* tile, const float* from, int stride, int rows, int hd) {
+    for (int i = threadIdx.x; i < R * W / 4; i += THREADS_F32) {
+        const int row = i / (W / 4), column = i % (W / 4) * 4;
+        copy_async_16(tile + row * ROW_F32<W> + column, from + size_t(row) * stride + column, row < rows && column < hd);
+    }
+}
+
+__device__ inline void await_tiles() {
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+}
+
+// d = a b^T.
+template <int W, int R> __device__ inline void multiply_f32(float (&d)[R / 16][R / 16], const float* a, const float* b) {
+    const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+#pragma unroll
+    for (int i = 0; i < R / 16; i++)
+#pragma unroll
+        for (int j = 0; j < R / 16; j++) d[i][j] = 0.0f;
+#pragma unroll 4
+    for (int c = 0; c < W; c += 4) {
+        float left[R / 16][4], right[R / 16][4];
+#pragma unroll
+        for (int i = 0; i < R / 16; i++) {
+            load_all<4>(left[i], a + (y + 16 * i) * ROW_F32<W> + c);
+            load_all<4>(right[i], b + (x + 16 * i) * ROW_F32<W> + c);
+        }
+#pragma unroll
+        for (int i = 0; i < R / 16; i++)
+#pragma unroll
+            for (int j = 0; j < R / 16; j++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) d[i][j] += left[i][k] * right[j][k];
+    }
+}
+
+template <int W> constexpr int PARTS_F32 = (W + 63) / 64;
+
+// d += p b.
+template <int W, int R>
+__device__ inline void add_product_f32(float (&d)[R / 16][PARTS_F32<W>][4], const float* p, const float* b) {
+    const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+#pragma unroll 4
+    for (int k = 0; k < R; k++) {
+        float left[R / 16];
+#pragma unroll
+        for (int i = 0; i < R / 16; i++) left[i] = p[(y + 16 * i) * ROW_F32<R> + k];
+#pragma unroll
+        for (int j = 0; j < PARTS_F32<W>; j++) {
+            if (4 * x + 64 * j >= W) continue;
+            float right[4];
+            load_all<4>(right, b + k * ROW_F32<W> + 4 * x + 64 * j);
+#pragma unroll
+            for (int i = 0; i < R / 16; i++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) d[i][j][c] += left[i] * right[c];
+        }
+    }
+}
+
+template <int W, int R> __device__ inline void clear_f32(float (&d)[R / 16][PARTS_F32<W>][4]) {
+#pragma unroll
+    for (int i = 0; i < R / 16; i++)
+#pragma unroll
+        for (int j = 0; j < PARTS_F32<W>; j++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) d[i][j][c] = 0.0f;
+}
+
+template <int R> __device__ inline void put_f32(float* p, const float (&s)[R / 16][R / 16]) {
+#pragma unroll
+    for (int i = 0; i < R / 16; i++)
+#pragma unroll
+        for (int j = 0; j < R / 16; j++) p[(threadIdx.x / 16 + 16 * i) * ROW_F32<R> + threadIdx.x % 16 + 16 * j] = s[i][j];
+}
+
+template <int W, int R>
+__device__ inline void store_f32(
+    float* to, const float (&d)[R / 16][PARTS_F32<W>][4], const float (&scale)[R / 16], int stride, int rows, int hd) {
+    const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+#pragma unroll
+    for (int i = 0; i < R / 16; i++)
+#pragma unroll
+        for (int j = 0; j < PARTS_F32<W>; j++) {
+            if (y + 16 * i >= rows || 4 * x + 64 * j >= hd) continue;
+            float scaled[4];
+#pragma unroll
+            for (int c = 0; c < 4; c++) scaled[c] = d[i][j][c] * scale[i];
+            store_all<4>(to + size_t(y + 16 * i) * stride + 4 * x + 64 * j, scaled);
+        }
+}
+
+template <int W, int R>
+__device__ inline void forward_f32(
+    const float* q, const float* k, const float* v, const uint32_t* starts, const uint32_t* bounds, const float* sinks,
+    float* y, float* logsumexp, const Sizes& sizes, float inner, float factor, unsigned char* shared) {
+    float* const q_tile = reinterpret_cast<float*>(shared);
+    float* const k_tile = q_tile + R * ROW_F32<W>; // values too, after the keys
+    float* const p_tile = k_tile + R * ROW_F32<W>;
+
+    const int row = blockIdx.x / sizes.h, head = blockIdx.x % sizes.h;
+    const int query = (gridDim.y - 1 - blockIdx.y) * R, past = sizes.past(), hd = sizes.hd;
+    const Mask mask{starts, bounds, row, sizes.sq};
+    const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
+    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
+    load_tile_f32<W, R>(q_tile, q + sizes.query(row, query, head), q_stride, sizes.sq - query, hd);
+
+    float sums[R / 16][PARTS_F32<W>][4], max[R / 16], total[R / 16];
+    clear_f32<W, R>(sums);
+#pragma unroll
+    for (int i = 0; i < R / 16; i++) max[i] = NONE, total[i] = 0.0f;
+    for (int key = first; key < end; key += R) {
+        const size_t at = sizes.key(row, key, sizes.key_head(head));
+        __syncthreads();
+        load_tile_f32<W, R>(k_tile, k + at, k_stride, sizes.sk - key, hd);
+        await_tiles();
+        float s[R / 16][R / 16];
+        multiply_f32<W, R>(s, q_tile, k_tile);
+        __syncthreads();
+        load_tile_f32<W, R>(k_tile, v + at, k_stride, sizes.sk - key, hd);
+#pragma unroll
+        for (int i = 0; i < R / 16; i++) {
+            const int own = query + threadIdx.x / 16 + 16 * i, start = mask.start(own);
+            float largest = HIDDEN;
+#pragma unroll
+            for (int j = 0; j < R / 16; j++) {
+                const int other = key + threadIdx.x % 16 + 16 * j;
+                if (inner != 0.0f) s[i][j] = capped(s[i][j], inner);
+                if (other < start || other > past + own) s[i][j] = HIDDEN;
+                largest = fmaxf(largest, s[i][j]);
+            }
+            for (int lane = 8; lane > 0; lane /= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, lane));
+            const float new_max = fmaxf(max[i], largest * factor), shrink = exp2_fast(max[i] - new_max);
+            max[i] = new_max;
+            float sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < R / 16; j++) {
+                s[i][j] = exp2_fast(s[i][j] * factor - new_max);
+                sum += s[i][j];
+            }
+            total[i] = total[i] * shrink + sum;
+#pragma unroll
+            for (int j = 0; j < PARTS_F32<W>; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) sums[i][j][c] *= shrink;
+        }
+        put_f32<R>(p_tile, s);
+        await_tiles();
+        add_product_f32<W, R>(sums, p_tile, k_tile);
+    }
+
+    float scale[R / 16];
+    const float sink = sinks ? sinks[head] * LOG2_E : NONE;
+#pragma unroll
+    for (int i = 0; i < R / 16; i++) {
+        float sum = total[i];
+        for (int lane = 8; lane > 0; lane /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lane);
+        const float new_max = fmaxf(max[i], sink), shrink = exp2_fast(max[i] - new_max);
+        sum = sum * shrink + (sinks ? exp2_fast(sink - new_max) : 0.0f);
+        scale[i] = shrink / sum;
+        const int own = query + threadIdx.x / 16 + 16 * i;
+        if (threadIdx.x % 16 == 0 && own < sizes.sq) {
+            logsumexp[(size_t(row) * sizes.h + head) * sizes.sq + own] = new_max + log2f(sum);
+        }
+    }
+    store_f32<W, R>(y + sizes.query(row, query, head), sums, scale, q_stride, sizes.sq - query, hd);
+}
+
+template <int W, int R>
+__device__ inline void backward_keys_f32(
+    const float* q, const float* k, const float* v, const float* dy, const float* stats, const uint32_t* starts,
+    const uint32_t* bounds, float* dk, float* dv, const Sizes& sizes, float inner, float factor, float scale,
+    unsigned char* shared) {
+    constexpr int TILE = R * ROW_F32<W>;
+    float* const k_tile = reinterpret_cast<float*>(shared);
+    float *const v_tile = k_tile + TILE, *const q_tile = v_tile + TILE, *const dy_tile = q_tile + TILE;
+    float* const p_tile = dy_tile + TILE; // P^T, then dS^T
+
+    const int row = blockIdx.x / sizes.kv, key_head = blockIdx.x % sizes.kv, group = sizes.h / sizes.kv;
+    const int key = blockIdx.y * R, past = sizes.past(), hd = sizes.hd;
+    const Mask mask{starts, bounds, row, sizes.sq};
+    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
+    const size_t own = sizes.key(row, key, key_head);
+    load_tile_f32<W, R>(k_tile, k + own, k_stride, sizes.sk - key, hd);
+    load_tile_f32<W, R>(v_tile, v + own, k_stride, sizes.sk - key, hd);
+
+    float dk_sums[R / 16][PARTS_F32<W>][4], dv_sums[R / 16][PARTS_F32<W>][4];
+    clear_f32<W, R>(dk_sums);
+    clear_f32<W, R>(dv_sums);
+    for (int head = key_head * group; head < (key_head + 1) * group; head++) {
+        const float* const stat = stats + (size_t(row) * sizes.h + head) * sizes.padded() * 2;
+        for (int query = max(key - past, 0) / R * R; query < sizes.sq; query += R) {
+            if (mask.first_from(query) >= key + R) break;
+            if (mask.first(query, R) >= key + R) continue;
+            const size_t at = sizes.query(row, query, head);
+            __syncthreads();
+            load_tile_f32<W, R>(q_tile, q + at, q_stride, sizes.sq - query, hd);
+            load_tile_f32<W, R>(dy_tile, dy + at, q_stride, sizes.sq - query, hd);
+            await_tiles();
+            float s[R / 16][R / 16], ds[R / 16][R / 16];
+            multiply_f32<W, R>(s, k_tile, q_tile);
+            multiply_f32<W, R>(ds, v_tile, dy_tile);
+#pragma unroll
+            for (int j = 0; j < R / 16; j++) {
+                const int other = query + threadIdx.x % 16 + 16 * j, start = mask.start(other);
+                const float logsumexp = stat[other * 2], d = stat[other * 2 + 1];
+#pragma unroll
+                for (int i = 0; i < R / 16; i++) {
+                    const int at = key + threadIdx.x / 16 + 16 * i;
+                    ds[i][j] -= d;
+                    if (inner != 0.0f) {
+                        s[i][j] = capped(s[i][j], inner);
+                        ds[i][j] *= 1.0f - s[i][j] * s[i][j];
+                    }
+                    if (at < start || at > past + other) s[i][j] = HIDDEN;
+                    s[i][j] = exp2_fast(s[i][j] * factor - logsumexp);
+                    ds[i][j] *= s[i][j];
+                }
+            }
+            put_f32<R>(p_tile, s);
+            __syncthreads();
+            add_product_f32<W, R>(dv_sums, p_tile, dy_tile);
+            __syncthreads();
+            put_f32<R>(p_tile, ds);
+            __syncthreads();
+            add_product_f32<W, R>(dk_sums, p_tile, q_tile);
+        }
+    }
+    copy_async_wait<0>(); // If there was no query, keys and values are still on their way.
+    float scales[R / 16];
+#pragma unroll
+    for (int i = 0; i < R / 16; i++) scales[i] = scale;
+    store_f32<W, R>(dk + own, dk_sums, scales, k_stride, sizes.sk - key, hd);
+#pragma unroll
+    for (int i = 0; i < R / 16; i++) scales[i] = 1.0f;
+    store_f32<W, R>(dv + own, dv_sums, scales, k_stride, sizes.sk - key, hd);
+}
+
+template <int W, int R>
+__device__ inline void backward_queries_f32(
+    const float* q, const float* k, const float* v, const float* dy, const float* stats, const uint32_t* starts,
+    const uint32_t* bounds, float* dq, const Sizes& sizes, float inner, float factor, float scale, unsigned char* shared) {
+    constexpr int TILE = R * ROW_F32<W>;
+    float* const q_tile = reinterpret_cast<float*>(shared);
+    float *const dy_tile = q_tile + TILE, *const k_tile = dy_tile + TILE, *const v_tile = k_tile + TILE;
+    float* const ds_tile = v_tile + TILE;
+
+    const int row = blockIdx.x / sizes.h, head = blockIdx.x % sizes.h;
+    const int query = (gridDim.y - 1 - blockIdx.y) * R, past = sizes.past(), hd = sizes.hd;
+    const Mask mask{starts, bounds, row, sizes.sq};
+    const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
+    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
+    const float* const stat = stats + (size_t(row) * sizes.h + head) * sizes.padded() * 2;
+    const size_t own = sizes.query(row, query, head);
+    load_tile_f32<W, R>(q_tile, q + own, q_stride, sizes.sq - query, hd);
+    load_tile_f32<W, R>(dy_tile, dy + own, q_stride, sizes.sq - query, hd);
+
+    float sums[R / 16][PARTS_F32<W>][4];
+    clear_f32<W, R>(sums);
+    for (int key = first; key < end; key += R) {
+        const size_t at = sizes.key(row, key, sizes.key_head(head));
+        __syncthreads();
+        load_tile_f32<W, R>(k_tile, k + at, k_stride, sizes.sk - key, hd);
+        load_tile_f32<W, R>(v_tile, v + at, k_stride, sizes.sk - key, hd);
+        await_tiles();
+        float s[R / 16][R / 16], ds[R / 16][R / 16];
+        multiply_f32<W, R>(s, q_tile, k_tile);
+        multiply_f32<W, R>(ds, dy_tile, v_tile);
+#pragma unroll
+        for (int i = 0; i < R / 16; i++) {
+            const int at = query + threadIdx.x / 16 + 16 * i, start = mask.start(at);
+            const float logsumexp = stat[at * 2], d = stat[at * 2 + 1];
+#pragma unroll
+            for (int j = 0; j < R / 16; j++) {
+                const int other = key + threadIdx.x % 16 + 16 * j;
+                ds[i][j] -= d;
+                if (inner != 0.0f) {
+                    s[i][j] = capped(s[i][j], inner);
+                    ds[i][j] *= 1.0f - s[i][j] * s[i][j];
+                }
+                if (other < start || other > past + at) s[i][j] = HIDDEN;
+                ds[i][j] *= exp2_fast(s[i][j] * factor - logsumexp);
+            }
+        }
+        put_f32<R>(ds_tile, ds);
+        __syncthreads();
+        add_product_f32<W, R>(sums, ds_tile, k_tile);
+    }
+    float scales[R / 16];
+#pragma unroll
+    for (int i = 0; i < R / 16; i++) scales[i] = scale;
+    store_f32<W, R>(dq + own, sums, scales, q_stride, sizes.sq - query, hd);
+}
+
+// ---- What backward needs of each query.
+
+// `lanes`, a power of two that is at least hd / 8, take a row each; grid = ceil(b * padded * h * lanes / 256).
+template <typename T>
+__device__ inline void stats_of(const T* y, const T* dy, const float* logsumexp, float* stats, int64_t b, const Sizes& sizes,
+                                int lanes) {
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
+    const int lane = threadIdx.x % lanes, head = int(at % sizes.h), i = int(at / sizes.h % sizes.padded());
+    const int64_t row = at / sizes.h / sizes.padded();
+    const bool inside = row < b && i < sizes.sq;
+    float d = 0.0f;
+    if (inside && lane * 8 < sizes.hd) {
+        float left[8], right[8];
+        load_all<8>(left, y + sizes.query(int(row), i, head) + lane * 8);
+        load_all<8>(right, dy + sizes.query(int(row), i, head) + lane * 8);
+#pragma unroll
+        for (int j = 0; j < 8; j++) d += left[j] * right[j];
+    }
+    for (int other = lanes / 2; other > 0; other /= 2) d += __shfl_xor_sync(ALL_LANES, d, other);
+    if (lane == 0 && row < b) {
+        const int64_t query = row * sizes.h + head;
+        stats[(query * sizes.padded() + i) * 2] = inside ? logsumexp[query * sizes.sq + i] : -HIDDEN;
+        stats[(query * sizes.padded() + i) * 2 + 1] = d;
+    }
+}
+
+// ---- Few queries: the keys are split over blocks, each of which writes what its keys contribute to up to G rows, the
+// ---- queries of the heads that share a key head; then all that is joined.
+
+constexpr int THREADS_DECODE = 128;
+// Bytes of a key that are staged at a time, and how far the keys lie apart there: no two of 8 meet in a bank.
+constexpr int STAGED = 128, STAGED_ROW = STAGED + 16;
+
+template <typename T, int G>
+__device__ inline void decode(
+    const void* q, int q_is_bf16, const T* k, const T* v, const uint32_t* starts, float* stats, float* sums, int first_row,
+    int rows, const Sizes& sizes, int64_t k_batch, int64_t v_batch, int first_key, int span, float inner, float factor,
+    unsigned char* shared) {
+    constexpr int COLUMNS = STAGED / sizeof(T), CHUNK = 16 / sizeof(T);
+    const int hd = sizes.hd, width = (hd + COLUMNS - 1) / COLUMNS * COLUMNS, past = sizes.past();
+    const int row = blockIdx.y / sizes.kv, key_head = blockIdx.y % sizes.kv, group = sizes.h / sizes.kv;
+    const int begin = first_key + blockIdx.x * span, end = min(begin + span, sizes.sk), k_stride = sizes.kv * hd;
+    const int own = blockIdx.z * G; // the block's first row of `rows`
+    unsigned char* const staged = shared; // two stages; later the sums of key groups
+    float* const queries = reinterpret_cast<float*>(staged + 2 * THREADS_DECODE * STAGED_ROW); // (G, width)
+    float* const scores = queries + G * width; // (span, G)
+    // Rows are counted over heads, then queries.
+    const auto query_of = [&](int g) { return (first_row + min(own + g, rows - 1)) % sizes.sq; };
+    const auto start_of = [&](int g) { return starts ? int(starts[size_t(row) * sizes.sq + query_of(g)]) : 0; };
+    const size_t part = (size_t(blockIdx.y) * rows + own) * gridDim.x + blockIdx.x; // of row g: part + g * gridDim.x
+
+    bool is_visible = false;
+    for (int g = 0; g < G; g++) is_visible |= start_of(g) < end && past + query_of(g) >= begin;
+    if (!is_visible) {
+        if (threadIdx.x < min(G, rows - own)) {
+            stats[(part + threadIdx.x * gridDim.x) * 2] = NONE;
+            stats[(part + threadIdx.x * gridDim.x) * 2 + 1] = 0.0f;
+        }
+        return;
+    }
+
+    for (int i = threadIdx.x; i < G * width; i += THREADS_DECODE) {
+        const int g = i / width, column = i % width, r = first_row + own + g;
+        float x = 0.0f;
+        if (own + g < rows && column < hd) {
+            const size_t at = sizes.query(row, r % sizes.sq, key_head * group + r / sizes.sq) + column;
+            x = q_is_bf16 ? load(static_cast<const bf16*>(q)[at]) : static_cast<const float*>(q)[at];
+        }
+        queries[i] = x;
+    }
+
+    // A thread has one key of each THREADS_DECODE, of which a part is staged at a time.
+    k += row * k_batch + key_head * hd;
+    const int parts = width / COLUMNS, steps = (end - begin + THREADS_DECODE - 1) / THREADS_DECODE * parts;
+    const auto stage = [&](int step) {
+        const int key = begin + step / parts * THREADS_DECODE, column = step % parts * COLUMNS;
+        unsigned char* const to = staged + step % 2 * THREADS_DECODE * STAGED_ROW;
+        for (int i = threadIdx.x; i < THREADS_DECODE * 8; i += THREADS_DECODE) {
+            const int at = column + i % 8 * CHUNK;
+            copy_async_16(to + i / 8 * STAGED_ROW + i % 8 * 16, k + size_t(key + i / 8) * k_stride + at,
+                          key + i / 8 < end && at < hd);
+        }
+    };
+    float score[G];
+    stage(0);
+    copy_async_commit();
+    for (int step = 0; step < steps; step++) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (step + 1 < steps) stage(step + 1);
+        copy_async_commit();
+        if (step % parts == 0) {
+#pragma unroll
+            for (int g = 0; g < G; g++) score[g] = 0.0f;
+        }
+        const T* const own_key =
+            reinterpret_cast<const T*>(staged + (step % 2 * THREADS_DECODE + threadIdx.x) * STAGED_ROW);
+        const float* const own_queries = queries + step % parts * COLUMNS;
+#pragma unroll 2
+        for (int c = 0; c < COLUMNS; c += CHUNK) {
+            float x[CHUNK];
+            load_all<CHUNK>(x, own_key + c);
+#pragma unroll
+            for (int g = 0; g < G; g++) {
+                float y[CHUNK];
+                load_all<CHUNK>(y, own_queries + g * width + c);
+#pragma unroll
+                for (int i = 0; i < CHUNK; i++) score[g] += x[i] * y[i];
+            }
+        }
+        if (step % parts == parts - 1) {
+            const int key = begin + step / parts * THREADS_DECODE + threadIdx.x;
+            if (key < end) {
+#pragma unroll
+                for (int g = 0; g < G; g++) {
+                    if (inner != 0.0f) score[g] = capped(score[g], inner);
+                    if (key < start_of(g) || key > past + query_of(g)) score[g] = HIDDEN;
+                }
+                store_all<G>(scores + (key - begin) * G, score);
+            }
+        }
+    }
+    __syncthreads();
+
+    for (int g = threadIdx.x / 32; g < min(G, rows - own); g += THREADS_DECODE / 32) {
+        const int lane = threadIdx.x % 32;
+        float largest = HIDDEN, total = 0.0f;
+        for (int i = lane; i < end - begin; i += 32) largest = fmaxf(largest, scores[i * G + g]);
+        largest = fmaxf(warp_max(largest) * factor, NONE);
+        for (int i = lane; i < end - begin; i += 32) {
+            const float p = exp2_fast(scores[i * G + g] * factor - largest);
+            scores[i * G + g] = p;
+            total += p;
+        }
+        total = warp_sum(total);
+        if (lane == 0) {
+            stats[(part + size_t(g) * gridDim.x) * 2] = largest;
+            stats[(part + size_t(g) * gridDim.x) * 2 + 1] = total;
+        }
+    }
+    __syncthreads();
+
+    // Two columns to a thread; threads that are left over share the keys.
+    v += row * v_batch + key_head * hd;
+    int lanes = 1;
+    while (lanes * 2 < hd && lanes < THREADS_DECODE) lanes *= 2;
+    const int groups = THREADS_DECODE / lanes, lane = threadIdx.x % lanes, key_group = threadIdx.x / lanes;
+    float* const partial = reinterpret_cast<float*>(staged); // (groups, G, 2 lanes)
+    for (int block = 0; block < hd; block += 2 * lanes) {
+        const int column = block + 2 * lane;
+        float sum[G][2];
+#pragma unroll
+        for (int g = 0; g < G; g++) sum[g][0] = sum[g][1] = 0.0f;
+        if (column < hd) {
+#pragma unroll 4
+            for (int i = key_group; i < end - begin; i += groups) {
+                const auto value = *reinterpret_cast<const Pack<T, 2>*>(v + size_t(begin + i) * k_stride + column);
+                float p[G];
+                load_all<G>(p, scores + i * G);
+#pragma unroll
+                for (int g = 0; g < G; g++) {
+                    sum[g][0] += p[g] * load(value.at[0]);
+                    sum[g][1] += p[g] * load(value.at[1]);
+                }
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int g = 0; g < G; g++) store_all<2>(partial + ((key_group * G + g) * lanes + lane) * 2, sum[g]);
+        __syncthreads();
+        for (int i = threadIdx.x; i < G * lanes * 2; i += THREADS_DECODE) {
+            const int g = i / (lanes * 2), at = block + i % (lanes * 2);
+            if (own + g >= rows || at >= hd) continue;
+            float total = 0.0f;
+            for (int other = 0; other < groups; other++) total += partial[other * G * lanes * 2 + i];
+            sums[(part + size_t(g) * gridDim.x) * hd + at] = total;
+        }
+    }
+}
+
+// One block per row: what `splits` blocks of keys contribute under their joint maximum, divided by the sum of exponentials,
+// that of the sink too. grid = (rows, b * kv), shared: a weight for each split.
+template <typename T>
+__device__ inline void join(const float* stats, const float* sums, const float* sinks, T* y, int first_row, int rows,
+                            int splits, const Sizes& sizes, float* weights) {
+    const int row = blockIdx.y / sizes.kv, key_head = blockIdx.y % sizes.kv, group = sizes.h / sizes.kv;
+    const int r = first_row + blockIdx.x, head = key_head * group + r / sizes.sq, lane = threadIdx.x % 32;
+    const size_t part = (size_t(blockIdx.y) * rows + blockIdx.x) * splits;
+    const float sink = sinks ? sinks[head] * LOG2_E : NONE;
+    float largest = sink, total = 0.0f;
+    for (int i = lane; i < splits; i += 32) largest = fmaxf(largest, stats[(part + i) * 2]);
+    largest = warp_max(largest);
+    for (int i = lane; i < splits; i += 32) {
+        const float weight = exp2_fast(stats[(part + i) * 2] - largest);
+        total += weight * stats[(part + i) * 2 + 1];
+        if (threadIdx.x < 32) weights[i] = stats[(part + i) * 2 + 1] > 0.0f ? weight : 0.0f;
+    }
+    total = warp_sum(total) + (sinks ? exp2_fast(sink - largest) : 0.0f);
+    __syncthreads();
+    for (int column = threadIdx.x; column < sizes.hd; column += blockDim.x) {
+        float sum = 0.0f;
+        // Blocks that see nothing have written no sums.
+        for (int i = 0; i < splits; i++) {
+            if (weights[i] > 0.0f) sum += weights[i] * sums[(part + i) * sizes.hd + column];
+        }
+        y[sizes.query(row, r % sizes.sq, head) + column] = store<T>(sum / total);
+    }
+}
+
 } // namespace
 
 #define FORWARD_BF16(W, M, WARPS, KEYS, STAGES, HELD, BLOCKS)                                                                \
@@ -699,3 +1211,85 @@ BACKWARD_QUERIES_BF16(96, 2, 4, 64, 32, false, 2)
 BACKWARD_QUERIES_BF16(128, 2, 4, 64, 32, false, 2)
 BACKWARD_QUERIES_BF16(192, 1, 4, 64, 64, false, 2)
 BACKWARD_QUERIES_BF16(256, 1, 4, 32, 32, false, 2)
+
+#define F32(W, R)                                                                                                            \
+    KERNEL_BOUNDS(THREADS_F32, 1, attention_forward_f32_##W, const float* q, const float* k, const float* v,                 \
+                  const uint32_t* starts, const uint32_t* bounds, const float* sinks, float* y, float* logsumexp, int sq,    \
+                  int sk, int h, int kv, int hd, float inner, float factor) {                                                \
+        SHARED(shared);                                                                                                      \
+        forward_f32<W, R>(q, k, v, starts, bounds, sinks, y, logsumexp, Sizes{sq, sk, h, kv, hd}, inner, factor, shared);    \
+    }                                                                                                                        \
+    KERNEL_BOUNDS(THREADS_F32, 1, attention_backward_keys_f32_##W, const float* q, const float* k, const float* v,           \
+                  const float* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, float* dk, float* dv, \
+                  int sq, int sk, int h, int kv, int hd, float inner, float factor, float scale, int) {                      \
+        SHARED(shared);                                                                                                      \
+        backward_keys_f32<W, R>(q, k, v, dy, stats, starts, bounds, dk, dv, Sizes{sq, sk, h, kv, hd}, inner, factor, scale,  \
+                                shared);                                                                                     \
+    }                                                                                                                        \
+    KERNEL_BOUNDS(THREADS_F32, 1, attention_backward_queries_f32_##W, const float* q, const float* k, const float* v,        \
+                  const float* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, float* dq, int sq,    \
+                  int sk, int h, int kv, int hd, float inner, float factor, float scale, int) {                              \
+        SHARED(shared);                                                                                                      \
+        backward_queries_f32<W, R>(q, k, v, dy, stats, starts, bounds, dq, Sizes{sq, sk, h, kv, hd}, inner, factor, scale,   \
+                                   shared);                                                                                  \
+    }
+
+F32(16, 64)
+F32(32, 64)
+F32(64, 64)
+F32(96, 32)
+F32(128, 32)
+F32(192, 16)
+F32(256, 16)
+
+#define STATS(T)                                                                                                             \
+    KERNEL_BOUNDS(256, 4, attention_stats_##T, const T* y, const T* dy, const float* logsumexp, float* stats, int64_t b,     \
+                  int sq, int h, int hd, int lanes) {                                                                        \
+        stats_of<T>(y, dy, logsumexp, stats, b, Sizes{sq, sq, h, h, hd}, lanes);                                             \
+    }
+
+STATS(bf16)
+typedef float f32;
+STATS(f32)
+
+// grad -= sum over all queries of 2^(sink - logsumexp)*D, one block per head; `rows` of `padded` stats to a head.
+KERNEL_BOUNDS(256, 1, attention_sinks, const float* sinks, const float* stats, float* grad, int rows, int padded) {
+    __shared__ float scratch[32];
+    const int head = blockIdx.x;
+    const float sink = sinks[head] * LOG2_E;
+    float sum = 0.0f;
+    for (int row = 0; row < rows; row++) {
+        const float* const of_row = stats + (size_t(row) * gridDim.x + head) * padded * 2;
+        for (int i = threadIdx.x; i < padded; i += blockDim.x) sum += exp2_fast(sink - of_row[i * 2]) * of_row[i * 2 + 1];
+    }
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) grad[head] -= sum;
+}
+
+// grid = (ceil(keys / span), b * kv, ceil(rows / G)); rows of a key head from first_row on, k_batch and v_batch numbers from
+// one row of the batch to the next. stats (b * kv, rows, splits, 2): maximum, sum of exponentials; sums (.., hd).
+#define DECODE(T, G)                                                                                                         \
+    KERNEL_BOUNDS(THREADS_DECODE, 2, attention_decode_##T##_##G, const void* q, int q_is_bf16, const T* k, const T* v,       \
+                  const uint32_t* starts, float* stats, float* sums, int first_row, int rows, int sq, int sk, int h, int kv, \
+                  int hd, int64_t k_batch, int64_t v_batch, int first_key, int span, float inner, float factor) {            \
+        SHARED(shared);                                                                                                      \
+        decode<T, G>(q, q_is_bf16, k, v, starts, stats, sums, first_row, rows, Sizes{sq, sk, h, kv, hd}, k_batch, v_batch,   \
+                     first_key, span, inner, factor, shared);                                                                \
+    }
+
+DECODE(bf16, 4)
+DECODE(bf16, 8)
+DECODE(bf16, 16)
+DECODE(f32, 4)
+DECODE(f32, 8)
+DECODE(f32, 16)
+
+#define JOIN(T)                                                                                                              \
+    KERNEL_BOUNDS(128, 1, attention_join_##T, const float* stats, const float* sums, const float* sinks, T* y,               \
+                  int first_row, int rows, int splits, int sq, int sk, int h, int kv, int hd) {                              \
+        SHARED(shared);                                                                                                      \
+        join<T>(stats, sums, sinks, y, first_row, rows, splits, Sizes{sq, sk, h, kv, hd}, reinterpret_cast<float*>(shared)); \
+    }
+
+JOIN(bf16)
+JOIN(f32)
