@@ -28,7 +28,7 @@ fn kernels() {
         let compiled = cudaforge::KernelBuilder::new()
             .compute_cap_arch("80")
             .source_files([&source])
-            .watch(["src/ops/kernel.cuh"])
+            .watch(["src/ops/kernel.cuh", "src/ops/gates.cuh"])
             .out_dir(&ptx_folder)
             .args(["-std=c++17", "-O3", "-Isrc/ops"])
             .build_ptx();

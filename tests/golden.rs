@@ -11,6 +11,10 @@ use titan::engine::{self, MicroBatch, Pass, Recompute, Stages};
 use titan::models::args::DecoderArgs;
 use titan::models::{self, Decoder};
 
+#[path = "common/devices.rs"]
+mod devices;
+use devices::devices;
+
 const F32: Precision = Precision { storage: DType::F32, compute: DType::F32 };
 
 fn read(name: &str) -> Vec<u8> {
@@ -34,6 +38,7 @@ fn decoder_args(family: &str, config: &Json) -> DecoderArgs {
 
 /// The largest difference over the largest expected magnitude.
 fn relative_error(ours: &Tensor, expected: &Tensor) -> f64 {
+    let ours = &ours.to_device(&Device::Cpu).unwrap();
     assert_eq!(ours.dims(), expected.dims());
     let max = |t: Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
     f64::from(max((ours - expected).unwrap())) / f64::from(max(expected.clone())).max(1e-30)
@@ -44,25 +49,26 @@ struct Case {
     json: Json,
     tensors: HashMap<String, Tensor>,
     model: Decoder,
+    device: Device,
 }
 
 impl Case {
-    fn load(name: &'static str) -> Self {
+    fn load(name: &'static str, device: &Device) -> Self {
         let json = json(&format!("{name}.json"));
         let tensors =
             candle_core::safetensors::load_buffer(&read(&format!("{name}.safetensors")), &Device::Cpu).unwrap();
         let args = decoder_args(json["model"].as_str().unwrap(), &json["config"]);
         let eos_id = json["eos_id"].as_u64().map(|id| id as u32);
         let mut model = Decoder::new(&args, eos_id).unwrap();
-        model.allocate(F32, &Device::Cpu, true).unwrap();
+        model.allocate(F32, device, true).unwrap();
         for (fqn, _) in model.state_shapes() {
             model.set(&fqn, &tensors[&format!("init.{fqn}")]).unwrap();
         }
-        Self { name, json, tensors, model }
+        Self { name, json, tensors, model, device: device.clone() }
     }
 
     fn tokens(&self, name: &str) -> Tensor {
-        self.tensors[name].to_dtype(DType::U32).unwrap()
+        self.tensors[name].to_dtype(DType::U32).unwrap().to_device(&self.device).unwrap()
     }
 
     fn tolerance(&self, name: &str) -> f64 {
@@ -140,7 +146,14 @@ impl Case {
 
             for (fqn, ours) in self.model.state().unwrap() {
                 let expected = &self.tensors[&format!("step{step}.{fqn}")];
-                let difference = (ours - expected).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+                let difference = (ours.to_device(&Device::Cpu).unwrap() - expected)
+                    .unwrap()
+                    .abs()
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .max(0)
+                    .unwrap();
                 let difference = f64::from(difference.to_scalar::<f32>().unwrap());
                 let what = if fqn.ends_with("expert_bias") { "expert_bias_abs" } else { "params_abs" };
                 assert!(difference < self.tolerance(what), "{}: {fqn} after step {step}: {difference:e}", self.name);
@@ -150,12 +163,14 @@ impl Case {
 }
 
 fn check(name: &'static str) {
-    let case = Case::load(name);
-    case.check_forward();
-    for recompute in [Recompute::None, Recompute::EveryNth(2), Recompute::All] {
-        case.check_gradients(recompute);
+    for device in devices() {
+        let case = Case::load(name, &device);
+        case.check_forward();
+        for recompute in [Recompute::None, Recompute::EveryNth(2), Recompute::All] {
+            case.check_gradients(recompute);
+        }
+        case.check_steps();
     }
-    case.check_steps();
 }
 
 #[test]

@@ -36,6 +36,7 @@ impl Validator {
         &mut self,
         model: &M,
         device: &Device,
+        vocab_size: usize,
         goes_on: &dyn Fn() -> Result<()>,
     ) -> Result<Validated> {
         let start = Instant::now();
@@ -47,7 +48,7 @@ impl Validator {
             let Some(batch) = batch else { break };
             n_tokens += batch.labels.len() as u64;
             let counted = batch.n_targets();
-            sum += f64::from(engine::evaluate(model, &batch.micro_batch(device)?)?) * counted as f64;
+            sum += f64::from(engine::evaluate(model, &batch.micro_batch(device, vocab_size)?)?) * counted as f64;
             n_targets += counted;
             batches += 1;
         }

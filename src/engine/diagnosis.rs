@@ -37,7 +37,7 @@ pub fn diagnose<M: Stages>(
     recompute: Recompute,
 ) -> Result<Option<Fault>> {
     let mut fault = None;
-    watched(model, batch, scale, recompute, &mut |stage, out| {
+    watched(model, batch, &super::context(model, batch)?, scale, recompute, &mut |stage, out| {
         if fault.is_none() {
             fault = look(model, trained, stage, out)?;
         }

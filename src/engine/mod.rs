@@ -110,32 +110,49 @@ enum Out<'a> {
 /// Runs a micro-batch forward and backward: adds the gradients of `scale` times the mean loss to the accumulators of all
 /// parameters, and returns that loss, `()` f32, on the model's device: reading it waits for the pass.
 pub fn forward_backward<M: Stages>(model: &M, batch: &MicroBatch, scale: f64, recompute: Recompute) -> Result<Tensor> {
-    watched(model, batch, scale, recompute, &mut |_, _| Ok(()))
+    forward_backward_in(model, batch, &context(model, batch)?, scale, recompute)
 }
 
-/// As [`forward_backward`]; shows `watch` what comes out of each stage, by its number.
+/// What the blocks share in the passes of a micro-batch. Passes of another one may share it too where nothing depends on the
+/// tokens: where all rows are as long, and no mask follows documents.
+pub fn context<M: Stages>(model: &M, batch: &MicroBatch) -> Result<M::Context> {
+    let MicroBatch { tokens, document_starts, .. } = batch;
+    profiler::span_in(Category::Forward, "context").around(|| model.context(tokens, document_starts.as_deref()))
+}
+
+/// As [`forward_backward`], with a context that is there already.
+pub fn forward_backward_in<M: Stages>(
+    model: &M,
+    batch: &MicroBatch,
+    context: &M::Context,
+    scale: f64,
+    recompute: Recompute,
+) -> Result<Tensor> {
+    watched(model, batch, context, scale, recompute, &mut |_, _| Ok(()))
+}
+
+/// As [`forward_backward_in`]; shows `watch` what comes out of each stage, by its number.
 fn watched<M: Stages>(
     model: &M,
     batch: &MicroBatch,
+    context: &M::Context,
     scale: f64,
     recompute: Recompute,
     watch: &mut impl FnMut(usize, Out) -> Result<()>,
 ) -> Result<Tensor> {
-    let MicroBatch { tokens, labels, document_starts } = batch;
+    let MicroBatch { tokens, labels, .. } = batch;
     let span = |category, stage: usize| profiler::span_in(category, model.stages()[stage].name());
     let head = model.n_blocks() + 1;
-    let context =
-        profiler::span_in(Category::Forward, "context").around(|| model.context(tokens, document_starts.as_deref()))?;
     let mut x = span(Category::Forward, 0).around(|| model.embed(tokens))?;
     watch(0, Out::Activations(&x))?;
     let mut kept = Vec::with_capacity(model.n_blocks());
     for index in 0..model.n_blocks() {
         let _span = span(Category::Forward, index + 1);
         if recompute.includes(index) {
-            let y = model.block(index, &Value::constant(x.clone()), &context, Pass::Training)?;
+            let y = model.block(index, &Value::constant(x.clone()), context, Pass::Training)?;
             kept.push(Kept::Input(std::mem::replace(&mut x, y.tensor().clone())));
         } else {
-            let y = model.block(index, &Value::input(x), &context, Pass::Training)?;
+            let y = model.block(index, &Value::input(x), context, Pass::Training)?;
             x = y.tensor().clone();
             kept.push(Kept::Graph(y));
         }
@@ -152,7 +169,7 @@ fn watched<M: Stages>(
         let graph = match block {
             Kept::Graph(graph) => graph,
             Kept::Input(x) => span(Category::Recompute, index + 1)
-                .around(|| model.block(index, &Value::input(x), &context, Pass::Recompute))?,
+                .around(|| model.block(index, &Value::input(x), context, Pass::Recompute))?,
         };
         grad = span(Category::Backward, index + 1).around(|| graph.backward(grad))?;
         watch(index + 1, Out::Gradients(&grad))?;
@@ -164,9 +181,9 @@ fn watched<M: Stages>(
 
 /// The mean loss of a batch, forward only; changes nothing.
 pub fn evaluate<M: Stages>(model: &M, batch: &MicroBatch) -> Result<f32> {
-    let MicroBatch { tokens, labels, document_starts } = batch;
+    let MicroBatch { tokens, labels, .. } = batch;
     let span = |stage: usize| profiler::span(model.stages()[stage].name());
-    let context = profiler::span("context").around(|| model.context(tokens, document_starts.as_deref()))?;
+    let context = context(model, batch)?;
     let mut x = span(0).around(|| model.embed(tokens))?;
     for index in 0..model.n_blocks() {
         let _span = span(index + 1);

@@ -35,6 +35,8 @@ pub struct Decoder {
     /// The kinds of rotary positions among the layers, and their tables once the model is allocated.
     ropes: Vec<RopeArgs>,
     rope_tables: Vec<RopeTable>,
+    /// Factors on the queries of layers without rotary positions, `(max_seq_len)`.
+    query_scales: Option<Tensor>,
     /// The spans of attention among the layers.
     spans: Vec<Span>,
     /// Adapters of the weights, which then are frozen.
@@ -55,7 +57,7 @@ pub struct Sequence {
     ropes: Vec<RopeTable>,
     masks: Vec<AttentionMask>,
     /// Factors on the queries of layers without rotary positions.
-    query_scales: Option<Arc<[f32]>>,
+    query_scales: Option<Tensor>,
 }
 
 /// What the layers keep of the tokens so far, for generation.
@@ -115,6 +117,7 @@ impl Decoder {
             eos_id,
             ropes,
             rope_tables: Vec::new(),
+            query_scales: None,
             spans,
             adapters: None,
         })
@@ -168,6 +171,8 @@ impl Decoder {
     pub fn allocate(&mut self, precision: Precision, device: &Device, with_grads: bool) -> Result<()> {
         let tables = self.ropes.iter().map(|rope| RopeTable::new(rope, self.args.max_seq_len, device));
         self.rope_tables = tables.collect::<Result<_>>()?;
+        let scales = self.args.query_scales(self.args.max_seq_len);
+        self.query_scales = scales.map(|scales| Tensor::new(scales, device)).transpose()?;
         let Some(adapters) = &self.adapters else {
             return self.stages.iter().try_for_each(|stage| stage.allocate(precision, device, with_grads));
         };
@@ -362,7 +367,8 @@ impl Decoder {
         });
         let masks = masks.collect();
         let ropes = self.rope_tables.iter().map(|table| table.narrow(positions.start, positions.len()));
-        let query_scales = self.args.query_scales(positions.clone());
+        let scales = self.query_scales.as_ref().filter(|_| self.args.tunes_temperature(positions.end));
+        let query_scales = scales.map(|scales| scales.narrow(0, positions.start, positions.len())).transpose()?;
         Ok(Sequence { ropes: ropes.collect::<Result<_>>()?, masks, query_scales })
     }
 }

@@ -1,8 +1,5 @@
 //! What one layer is made of, as the arguments of the whole model say.
 
-use std::ops::Range;
-use std::sync::Arc;
-
 use super::args::{AttentionKind, AttnMaskType, AttnType, DecoderArgs, FeedForwardKind, RopeArgs, Stretch, YarnArgs};
 
 /// One layer of a decoder.
@@ -86,14 +83,14 @@ impl DecoderArgs {
         width.powf(-0.5) * temperature * temperature
     }
 
-    /// Factors on the queries of layers without rotary positions; `None`: all are 1.
+    /// Factors on the queries of layers without rotary positions, at so many positions; `None`: all are 1.
     ///
     /// # Source
     /// Nakanishi, arXiv:2501.19399, in Llama 4's steps.
-    pub fn query_scales(&self, positions: Range<usize>) -> Option<Arc<[f32]>> {
+    pub fn query_scales(&self, positions: usize) -> Option<Vec<f32>> {
         let steps = |position: usize| ((position + 1) / self.floor_scale) as f64;
-        self.tunes_temperature(positions.end)
-            .then(|| positions.map(|it| (1.0 + self.attn_scale * steps(it).ln_1p()) as f32).collect())
+        self.tunes_temperature(positions)
+            .then(|| (0..positions).map(|it| (1.0 + self.attn_scale * steps(it).ln_1p()) as f32).collect())
     }
 
     /// Whether some of so many positions have another factor than 1 on their queries, in layers without rotary positions.

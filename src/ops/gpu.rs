@@ -4,6 +4,7 @@
 //! as soon as the kernels that read it are launched, and nothing here waits.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, PoisonError, RwLock};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -20,6 +21,15 @@ const MODULES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/modules.rs"
 
 /// Shared memory that a block gets without being asked for.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
+
+/// Threads of a block where nothing speaks for another number.
+pub const THREADS: usize = 256;
+
+/// Blocks of [`THREADS`] for a thread per group of numbers. Kernels count groups in 32 bits.
+pub fn blocks(groups: usize) -> [usize; 3] {
+    assert!(u32::try_from(groups).is_ok(), "{groups} groups are more than a kernel can count");
+    [groups.div_ceil(THREADS), 1, 1]
+}
 
 /// Launches a kernel: `launch!(device, "op", "name", grid: [x, y, z], block: threads, shared: bytes; arguments)`.
 ///
@@ -54,12 +64,13 @@ macro_rules! launch {
             // SAFETY: the kernel's parameters are these arguments, and it stays inside their tensors: see the macro's words.
             let launched = unsafe { launch.launch(config) };
             candle_core::cuda_backend::WrapErr::w(launched)?;
+            $crate::ops::gpu::count_launch();
         }
     }};
 }
 pub(in crate::ops) use launch;
 
-/// What a kernel takes: a tensor as the address of its first element, or null; a `usize` as 64 bits with a sign; other
+/// What a kernel takes: a tensor as the address of its first element, or null; a `usize` or `isize` as 64 bits with a sign; other
 /// numbers as they are.
 pub trait Argument {
     type Raw: DeviceRepr;
@@ -85,6 +96,14 @@ impl Argument for Option<&Tensor> {
     }
 }
 
+impl Argument for isize {
+    type Raw = i64;
+
+    fn raw(self) -> Result<i64> {
+        Ok(self as i64)
+    }
+}
+
 impl Argument for usize {
     type Raw = i64;
 
@@ -105,6 +124,19 @@ macro_rules! number {
     )*};
 }
 number!(u64, i32, u32, f32, f64);
+
+/// Kernels and matrix products launched since the process began.
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+
+/// Kernels and matrix products launched since the process began, those of the tensor library left out.
+pub fn launches() -> u64 {
+    LAUNCHES.load(Ordering::Relaxed)
+}
+
+/// Counts a launch.
+pub fn count_launch() {
+    LAUNCHES.fetch_add(1, Ordering::Relaxed);
+}
 
 /// Kernels by name, of each device.
 static KERNELS: LazyLock<RwLock<HashMap<DeviceId, HashMap<String, CudaFunction>>>> = LazyLock::new(RwLock::default);

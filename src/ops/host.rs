@@ -105,7 +105,7 @@ pub enum Elements<'a, T> {
 
 pub type Floats<'a> = Elements<'a, f32>;
 
-impl<T: Element> Deref for Elements<'_, T> {
+impl<T: WithDType> Deref for Elements<'_, T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
@@ -141,6 +141,15 @@ pub fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
     elements(tensor)
 }
 
+/// The elements of a u32 tensor, in row-major order.
+pub fn indices(tensor: &Tensor) -> Result<Elements<'_, u32>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(Elements::Borrowed { storage, range: start..end }),
+        None => Ok(Elements::Owned(tensor.flatten_all()?.to_vec1()?)),
+    }
+}
+
 /// The elements of a contiguous u32 tensor.
 pub fn with_indices<R>(tensor: &Tensor, body: impl FnOnce(&[u32]) -> R) -> Result<R> {
     let tensor = tensor.contiguous()?;
@@ -162,8 +171,8 @@ pub fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
 }
 
 /// Refuses ids that are not in the vocabulary.
-pub fn check_tokens(tokens: &[u32], vocab_size: usize) -> Result<()> {
-    match tokens.iter().find(|t| **t as usize >= vocab_size) {
+pub fn check_tokens<'a>(tokens: impl IntoIterator<Item = &'a u32>, vocab_size: usize) -> Result<()> {
+    match tokens.into_iter().find(|t| **t as usize >= vocab_size) {
         None => Ok(()),
         Some(token) => Err(Error::Model(format!("token {token} does not exist in a model of vocab_size {vocab_size}"))),
     }

@@ -84,6 +84,25 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
+__device__ inline unsigned long long warp_max(unsigned long long x) {
+    for (int lane = 16; lane > 0; lane /= 2) {
+        const unsigned long long other = __shfl_xor_sync(ALL_LANES, x, lane);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+// Those of the warp's valid lanes whose value, of so many bits, is this lane's: a bit each. All lanes call it.
+__device__ inline uint32_t lanes_with(uint32_t value, int bits, bool valid) {
+    uint32_t lanes = __ballot_sync(ALL_LANES, valid);
+    for (int bit = 0; bit < bits; bit++) {
+        const bool is_set = value >> bit & 1;
+        const uint32_t set = __ballot_sync(ALL_LANES, is_set);
+        lanes &= is_set ? set : ~set;
+    }
+    return lanes;
+}
+
 // The sum over a block of whole warps, in every thread, in an order that is always the same. `scratch`: 32 numbers of
 // shared memory.
 template <typename T> __device__ inline T block_sum(T x, T* scratch) {
@@ -94,6 +113,27 @@ template <typename T> __device__ inline T block_sum(T x, T* scratch) {
     __syncthreads();
     x = (threadIdx.x % 32) < warps ? scratch[threadIdx.x % 32] : T(0);
     return warp_sum(x);
+}
+
+// The sum over the threads before this one in a block of whole warps, for integers; `total` gets that over all threads.
+// `scratch`: 32 numbers of shared memory.
+template <typename T> __device__ inline T block_scan(T x, T* scratch, T& total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    T until = x;
+    for (int step = 1; step < 32; step *= 2) {
+        const T before = __shfl_up_sync(ALL_LANES, until, step);
+        if (lane >= step) until += before;
+    }
+    __syncthreads(); // What an earlier sum has left in scratch has been read.
+    if (lane == 31) scratch[warp] = until;
+    __syncthreads();
+    T before = 0;
+    total = 0;
+    for (int w = 0; w < warps; w++) {
+        before += w < warp ? scratch[w] : T(0);
+        total += scratch[w];
+    }
+    return before + until - x;
 }
 
 #ifndef TITAN_EMULATE

@@ -36,6 +36,7 @@ mod narrow;
 mod rms_norm;
 mod rope;
 mod scale;
+mod sort;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(target_arch = "x86_64")]
@@ -49,6 +50,9 @@ pub use bias::add_bias;
 pub use cross_entropy::{IGNORE_INDEX, LossAndGrad, cross_entropy_grad, cross_entropy_loss};
 pub use embedding::{embedding, embedding_backward};
 pub use glu::{Gate, glu};
+#[cfg(feature = "cuda")]
+pub use gpu::launches;
+pub(crate) use host::check_tokens;
 pub use layer_norm::layer_norm;
 pub use linear::{by_head, linear, logits};
 pub use magnitude::magnitude;

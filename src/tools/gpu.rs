@@ -8,8 +8,9 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::{
     self, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
     CU_MEMPOOL_ATTR_USED_MEM_HIGH,
 };
-use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute_enum, CUmemoryPool};
-use candle_core::cuda_backend::cudarc::driver::{DriverError, result};
+use candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute_enum, CUgraphInstantiate_flags, CUmemoryPool};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError, result};
 use candle_core::{CudaDevice, Device};
 
 use super::device::{DeviceFacts, MemoryUse, gpu_peak_flops};
@@ -104,4 +105,37 @@ fn attribute_of(index: usize, attribute: CUmemPool_attribute_enum) -> Result<u64
 fn set_attribute(index: usize, attribute: CUmemPool_attribute_enum, mut value: u64) -> Result<(), DriverError> {
     // SAFETY: as in `attribute_of`.
     unsafe { result::mem_pool::set_attribute(pool(index)?, attribute, (&raw mut value).cast::<c_void>()) }
+}
+
+/// Work of a GPU that was recorded once, and is done again by one launch: kernels with the arguments that they had, on the
+/// memory that they had. What was allocated meanwhile is allocated anew with each launch.
+pub struct Graph(CudaGraph);
+
+impl Graph {
+    /// Records what `body` launches, none of which runs. All that it allocates must be dropped when it returns, and it may
+    /// neither wait for the GPU nor drop what was there before.
+    pub fn record(device: &CudaDevice, body: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let stream = device.cuda_stream();
+        stream.begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(candle_core::Error::wrap)?;
+        let recorded = body();
+        // Ended in any case, lest the stream stay unusable.
+        let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+        recorded?;
+        let graph = graph.map_err(candle_core::Error::wrap)?;
+        Ok(Self(graph.ok_or_else(|| Error::Device("nothing was recorded of the step".into()))?))
+    }
+
+    pub fn launch(&self) -> Result<()> {
+        Ok(self.0.launch().map_err(candle_core::Error::wrap)?)
+    }
+}
+
+/// Gives memory that is not in use back to the driver.
+pub fn trim_pool(device: &CudaDevice) -> Result<()> {
+    let index = device.cuda_stream().context().ordinal();
+    device.cuda_stream().synchronize().map_err(candle_core::Error::wrap)?;
+    // SAFETY: as in `attribute_of`.
+    unsafe { result::mem_pool::trim_to(pool(index).map_err(candle_core::Error::wrap)?, 0) }
+        .map_err(candle_core::Error::wrap)?;
+    Ok(())
 }

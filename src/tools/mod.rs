@@ -4,7 +4,7 @@ pub mod bugs;
 pub mod device;
 pub mod files;
 #[cfg(feature = "cuda")]
-mod gpu;
+pub mod gpu;
 pub mod logging;
 pub mod memory;
 pub mod panics;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use tracing::{info, warn};
 
+use super::memory::{self, Classes};
 use super::profile::StepProfiler;
 use super::{Trainer, continuation};
 use crate::autograd::Precision;
@@ -23,12 +24,12 @@ use crate::engine::Recompute;
 use crate::models::args::{AttnMaskType, AttnType, DecoderArgs};
 use crate::models::hf;
 use crate::models::{self, Decoder};
-use crate::tools::device::{Choice, DeviceFacts, GIB};
+use crate::tools::device::{Choice, DeviceFacts};
 use crate::{Error, Result};
 
 /// What the metrics need to know of a run.
 pub struct RunFacts {
-    device: DeviceFacts,
+    pub device: DeviceFacts,
     flops_per_token: f64,
 }
 
@@ -106,7 +107,9 @@ impl Trainer {
         model.adapt(&config.model.lora, seed)?;
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
-        check_memory(&model, precision, &config, &facts)?;
+        memory::check(&model, precision, &config, &facts)?;
+        let classes = Classes::of(&model, precision);
+        let explain = |class, error| classes.explain(error, class, &config, &facts);
 
         // Data before memory is taken: what is wrong with a dataset shows at once.
         let mut loader = train_loader(&config, &data, &text, seed)?;
@@ -126,13 +129,14 @@ impl Trainer {
             },
             flops_per_token as f64 / 1e6
         );
-        model.allocate(precision, &device, true)?;
+        model.allocate(precision, &device, true).map_err(|error| explain("weights and gradients", error))?;
         let kind = OptimizerKind {
             decoupled: config.optimizer.name == OptimizerName::AdamW,
             betas: (config.optimizer.beta1, config.optimizer.beta2),
             eps: config.optimizer.eps,
         };
-        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.trained())?;
+        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.trained())
+            .map_err(|error| explain("the optimizer's moments", error))?;
 
         let step = train_state.as_ref().map_or(0, |state| state.step);
         if let Some(base) = base {
@@ -163,6 +167,7 @@ impl Trainer {
             recompute: recompute(&config),
             grad_accum: config.training.global_batch_size.map_or(1, |global| global / local_batch_size),
             n_tokens_seen: train_state.map_or(0, |state| state.n_tokens_seen),
+            classes,
             run: RunFacts { device: facts, flops_per_token: flops_per_token as f64 },
             profiler: profiling.enable_profiling.then(|| StepProfiler::new(profiling, &config.job.dump_folder)),
             config,
@@ -352,44 +357,6 @@ fn validator(config: &JobConfig, data: &DatasetSpec, text: &Text) -> Result<Opti
     };
     let loader = Loader::new(&spec, text.encoder(), options, &hub::open_dataset)?;
     Ok(Some(Validator::new(loader, validation.steps)))
-}
-
-/// Refuses a run that takes more than the machine holds, rather than be killed by the system. Counted is what cannot be
-/// done without: weights, gradients and moments, what is saved in the background, and of a batch what each layer takes in.
-fn check_memory(model: &Decoder, precision: Precision, config: &JobConfig, facts: &DeviceFacts) -> Result<()> {
-    // In floating point, where absurd sizes do not wrap around. The copy that is saved in the background holds weight and
-    // moments.
-    let copied = if config.checkpoint.in_background() { 3 * precision.storage.size_in_bytes() } else { 0 };
-    let trained: f64 = model.trained_parameters().map(|parameter| parameter.numel() as f64).sum();
-    let of_weights = model.training_bytes(precision) + trained * copied as f64;
-
-    let of_layer = (model.args().dim * precision.compute.size_in_bytes()) as f64;
-    let tokens = |rows: usize, seq_len: usize| rows as f64 * seq_len as f64;
-    let (training, validation) = (&config.training, &config.validation);
-    let kept = tokens(training.local_batch_size, training.seq_len) * of_layer * (model.args().n_layers + 1) as f64;
-    let passing = tokens(validation.local_batch_size, validation.seq_len) * of_layer * 2.0;
-    let (batch, batch_keys) = match validation.enable && passing > kept {
-        true => (passing, "[validation]"),
-        false => (kept, "[training]"),
-    };
-
-    let there = facts.total_memory_bytes as f64;
-    if there == 0.0 || of_weights + batch <= there {
-        return Ok(());
-    }
-    let remedy = if of_weights > batch {
-        "a smaller `model.flavor`, or smaller sizes in [model.args]".to_owned()
-    } else {
-        format!("a smaller `local_batch_size` or `seq_len` in {batch_keys}")
-    };
-    Err(Error::Config(format!(
-        "error: this run takes more than the {:.1} GiB of memory that there are: weights, gradients and optimizer state of \
-         {} parameters {:.1} GiB, what the layers take in of a batch {:.1} GiB\n   = {remedy}",
-        there / GIB,
-        grouped(model.parameters().map(|parameter| parameter.numel() as f64).sum(), 0),
-        of_weights / GIB,
-        batch / GIB
-    )))
 }
 
 pub fn schedule(config: &JobConfig) -> LrScheduler {

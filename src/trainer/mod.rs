@@ -2,6 +2,7 @@
 
 mod build;
 mod continuation;
+mod memory;
 mod profile;
 mod step;
 
@@ -49,6 +50,7 @@ pub struct Trainer {
     step: usize,
     n_tokens_seen: u64,
     seed: u64,
+    classes: memory::Classes,
     run: build::RunFacts,
 }
 
@@ -112,7 +114,8 @@ impl Trainer {
         let read = || self.loader.next_batches(self.grad_accum, &|| interrupt.check_patience());
         let batches = profiler::span_in(Category::Data, "data_loading").around(read);
         let batches = batches.inspect_err(|error| self.rescue(error))?;
-        let step = self.train_step(batches, waiting.elapsed())?;
+        let step = self.train_step(batches, waiting.elapsed());
+        let step = step.map_err(|error| self.classes.explain(error, "activations", &self.config, &self.run.device))?;
         profiler::span_in(Category::Metrics, "metrics").around(|| self.log(metrics, step));
         if self.validates() {
             let span = profiler::span_in(Category::Validation, "validation");
@@ -162,7 +165,7 @@ impl Trainer {
 
     fn validate(&mut self, metrics: &mut MetricsLogger, interrupt: &Interrupt) -> Result<()> {
         let Some(validator) = &mut self.validator else { return Ok(()) };
-        match validator.run(&self.model, &self.device, &|| interrupt.check_patience()) {
+        match validator.run(&self.model, &self.device, self.model.args().vocab_size, &|| interrupt.check_patience()) {
             Ok(found) => metrics.validation(self.step as u64, found.loss, found.n_tokens, found.elapsed),
             Err(Error::AskedToStop) => warn!("the validation after step {} is given up", self.step),
             Err(error) => return Err(error),

@@ -37,8 +37,9 @@ impl Trainer {
         let n_targets: usize = batches.iter().map(Batch::n_targets).sum();
         // Each token that is learned weighs the same, however many of them its batch has.
         let scale = |batch: &Batch| batch.n_targets() as f64 / n_targets as f64;
+        let vocab_size = self.model.args().vocab_size;
         let parts = batches.into_iter().map(|batch| (scale(&batch), batch));
-        let parts = parts.map(|(scale, batch)| Ok((batch.micro_batch(&self.device)?, scale)));
+        let parts = parts.map(|(scale, batch)| Ok((batch.micro_batch(&self.device, vocab_size)?, scale)));
         let parts: Vec<Part> = parts.collect::<Result<_>>()?;
 
         let mut loss = 0.0;

@@ -738,7 +738,7 @@ std::mutex memory_lock;
 struct Memory {
     std::map<uintptr_t, Allocation> live, released; // By the first byte of the mapping.
     std::deque<uintptr_t> by_age;
-    size_t bytes = 0;
+    size_t bytes = 0, peak_bytes = 0;
 };
 Memory& memory() {
     static Memory all;
@@ -785,6 +785,7 @@ void* allocate(size_t bytes) {
     std::lock_guard<std::mutex> lock(memory_lock);
     memory().live[reinterpret_cast<uintptr_t>(it.mapping)] = it;
     memory().bytes += bytes;
+    memory().peak_bytes = std::max(memory().peak_bytes, memory().bytes);
     return it.start;
 }
 
@@ -853,9 +854,16 @@ std::string describe(const void* address) {
     return text;
 }
 
+void forget(void* address) {
+    std::lock_guard<std::mutex> lock(memory_lock);
+    if (const Allocation* it = find(memory().live, address)) fill_with_nothing(it->pages, it->page_bytes);
+}
+
 size_t allocated_bytes() {
     std::lock_guard<std::mutex> lock(memory_lock);
     return memory().bytes;
 }
+
+size_t& peak_bytes() { return memory().peak_bytes; }
 
 } // namespace emulated

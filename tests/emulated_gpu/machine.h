@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <functional>
 #include <string>
 
 #include "emulate.h"
@@ -34,7 +35,14 @@ bool is_allocated(const void* address, size_t bytes);
 void check_edges(const void* address, const char* writer);
 // What an address is, in words.
 std::string describe(const void* address);
+// Fills an allocation with NOTHING again.
+void forget(void* address);
 size_t allocated_bytes();
+// The most since the last reset.
+size_t& peak_bytes();
+
+// Does something now, or keeps it for a graph if the stream is being captured. Returns 0, or a CUresult.
+int perform(void* stream, std::function<int()> what);
 
 void catch_faults();
 

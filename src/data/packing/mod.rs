@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 use crate::data::datasets::Position;
 use crate::data::pipeline::{Tokenized, Tokens};
 use crate::engine::MicroBatch;
-use crate::ops::IGNORE_INDEX;
+use crate::ops::{self, IGNORE_INDEX};
 use crate::{Error, Result};
 
 /// Rows of token ids, and at each place the id that comes next.
@@ -33,7 +33,12 @@ impl Batch {
     }
 
     /// On `device`, as the engine takes it.
-    pub fn micro_batch(self, device: &Device) -> Result<MicroBatch> {
+    ///
+    /// # Errors
+    /// [`Error::Model`] if a model of `vocab_size` does not know one of the tokens: ops on a GPU cannot say so.
+    pub fn micro_batch(self, device: &Device, vocab_size: usize) -> Result<MicroBatch> {
+        let labels = self.labels.iter().filter(|label| **label != IGNORE_INDEX);
+        ops::check_tokens(self.inputs.iter().chain(labels), vocab_size)?;
         let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, (self.batch_size, self.seq_len), device);
         let (tokens, labels) = (tensor(self.inputs)?, tensor(self.labels)?);
         Ok(MicroBatch { tokens, labels, document_starts: self.document_starts })

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::Value;
@@ -11,7 +11,7 @@ pub struct Positions<'a> {
     /// What they see.
     pub mask: &'a AttentionMask,
     /// Factors on their queries; `None`: all are 1.
-    pub query_scales: Option<&'a Arc<[f32]>>,
+    pub query_scales: Option<&'a Tensor>,
 }
 
 impl Positions<'_> {

@@ -1,6 +1,8 @@
 //! Sums of activations.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::Tensor;
 
@@ -25,7 +27,7 @@ pub fn add(x: &Value, y: &Value) -> Result<Value> {
 /// As [`add`], on bare tensors.
 pub(crate) fn add_tensors(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let _span = profiler::span("add").shapes(&[x.dims(), y.dims()]);
-    cpu::add(x, y)
+    on_device!(x, add(x, y))
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! A vector that is added to every row.
 
 pub(in crate::ops) mod cpu;
+#[cfg(feature = "cuda")]
+pub(in crate::ops) mod cuda;
 
 use std::sync::Arc;
 
@@ -14,11 +16,11 @@ use crate::tools::profiler;
 /// `x`: `(…, dim)`. `bias`: `(dim)`.
 pub fn add_bias(x: &Value, bias: &Arc<Parameter>) -> Result<Value> {
     let _span = profiler::span("add_bias").shapes(&[x.tensor().dims()]);
-    let y = cpu::forward(x.tensor(), &bias.weights()?)?;
+    let y = on_device!(x.tensor(), forward(x.tensor(), &bias.weights()?))?;
     let bias = bias.clone();
     Ok(Value::record("add_bias", y, [x], move |dy| {
         if let Some(grad) = bias.accumulator()? {
-            cpu::accumulate(&grad, &dy)?;
+            on_device!(dy, accumulate(&grad, &dy))?;
         }
         Ok([Some(dy)])
     }))

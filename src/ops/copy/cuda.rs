@@ -1,9 +1,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::Result;
-use crate::ops::gpu::{address, device, first, launch, suffix, uninit};
-
-const THREADS: usize = 256;
+use crate::ops::gpu::{THREADS, address, blocks, device, first, launch, suffix, uninit};
 
 pub fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
     if tensor.dtype() == dtype { Ok(tensor.clone()) } else { elements(tensor, dtype) }
@@ -23,10 +21,9 @@ fn copied(x: &Tensor, dtype: DType) -> Result<Tensor> {
     let by_eights = aligned && sizes[4].is_multiple_of(8) && strides[4] == 1 && whole(&strides[..4]);
     let n = if by_eights { 8 } else { 1 };
     let groups = x.elem_count() / n;
-    assert!(u32::try_from(groups).is_ok(), "the kernel counts groups in 32 bits");
     let kernel = format!("copy_{}_{}_{n}", kind(x.dtype()), kind(dtype));
     launch!(
-        device, "copy", &kernel, grid: [groups.div_ceil(THREADS), 1, 1], block: THREADS;
+        device, "copy", &kernel, grid: blocks(groups), block: THREADS;
         first(x)?, &y, groups, sizes[1], sizes[2], sizes[3], sizes[4],
         strides[0], strides[1], strides[2], strides[3], strides[4],
     );

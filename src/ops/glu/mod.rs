@@ -23,6 +23,19 @@ pub enum Gate {
     Clamped { limit: f32 },
 }
 
+#[cfg(feature = "cuda")]
+impl Gate {
+    /// As `gates.cuh` knows it: which, and its limit.
+    pub(in crate::ops) fn for_kernel(self) -> (i32, f32) {
+        match self {
+            Self::Silu => (0, 0.0),
+            Self::GeluTanh => (1, 0.0),
+            Self::Relu => (2, 0.0),
+            Self::Clamped { limit } => (3, limit),
+        }
+    }
+}
+
 /// `(act(gate) · up) Wᵀ`, in the compute dtype of `weight`. The product of gate and up is rounded to it, and made anew in
 /// backward: kept, it would be a third of a feed-forward's activations.
 ///

@@ -4,19 +4,12 @@ use crate::Result;
 use crate::ops::host::{Element, build, dot, elements, floats, sum_of, typed, update, vectorized};
 use crate::ops::rms_norm::cpu::grain;
 
-/// The mean of a row, and its `rstd`.
-pub type Moments = (f32, f32);
-
-pub fn forward(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32, dtype: DType) -> Result<(Tensor, Vec<Moments>)> {
+/// The result, and the mean of each row and its `rstd`, `(rows, 2)`.
+pub fn forward(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32, dtype: DType) -> Result<(Tensor, Tensor)> {
     typed!(X = x.dtype(), Y = dtype; normalize::<X, Y>(x, weight, bias, eps))
 }
 
-fn normalize<X: Element, Y: Element>(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    eps: f32,
-) -> Result<(Tensor, Vec<Moments>)> {
+fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
     let dim = x.dim(D::Minus1)?;
     let (values, weight, bias) = (elements::<X>(x)?, floats(weight)?, floats(bias)?);
     let ([y], moments) = build(values.len(), grain(dim), |range, y| {
@@ -33,12 +26,15 @@ fn normalize<X: Element, Y: Element>(
                 let rstd = 1.0 / (variance + eps).sqrt();
                 let terms = x.iter().zip(weight.iter().zip(bias));
                 y.extend(terms.map(|(x, (w, b))| [Y::store((x.load() - mean) * rstd * w + b)]));
-                moments.push((mean, rstd));
+                moments.push([mean, rstd]);
             }
             moments
         },)
     });
-    Ok((Tensor::from_vec(y, x.shape(), &Device::Cpu)?, moments.concat()))
+    let moments = moments.concat();
+    let shape = (moments.len(), 2);
+    let moments = Tensor::from_vec(moments.into_flattened(), shape, &Device::Cpu)?;
+    Ok((Tensor::from_vec(y, x.shape(), &Device::Cpu)?, moments))
 }
 
 /// `grads`: of weight and bias.
@@ -46,7 +42,7 @@ pub fn backward(
     x: &Tensor,
     weight: &Tensor,
     grads: Option<&(Tensor, Tensor)>,
-    moments: &[Moments],
+    moments: &Tensor,
     dy: &Tensor,
 ) -> Result<Tensor> {
     typed!(X = x.dtype(), Y = dy.dtype(); gradients::<X, Y>(x, weight, grads, moments, dy))
@@ -56,18 +52,20 @@ fn gradients<X: Element, Y: Element>(
     x: &Tensor,
     weight: &Tensor,
     grads: Option<&(Tensor, Tensor)>,
-    moments: &[Moments],
+    moments: &Tensor,
     dy: &Tensor,
 ) -> Result<Tensor> {
     let dim = x.dim(D::Minus1)?;
     let (values, weight, dy) = (elements::<X>(x)?, floats(weight)?, elements::<Y>(dy)?);
+    let moments = floats(moments)?;
+    let (moments, _) = moments.as_chunks::<2>();
     let ([dx], partials) = build(values.len(), grain(dim), |range, dx| {
         let (moments, weight) = (&moments[range.start / dim..], &*weight);
         let (x, dy) = (&values[range.clone()], &dy[range]);
         vectorized!({
             let (mut dw, mut db) = (vec![0f32; dim], vec![0f32; dim]);
             let (mut normed, mut scaled) = (vec![0f32; dim], vec![0f32; dim]);
-            for ((x, dy), &(mean, rstd)) in x.chunks_exact(dim).zip(dy.chunks_exact(dim)).zip(moments) {
+            for ((x, dy), &[mean, rstd]) in x.chunks_exact(dim).zip(dy.chunks_exact(dim)).zip(moments) {
                 for i in 0..dim {
                     let dy = dy[i].load();
                     normed[i] = (x[i].load() - mean) * rstd;

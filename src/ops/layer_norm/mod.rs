@@ -1,6 +1,8 @@
 //! Layer normalisation.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::sync::Arc;
 
@@ -22,11 +24,13 @@ use crate::tools::profiler;
 pub fn layer_norm(x: &Value, weight: &Arc<Parameter>, bias: &Arc<Parameter>, eps: f64) -> Result<Value> {
     let _span = profiler::span("layer_norm").shapes(&[x.tensor().dims()]);
     let dtype = weight.compute()?.dtype();
-    let (y, moments) = cpu::forward(x.tensor(), &weight.weights()?, &bias.weights()?, eps as f32, dtype)?;
+    let (w, b) = (weight.weights()?, bias.weights()?);
+    let (y, moments) = on_device!(x.tensor(), forward(x.tensor(), &w, &b, eps as f32, dtype))?;
     let (saved, weight, bias) = (x.tensor().clone(), weight.clone(), bias.clone());
     Ok(Value::record("layer_norm", y, [x], move |dy| {
         let grads = weight.accumulator()?.zip(bias.accumulator()?);
-        Ok([Some(cpu::backward(&saved, &weight.weights()?, grads.as_ref(), &moments, &dy)?)])
+        let weights = weight.weights()?;
+        Ok([Some(on_device!(dy, backward(&saved, &weights, grads.as_ref(), &moments, &dy))?)])
     }))
 }
 

@@ -109,6 +109,7 @@ pub fn multiply_batch(device: &CudaDevice, a: Mat, b: Mat, dst: Mat, store: Stor
     let key = Key { first: Shape::of(&b), second: Shape::of(&a), dst: Shape::of(&dst), batch };
     with_library(device, |library| {
         let plan = library.plan(&key)?;
+        gpu::count_launch();
         let stream = device.cuda_stream();
         let pointer = |address: u64| address as *const c_void;
         let (algorithm, dst_pointer) = (&raw const plan.algorithm, dst.address as *mut c_void);

@@ -1,6 +1,8 @@
 //! Parts of the last dimension: taken out, and joined with a part that all heads share.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::{D, Tensor};
 
@@ -15,13 +17,17 @@ use crate::tools::profiler;
 pub fn narrow(x: &Value, start: usize, len: usize) -> Result<Value> {
     let _span = profiler::span("narrow").shapes(&[x.tensor().dims()]);
     let width = *x.tensor().dims().last().expect("activations have at least one dimension");
-    let y = cpu::resized(x.tensor(), start as isize, len)?;
-    Ok(Value::record("narrow", y, [x], move |dy| Ok([Some(cpu::resized(&dy, -(start as isize), width)?)])))
+    let y = resized(x.tensor(), start as isize, len)?;
+    Ok(Value::record("narrow", y, [x], move |dy| Ok([Some(resized(&dy, -(start as isize), width)?)])))
 }
 
 /// `x` with zeros behind its last dimension, or without what is beyond, so that it is `width` wide.
 pub(in crate::ops) fn with_width(x: &Tensor, width: usize) -> Result<Tensor> {
-    if x.dim(D::Minus1)? == width { Ok(x.clone()) } else { cpu::resized(x, 0, width) }
+    if x.dim(D::Minus1)? == width { Ok(x.clone()) } else { resized(x, 0, width) }
+}
+
+fn resized(x: &Tensor, start: isize, width: usize) -> Result<Tensor> {
+    on_device!(x, resized(x, start, width))
 }
 
 /// Each head of `x`, and behind it what all heads of a token share.
@@ -31,9 +37,9 @@ pub(in crate::ops) fn with_width(x: &Tensor, width: usize) -> Result<Tensor> {
 pub fn join_shared(x: &Value, shared: &Value) -> Result<Value> {
     let _span = profiler::span("join_shared").shapes(&[x.tensor().dims(), shared.tensor().dims()]);
     let (n, m) = (x.tensor().dims4()?.3, shared.tensor().dims4()?.3);
-    let y = cpu::join_shared(x.tensor(), shared.tensor())?;
+    let y = on_device!(x.tensor(), join_shared(x.tensor(), shared.tensor()))?;
     Ok(Value::record("join_shared", y, [x, shared], move |dy| {
-        Ok([Some(cpu::resized(&dy, 0, n)?), Some(cpu::sum_of_heads(&dy, n, m)?)])
+        Ok([Some(resized(&dy, 0, n)?), Some(on_device!(dy, sum_of_heads(&dy, n, m))?)])
     }))
 }
 

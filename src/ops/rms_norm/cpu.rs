@@ -10,12 +10,12 @@ pub(in crate::ops) fn grain(dim: usize) -> usize {
 }
 
 /// The result, and `rstd` of each row.
-pub fn forward(x: &Tensor, weight: &Tensor, offset: f32, eps: f32, dtype: DType) -> Result<(Tensor, Vec<f32>)> {
+pub fn forward(x: &Tensor, weight: &Tensor, offset: f32, eps: f32, dtype: DType) -> Result<(Tensor, Tensor)> {
     typed!(X = x.dtype(), Y = dtype; normalize::<X, Y>(x, &shifted(weight, offset)?, eps))
 }
 
 /// The same without a weight, in `x`'s dtype.
-pub fn forward_unit(x: &Tensor, eps: f32) -> Result<(Tensor, Vec<f32>)> {
+pub fn forward_unit(x: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
     typed!(X = x.dtype(); normalize::<X, X>(x, &vec![1.0; x.dim(D::Minus1)?], eps))
 }
 
@@ -23,7 +23,7 @@ fn shifted(weight: &Tensor, offset: f32) -> Result<Vec<f32>> {
     Ok(floats(weight)?.iter().map(|w| offset + w).collect())
 }
 
-fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &[f32], eps: f32) -> Result<(Tensor, Vec<f32>)> {
+fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &[f32], eps: f32) -> Result<(Tensor, Tensor)> {
     let dim = x.dim(D::Minus1)?;
     let values = elements::<X>(x)?;
     let ([y], rstd) = build(values.len(), grain(dim), |range, y| {
@@ -38,7 +38,9 @@ fn normalize<X: Element, Y: Element>(x: &Tensor, weight: &[f32], eps: f32) -> Re
             rstds
         },)
     });
-    Ok((Tensor::from_vec(y, x.shape(), &Device::Cpu)?, rstd.concat()))
+    let rstd = rstd.concat();
+    let rows = rstd.len();
+    Ok((Tensor::from_vec(y, x.shape(), &Device::Cpu)?, Tensor::from_vec(rstd, rows, &Device::Cpu)?))
 }
 
 pub fn backward(
@@ -46,13 +48,13 @@ pub fn backward(
     weight: &Tensor,
     offset: f32,
     grad: Option<&Tensor>,
-    rstd: &[f32],
+    rstd: &Tensor,
     dy: &Tensor,
 ) -> Result<Tensor> {
     typed!(X = x.dtype(), Y = dy.dtype(); gradients::<X, Y>(x, &shifted(weight, offset)?, grad, rstd, dy))
 }
 
-pub fn backward_unit(x: &Tensor, rstd: &[f32], dy: &Tensor) -> Result<Tensor> {
+pub fn backward_unit(x: &Tensor, rstd: &Tensor, dy: &Tensor) -> Result<Tensor> {
     typed!(X = x.dtype(); gradients::<X, X>(x, &vec![1.0; x.dim(D::Minus1)?], None, rstd, dy))
 }
 
@@ -60,11 +62,11 @@ fn gradients<X: Element, Y: Element>(
     x: &Tensor,
     weight: &[f32],
     grad: Option<&Tensor>,
-    rstd: &[f32],
+    rstd: &Tensor,
     dy: &Tensor,
 ) -> Result<Tensor> {
     let dim = x.dim(D::Minus1)?;
-    let (values, dy) = (elements::<X>(x)?, elements::<Y>(dy)?);
+    let (values, dy, rstd) = (elements::<X>(x)?, elements::<Y>(dy)?, floats(rstd)?);
     let ([dx], partial_dw) = build(values.len(), grain(dim), |range, dx| {
         let rstd = &rstd[range.start / dim..];
         let (x, dy) = (&values[range.clone()], &dy[range]);

@@ -1,6 +1,8 @@
 //! Root-mean-square normalisation.
 
 pub(in crate::ops) mod cpu;
+#[cfg(feature = "cuda")]
+pub(in crate::ops) mod cuda;
 
 use std::sync::Arc;
 
@@ -20,19 +22,21 @@ use crate::tools::profiler;
 /// Zhang & Sennrich, arXiv:1910.07467.
 pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, offset: f32, eps: f64) -> Result<Value> {
     let _span = profiler::span("rms_norm").shapes(&[x.tensor().dims()]);
-    let (y, rstd) = cpu::forward(x.tensor(), &weight.weights()?, offset, eps as f32, weight.compute()?.dtype())?;
+    let dtype = weight.compute()?.dtype();
+    let (y, rstd) = on_device!(x.tensor(), forward(x.tensor(), &weight.weights()?, offset, eps as f32, dtype))?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
     Ok(Value::record("rms_norm", y, [x], move |dy| {
-        Ok([Some(cpu::backward(&saved, &weight.weights()?, offset, weight.accumulator()?.as_ref(), &rstd, &dy)?)])
+        let (weights, grad) = (weight.weights()?, weight.accumulator()?);
+        Ok([Some(on_device!(dy, backward(&saved, &weights, offset, grad.as_ref(), &rstd, &dy))?)])
     }))
 }
 
 /// `y = x · rstd`: [`rms_norm`] without a weight, in `x`'s dtype.
 pub fn unit_norm(x: &Value, eps: f64) -> Result<Value> {
     let _span = profiler::span("unit_norm").shapes(&[x.tensor().dims()]);
-    let (y, rstd) = cpu::forward_unit(x.tensor(), eps as f32)?;
+    let (y, rstd) = on_device!(x.tensor(), forward_unit(x.tensor(), eps as f32))?;
     let saved = x.tensor().clone();
-    Ok(Value::record("unit_norm", y, [x], move |dy| Ok([Some(cpu::backward_unit(&saved, &rstd, &dy)?)])))
+    Ok(Value::record("unit_norm", y, [x], move |dy| Ok([Some(on_device!(dy, backward_unit(&saved, &rstd, &dy))?)])))
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Rotary position embedding.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::{Device, Tensor};
 
@@ -108,9 +110,10 @@ fn yarn_range(args: &RopeArgs, yarn: &YarnArgs) -> (f32, f32) {
 /// `x`: `(b, s, h, hd)`; `table` holds the `s` positions of the sequence.
 pub fn rope(x: &Value, table: &RopeTable) -> Result<Value> {
     let _span = profiler::span("rope").shapes(&[x.tensor().dims()]);
-    let y = cpu::rotate(x.tensor(), table, 1.0)?;
+    let rotated = |x: &Tensor, table: &RopeTable, direction| on_device!(x, rotate(x, table, direction));
+    let y = rotated(x.tensor(), table, 1.0)?;
     let table = table.clone();
-    Ok(Value::record("rope", y, [x], move |dy| Ok([Some(cpu::rotate(&dy, &table, -1.0)?)])))
+    Ok(Value::record("rope", y, [x], move |dy| Ok([Some(rotated(&dy, &table, -1.0)?)])))
 }
 
 #[cfg(test)]
@@ -126,22 +129,26 @@ mod tests {
 
     #[test]
     fn rope_matches_its_reference() -> Result<()> {
-        let (s, h, hd) = (9, 5, 10);
-        for (dtype, layout, dim) in [
-            (DType::F32, RopeLayout::Pairs, hd),
-            (DType::BF16, RopeLayout::Pairs, hd),
-            (DType::F32, RopeLayout::Pairs, 6),
-            (DType::BF16, RopeLayout::Halves, hd),
-            (DType::F32, RopeLayout::Halves, 6),
+        let (s, h) = (9, 5);
+        for (dtype, layout, hd, dim) in [
+            (DType::F32, RopeLayout::Pairs, 10, 10),
+            (DType::BF16, RopeLayout::Pairs, 10, 10),
+            (DType::F32, RopeLayout::Pairs, 10, 6),
+            (DType::BF16, RopeLayout::Pairs, 24, 16),
+            (DType::F32, RopeLayout::Pairs, 16, 16),
+            (DType::BF16, RopeLayout::Halves, 10, 10),
+            (DType::F32, RopeLayout::Halves, 10, 6),
+            (DType::BF16, RopeLayout::Halves, 24, 16),
+            (DType::F32, RopeLayout::Halves, 16, 16),
         ] {
             let args = RopeArgs { dim, theta: 100.0, layout, stretch: Stretch::None };
-            let table = RopeTable::new(&args, s + 3, &Device::Cpu)?.narrow(3, s)?;
+            let table = |device: &Device| RopeTable::new(&args, s + 3, device)?.narrow(3, s);
             let angles = |t: &Tensor| t.to_dtype(DType::F64).unwrap().reshape((1, s, 1, dim / 2)).unwrap();
-            let (cos, sin) = (angles(&table.cos), angles(&table.sin));
+            let (cos, sin) = (angles(&table(&Device::Cpu)?.cos), angles(&table(&Device::Cpu)?.sin));
             let x = |dims: &[usize]| -> Result<_> { Ok(random_tensor("x", dims)?.to_dtype(dtype)?) };
             for x in [x(&[2, s, h, hd])?, x(&[2, h, s, hd])?.transpose(1, 2)?] {
                 Case::new("rope").input(x).check(
-                    |v| rope(&v[0], &table),
+                    |v| rope(&v[0], &table(v[0].tensor().device())?),
                     |t| {
                         let (shape, halves_at) = match layout {
                             RopeLayout::Pairs => ((2, s, h, dim / 2, 2), 4),

@@ -1,7 +1,7 @@
 use candle_core::{Device, Tensor};
 
 use crate::Result;
-use crate::ops::host::{Element, GRAIN, build, elements, typed, vectorized};
+use crate::ops::host::{Element, GRAIN, build, elements, floats, typed, vectorized};
 
 pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
     typed!(T = x.dtype(); scale_in::<T>(x, factor))
@@ -16,8 +16,8 @@ fn scale_in<T: Element>(x: &Tensor, factor: f32) -> Result<Tensor> {
     Ok(Tensor::from_vec(y, x.shape(), &Device::Cpu)?)
 }
 
-pub fn scale_positions(x: &Tensor, factors: &[f32]) -> Result<Tensor> {
-    typed!(T = x.dtype(); scale_positions_in::<T>(x, factors))
+pub fn scale_positions(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
+    typed!(T = x.dtype(); scale_positions_in::<T>(x, &floats(factors)?))
 }
 
 fn scale_positions_in<T: Element>(x: &Tensor, factors: &[f32]) -> Result<Tensor> {
