@@ -165,7 +165,9 @@ struct Layer<'a> {
 
 impl<'a> Layer<'a> {
     fn new(routing: &'a Routing, experts: &'a Experts) -> Result<Self> {
-        let [n_experts, hidden, dim] = *experts.w1.shape() else { unreachable!("expert weights have three dimensions") };
+        let [n_experts, hidden, dim] = *experts.w1.shape() else {
+            unreachable!("expert weights have three dimensions")
+        };
         let (w1, w2, w3) = (experts.w1.compute()?, experts.w2.compute()?, experts.w3.compute()?);
         let aligned = by_eights(dim, &[&w1, &w2, &w3])? && hidden.is_multiple_of(8);
         let device = device(&routing.experts);
