@@ -12,6 +12,7 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <random>
 #include <unordered_map>
 #include <vector>
 
@@ -119,6 +120,7 @@ struct Machine {
     size_t static_bytes;
 
     Machine();
+    void choose_order();
     void wait();
     void conclude(Warp& warp, Meetings& meetings);
     void conclude_without_the_dead(Warp& warp);
@@ -162,7 +164,10 @@ Machine::Machine() {
     if (shared == MAP_FAILED || mprotect(static_cast<unsigned char*>(shared) + PAGE, bytes, PROT_READ | PROT_WRITE))
         fail("no memory for the shared memory of emulated blocks", nullptr);
     shared_start = static_cast<unsigned char*>(shared) + PAGE;
+    order = Order::Forward;
+}
 
+void Machine::choose_order() {
     const char* wish = getenv("TITAN_EMULATED_ORDER");
     const std::string name = wish ? wish : "forward";
     random = 1;
@@ -244,12 +249,12 @@ void say_where(std::string& text) {
     machine->running = nullptr;
     say_where(text);
     say(text, "  block %u %u %u\n", here.block.x, here.block.y, here.block.z);
-    std::map<std::pair<void*, int>, std::vector<const Thread*>> groups;
+    std::map<std::pair<void*, std::string>, std::vector<const Thread*>> groups;
     const unsigned n_threads = machine->launch->block.x * machine->launch->block.y * machine->launch->block.z;
     unsigned n_ended = 0;
     for (unsigned i = 0; i < n_threads; i++) {
         const Thread& thread = machine->threads[i];
-        if ((machine->warps[thread.warp].live >> thread.lane) & 1) groups[{thread.caller, thread.line}].push_back(&thread);
+        if ((machine->warps[thread.warp].live >> thread.lane) & 1) groups[{thread.caller, thread.waits_for}].push_back(&thread);
         else n_ended++;
     }
     for (const auto& [at, threads] : groups) {
@@ -677,6 +682,7 @@ std::string run(const Launch& launch) {
     Machine& m = *machine;
     m.launch = &launch;
     m.running = nullptr;
+    m.choose_order();
     for (int i = 0; i < kernel.n_arguments; i++) {
         if (!kernel.argument_is_pointer[i]) continue;
         const void* pointer = *static_cast<void**>(launch.arguments[i]);
@@ -700,9 +706,11 @@ std::string run(const Launch& launch) {
         thread.lane = i % 32;
         thread.warp = i / 32;
     }
-    const unsigned long long n_blocks = 1ull * launch.grid.x * launch.grid.y * launch.grid.z;
-    for (unsigned long long i = 0; i < n_blocks; i++) {
-        const unsigned long long block = m.order == Order::Backward ? n_blocks - 1 - i : i;
+    const size_t n_blocks = size_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    std::vector<size_t> blocks(n_blocks);
+    for (size_t i = 0; i < n_blocks; i++) blocks[i] = m.order == Order::Backward ? n_blocks - 1 - i : i;
+    if (m.order == Order::Random) std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(m.random));
+    for (const size_t block : blocks) {
         here.block = {unsigned(block % launch.grid.x), unsigned(block / launch.grid.x % launch.grid.y),
                       unsigned(block / launch.grid.x / launch.grid.y)};
         run_block(n_threads);

@@ -1,11 +1,17 @@
 //! Attention with a streaming softmax: no matrix of scores is ever held whole.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod decode;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
+
+use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
@@ -18,8 +24,37 @@ use crate::tools::profiler;
 /// Causal, chunked and document masks, and any of them together, are all such bounds, one number per query.
 #[derive(Clone, Debug, Default)]
 pub struct AttentionMask {
-    /// `b · s` lower bounds, row-major; `None`: every query sees everything before it.
-    starts: Option<Arc<Vec<u32>>>,
+    /// `None`: every query sees everything before it.
+    starts: Option<Arc<Starts>>,
+}
+
+/// Lower bounds of queries.
+#[derive(Debug)]
+struct Starts {
+    /// `b · s` of them, row-major.
+    values: Vec<u32>,
+    /// The same on a GPU, for all layers.
+    #[cfg(feature = "cuda")]
+    on_gpu: OnceLock<cuda::OnGpu>,
+}
+
+/// Queries that a GPU plans for together.
+#[cfg(any(feature = "cuda", test))]
+const BOUND: usize = 64;
+
+/// What each `BOUND` queries of a row see: the smallest of their lower bounds, the largest, and the smallest of theirs and those
+/// of all later queries. So blocks of keys are passed over that none sees, and not looked into where all are seen by all.
+#[cfg(any(feature = "cuda", test))]
+fn bounds(starts: &[u32], n_queries: usize) -> Vec<u32> {
+    let of_row = |row: &[u32]| {
+        let of = |starts: &[u32]| starts.iter().fold((u32::MAX, 0), |(least, most), s| (least.min(*s), most.max(*s)));
+        let mut bounds: Vec<[u32; 3]> = row.chunks(BOUND).map(of).map(|(least, most)| [least, most, least]).collect();
+        for i in (1..bounds.len()).rev() {
+            bounds[i - 1][2] = bounds[i - 1][2].min(bounds[i][2]);
+        }
+        bounds.into_flattened()
+    };
+    starts.chunks(n_queries).flat_map(of_row).collect()
 }
 
 impl AttentionMask {
@@ -65,14 +100,19 @@ impl AttentionMask {
     /// Besides, each query sees nothing before its own lower bound, `b · s` of them, row-major.
     pub fn raised_to(self, mut starts: Vec<u32>) -> Self {
         if let Some(own) = &self.starts {
-            starts.iter_mut().zip(own.iter()).for_each(|(start, own)| *start = (*start).max(*own));
+            starts.iter_mut().zip(&own.values).for_each(|(start, own)| *start = (*start).max(*own));
         }
+        let starts = Starts {
+            values: starts,
+            #[cfg(feature = "cuda")]
+            on_gpu: OnceLock::new(),
+        };
         Self { starts: Some(Arc::new(starts)) }
     }
 
     /// The first key that query `query` of row `row` sees.
     fn start(&self, row: usize, query: usize, n_queries: usize) -> usize {
-        self.starts.as_ref().map_or(0, |starts| starts[row * n_queries + query] as usize)
+        self.starts.as_ref().map_or(0, |starts| starts.values[row * n_queries + query] as usize)
     }
 }
 
@@ -124,19 +164,30 @@ pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scores: 
     let has_gradient = [q, k, v].iter().any(|input| input.is_tracked());
     let (hd, vd) = (q.tensor().dims4()?.3, v.tensor().dims4()?.3);
     // Zeros at the end of queries and keys add nothing to scores, and those of values nothing to the rest of the result.
-    let width = hd.max(vd);
+    let width = on_device!(q.tensor(), width(hd.max(vd)));
     let (q_wide, k_wide) = (with_width(q.tensor(), width)?, with_width(k.tensor(), width)?);
     let v_wide = with_width(v.tensor(), width)?;
-    if !has_gradient && decode::suits(&q_wide, &k_wide)? {
-        return Ok(Value::constant(with_width(&decode::forward(&q_wide, &k_wide, &v_wide, mask, scores)?, vd)?));
+    if !has_gradient {
+        let y = on_device!(q_wide, without_gradient(&q_wide, &k_wide, &v_wide, mask, scores))?;
+        return Ok(Value::constant(with_width(&y, vd)?));
     }
-    let (y, logsumexp) = cpu::forward(&q_wide, &k_wide, &v_wide, mask, scores)?;
+    let (y, logsumexp) = on_device!(q_wide, forward(&q_wide, &k_wide, &v_wide, mask, scores))?;
     let (saved_y, mask, scores) = (y.clone(), mask.clone(), scores.clone());
     Ok(Value::record("attention", with_width(&y, vd)?, [q, k, v], move |dy| {
-        let saved = cpu::Saved { q: &q_wide, k: &k_wide, v: &v_wide, y: &saved_y, logsumexp: &logsumexp };
-        let (dq, dk, dv) = cpu::backward(saved, &with_width(&dy, width)?, &mask, &scores)?;
+        let saved = Saved { q: &q_wide, k: &k_wide, v: &v_wide, y: &saved_y, logsumexp: &logsumexp };
+        let (dq, dk, dv) = on_device!(q_wide, backward(saved, &with_width(&dy, width)?, &mask, &scores))?;
         Ok([Some(with_width(&dq, hd)?), Some(with_width(&dk, hd)?), Some(with_width(&dv, vd)?)])
     }))
+}
+
+/// What forward leaves for backward.
+struct Saved<'a> {
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+    y: &'a Tensor,
+    /// Of each query, `(b, h, sq)` f32; of which base, forward and backward agree on.
+    logsumexp: &'a Tensor,
 }
 
 #[cfg(test)]
@@ -259,7 +310,7 @@ mod tests {
     #[test]
     fn a_window_slides_with_the_queries() {
         let mask = AttentionMask::causal().within_window(3, 2, 1..6);
-        assert_eq!(mask.starts.unwrap().as_slice(), [0, 0, 1, 2, 3, 0, 0, 1, 2, 3]);
+        assert_eq!(mask.starts.unwrap().values, [0, 0, 1, 2, 3, 0, 0, 1, 2, 3]);
     }
 
     /// Without gradients, queries few enough that keys are read where they lie.
@@ -319,7 +370,7 @@ mod tests {
     #[test]
     fn an_end_of_text_belongs_to_the_document_it_ends() {
         let mask = AttentionMask::causal().within_documents(&[5, 1, 6, 7, 5, 5, 5, 1], 4, 1);
-        assert_eq!(mask.starts.unwrap().as_slice(), [0, 0, 2, 2, 0, 0, 0, 0]);
+        assert_eq!(mask.starts.unwrap().values, [0, 0, 2, 2, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::tools::profiler;
 /// If a token is not in the table. On a GPU, which cannot return an error, its row is NaN instead.
 pub fn embedding(tokens: &Tensor, table: &Parameter) -> Result<Tensor> {
     let _span = profiler::span("embedding").shapes(&[tokens.dims(), table.shape()]);
-    on_device!(tokens, forward(tokens, &table.weights()?))
+    on_device!(tokens, forward(tokens, &table.precise()?))
 }
 
 /// Adds the gradient of the looked-up rows to the table's accumulator, if it has one; only rows that occur are touched.
