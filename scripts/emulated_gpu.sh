@@ -15,7 +15,7 @@
 #
 # A kernel that does what a GPU would not allow, or not answer for, ends the process and says where it was.
 #
-# Needs g++, awk, and the sources of cudarc that cargo fetches for the `cuda` feature. CXX: another compiler.
+# Needs g++ and awk, and cargo for the lists of functions in cudarc's sources. CXX: another compiler.
 set -euo pipefail
 
 # Library, the name that CUDA 13 gives it, cudarc's list of its functions, and our sources.
@@ -51,8 +51,14 @@ flags=(-std=c++17 -O2 -g1 -fPIC -march=native -fno-strict-aliasing -fno-gnu-uniq
 kernel_flags=(-x c++ -DTITAN_EMULATE -I "$root/src/ops" -fvisibility=hidden -fno-exceptions -fno-optimize-sibling-calls
     -Wno-unknown-pragmas -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error "${races[@]}")
 
-cudarc=$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/cudarc-*/src 2>/dev/null | tail -n 1)
-[ -n "$cudarc" ] || die "cargo has no cudarc yet: run \`cargo fetch\` first"
+version=$(grep -A1 '^name = "cudarc"' "$root/Cargo.lock" | sed -n 's/^version = "\(.*\)"/\1/p')
+find_cudarc() { cudarc=$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/cudarc-"$version"/src 2>/dev/null | tail -n 1); }
+find_cudarc
+if [ -z "$cudarc" ]; then
+    cargo fetch --locked --manifest-path "$root/Cargo.toml" >&2
+    find_cudarc
+    [ -n "$cudarc" ] || die "cargo has fetched cudarc $version, but its sources are not in the registry's folder"
+fi
 
 # Commands that must run, one a line: as many at once as there are cores.
 compile=''
