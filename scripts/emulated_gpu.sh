@@ -6,18 +6,21 @@
 #   cargo test --release --features cuda --lib ops::
 #
 #   scripts/emulated_gpu.sh FOLDER                 build into FOLDER; default: target/emulated_gpu
-#   scripts/emulated_gpu.sh --self-test [FOLDER]   also hold the emulated GPU to plain computations
+#   scripts/emulated_gpu.sh --races [FOLDER]       find accesses that nothing orders; slower. Default: target/emulated_gpu_races
+#   scripts/emulated_gpu.sh --self-test ...        also hold the emulated GPU to plain computations
 #
 # Standard output holds `export` lines and nothing else. What changed is compiled again. TITAN_EMULATED_ORDER says which
 # thread goes on where several can: forward (the default), backward, random or random:SEED. Results that differ between
 # orders come from threads that do not wait for each other.
 #
-# Needs g++, awk, and the sources of cudarc that cargo fetches for the `cuda` feature. CXX: another compiler.
+# A kernel that does what a GPU would not allow, or not answer for, ends the process and says where it was.
+#
+# Needs g++ and awk, and cargo for the lists of functions in cudarc's sources. CXX: another compiler.
 set -euo pipefail
 
 # Library, the name that CUDA 13 gives it, cudarc's list of its functions, and our sources.
 LIBRARIES='
-cuda     libcuda.so.1      driver   machine driver
+cuda     libcuda.so.1      driver   machine memory races driver
 cublasLt libcublasLt.so.13 cublaslt cublaslt
 cublas   libcublas.so.13   cublas   cublas
 curand   libcurand.so.10   curand   curand
@@ -26,9 +29,16 @@ nvrtc    libnvrtc.so.13    nvrtc
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 emulator=$root/tests/emulated_gpu
-self_test=''
-if [ "${1:-}" = --self-test ]; then self_test=yes; shift; fi
-folder=${1:-${CARGO_TARGET_DIR:-$root/target}/emulated_gpu}
+self_test='' name=emulated_gpu races=()
+while :; do
+    case "${1:-}" in
+    --self-test) self_test=yes ;;
+    --races) name=emulated_gpu_races races=(-fsanitize=thread --param tsan-instrument-func-entry-exit=0) ;;
+    *) break ;;
+    esac
+    shift
+done
+folder=${1:-${CARGO_TARGET_DIR:-$root/target}/$name}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 CXX=${CXX:-g++}
@@ -38,11 +48,17 @@ die() { printf 'emulated_gpu: %s\n' "$*" >&2; exit 1; }
 # Kernels read numbers as other types, as nvcc allows. Misaligned addresses and indices outside of arrays trap, and calls
 # return to where they come from, so that faults have places.
 flags=(-std=c++17 -O2 -g1 -fPIC -march=native -fno-strict-aliasing -fno-gnu-unique -ftls-model=initial-exec -I "$emulator")
-kernel_flags=(-fno-optimize-sibling-calls -x c++ -DTITAN_EMULATE -I "$root/src/ops" -fvisibility=hidden -Wno-unknown-pragmas
-    -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error)
+kernel_flags=(-x c++ -DTITAN_EMULATE -I "$root/src/ops" -fvisibility=hidden -fno-exceptions -fno-optimize-sibling-calls
+    -Wno-unknown-pragmas -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error "${races[@]}")
 
-cudarc=$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/cudarc-*/src 2>/dev/null | tail -n 1)
-[ -n "$cudarc" ] || die "cargo has no cudarc yet: run \`cargo fetch\` first"
+version=$(grep -A1 '^name = "cudarc"' "$root/Cargo.lock" | sed -n 's/^version = "\(.*\)"/\1/p')
+find_cudarc() { cudarc=$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/cudarc-"$version"/src 2>/dev/null | tail -n 1); }
+find_cudarc
+if [ -z "$cudarc" ]; then
+    cargo fetch --locked --manifest-path "$root/Cargo.toml" >&2
+    find_cudarc
+    [ -n "$cudarc" ] || die "cargo has fetched cudarc $version, but its sources are not in the registry's folder"
+fi
 
 # Commands that must run, one a line: as many at once as there are cores.
 compile=''

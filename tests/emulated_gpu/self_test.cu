@@ -120,7 +120,7 @@ KERNEL(test_numbers, const float* x, bf16* rounded, float* fast, int n) {
 KERNEL(test_nothing, float* out, const float* unwritten) {
     __shared__ float own[64];
     SHARED(bytes);
-    out[threadIdx.x] = own[threadIdx.x] + reinterpret_cast<float*>(bytes)[threadIdx.x] + unwritten[threadIdx.x];
+    out[blockIdx.x * 64 + threadIdx.x] = own[threadIdx.x] + reinterpret_cast<float*>(bytes)[threadIdx.x] + unwritten[threadIdx.x];
     __syncthreads();
     own[threadIdx.x] = reinterpret_cast<float*>(bytes)[threadIdx.x] = 1;
 }
@@ -133,15 +133,71 @@ KERNEL(test_race, uint32_t* out, int is_right) {
     out[threadIdx.x] = numbers[(threadIdx.x + 40) % 64];
 }
 
+// What nothing orders, by number; the even ones are ordered.
+KERNEL(test_order, int which, float* x, float* y) {
+    __shared__ float shared[64];
+    const int i = threadIdx.x, block = blockIdx.x;
+    switch (which) {
+    case 0: // Within a warp.
+        shared[i] = x[i];
+        __syncwarp();
+        y[i + 64 * block] = shared[i ^ 1];
+        break;
+    case 1:
+        shared[i] = x[i];
+        y[i + 64 * block] = shared[i ^ 1];
+        break;
+    case 2: // Within a block: written, read, and written again.
+        for (int round = 0; round < 2; round++) {
+            shared[i] = x[i];
+            __syncthreads();
+            y[i + 64 * block] = shared[63 - i];
+            __syncthreads();
+        }
+        break;
+    case 3:
+        for (int round = 0; round < 2; round++) {
+            shared[i] = x[i];
+            __syncthreads();
+            y[i + 64 * block] = shared[63 - i];
+        }
+        break;
+    case 4: atomicAdd(y, 1.0f); break; // Between blocks.
+    case 5: y[i] += 1; break;
+    case 6: y[i + 64 * block] = x[i] + x[63 - i]; break;
+    case 7: y[i + 64 * (block + 1) % 128] = y[i + 64 * block]; break;
+    case 8: // The last block to come sums up what the others wrote.
+        y[i + 64 * block] = x[i];
+        __threadfence();
+        __syncthreads();
+        if (i == 0) shared[0] = atomicAdd(&y[128], 1.0f);
+        __syncthreads();
+        if (shared[0] == gridDim.x - 1) y[129 + i] = y[i] + y[64 + i];
+        break;
+    case 9: // Where a copy arrives.
+    case 10: {
+        SHARED(bytes);
+        float4* packs = reinterpret_cast<float4*>(bytes);
+        copy_async_16(&packs[i], reinterpret_cast<float4*>(x) + i % 16, true);
+        copy_async_commit();
+        copy_async_wait<0>();
+        if (which == 10) __syncthreads();
+        y[i + 64 * block] = packs[63 - i].x;
+        break;
+    }
+    case 11: atomicAdd(&shared[0], 1.0f), y[i + 64 * block] = shared[0]; break;
+    }
+}
+
 // What a kernel must not do, by number.
 KERNEL(test_fault, int which, float* x, int n) {
     __shared__ float small[8];
     SHARED(bytes);
     uint32_t r[4];
     switch (which) {
-    case 0: x[n] = 1; break;                                                          // Behind the end, in its page.
+    case 0: if (threadIdx.x == 0) x[n] = 1; break;                                    // Behind the end, in its page.
     case 1: x[n + 4096] = 1; break;                                                   // Far behind it.
-    case 2: x[-1] = 1; break;
+    case 2: if (threadIdx.x == 0) x[-1] = 1; break;
     case 3: if (threadIdx.x != 5) __syncthreads(); else __shfl_sync(ALL_LANES, 1, 0); break;
     case 4: if (threadIdx.x < 8) __syncwarp(); else __syncthreads(); break;
     case 5:
