@@ -5,7 +5,7 @@ use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::args::{DecoderArgs, RopeArgs};
 use super::layer::Span;
@@ -444,6 +444,8 @@ fn index_of<T: PartialEq>(items: &mut Vec<T>, item: T) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
     use crate::models::args::{AttnMaskType, AttnType};
     use crate::models::{self, initialize};

@@ -414,7 +414,7 @@ mod tests {
                 w2: p[1].clone(),
                 w3: p[2].clone(),
                 biases: Some([3, 4, 5].map(|i| Arc::clone(&p[i]))),
-                gate: Gate::Silu,
+                gate: Gate::Clamped { limit: 0.7 },
                 score_before_experts: true,
             };
             // Choices in an order that is not sorted.
