@@ -8,7 +8,8 @@ use crate::models::args::ScoreFunc;
 use crate::ops::bias::cpu::{add_rows, add_to_rows};
 use crate::ops::glu::cpu as glu;
 use crate::ops::host::{
-    Element, GRAIN, Indices, build, dot, elements, exp, floats, indices, max_of, sum_of, typed, update, update_if, vectorized,
+    Element, GRAIN, Indices, build, dot, elements, exp, floats, indices, max_of, sum_of, typed, update, update_if,
+    vectorized,
 };
 use crate::ops::matmul::{Dst, Mat, Operand, Product, grouped_product, grouped_sum};
 use crate::ops::sort::Groups;

@@ -298,7 +298,8 @@ mod tests {
 
     #[test]
     fn all_devices_have_the_same_biases() -> Result<()> {
-        let tokens: Vec<u32> = random_tensor("tokens", &[300])?.to_vec1::<f32>()?.iter().map(|x| (x.abs() * 1e6) as u32).collect();
+        let tokens: Vec<u32> =
+            random_tensor("tokens", &[300])?.to_vec1::<f32>()?.iter().map(|x| (x.abs() * 1e6) as u32).collect();
         let biases = |device: &Device| -> Result<Vec<f32>> {
             let tokens = Tensor::from_slice(&tokens, 300, device)?;
             let bias = random_tensor("bias", &[300])?.to_device(device)?;
