@@ -60,14 +60,14 @@ pub fn glu(gate: &Value, up: &Value, weight: &Arc<Parameter>, kind: Gate) -> Res
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
     use candle_core::{D, DType, Tensor};
 
     use super::*;
     use crate::ops::testing::{Case, random_tensor};
 
     /// `act(gate) · up`, in the dtype of its inputs.
-    fn reference(kind: Gate, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    pub(in crate::ops) fn reference(kind: Gate, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         let sigmoid = |z: &Tensor| -> Result<Tensor> { Ok((z.neg()?.exp()? + 1.0)?.recip()?) };
         Ok(match kind {
             Gate::Silu => (gate * sigmoid(gate)? * up)?,
