@@ -18,6 +18,9 @@ fn kernels() {
     let out = std::env::var("OUT_DIR").expect("cargo names a folder for outputs");
     let mut folders: Vec<_> = std::fs::read_dir("src/ops").expect("src/ops").flatten().map(|it| it.path()).collect();
     folders.sort();
+    let shared = std::iter::once(Path::new("src/ops").to_path_buf()).chain(folders.iter().cloned());
+    let files = shared.filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten().map(|it| it.path());
+    let headers: Vec<_> = files.filter(|file| file.extension().is_some_and(|end| end == "cuh")).collect();
     let mut modules = String::new();
     for source in folders.iter().map(|folder| folder.join("kernel.cu")).filter(|source| source.exists()) {
         let op =
@@ -28,7 +31,7 @@ fn kernels() {
         let compiled = cudaforge::KernelBuilder::new()
             .compute_cap_arch("80")
             .source_files([&source])
-            .watch(["src/ops/kernel.cuh", "src/ops/gates.cuh"])
+            .watch(&headers)
             .out_dir(&ptx_folder)
             .args(["-std=c++17", "-O3", "-Isrc/ops"])
             .build_ptx();

@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use titan::autograd::{Init, Parameter, Precision, StageBuilder, Value};
 use titan::models::args::{RopeArgs, RopeLayout, ScoreFunc, Stretch};
-use titan::ops::{self, AdamStep, AttentionMask, Experts, Gate, RopeTable, Router, Scores};
+use titan::ops::{self, Adam, AdamSteps, AttentionMask, Experts, Gate, RopeTable, Router, Scores, StepRules};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -202,17 +202,11 @@ impl Bench {
         let n = 1 << 23;
         let grads = tensor(&[n], DType::F32);
         let op = Op::new("sum_of_squares", shape(&[n]), DType::F32);
-        self.line(&op, Bytes(4 * n), || (), |()| ops::sum_of_squares(&grads).unwrap());
-        let step = AdamStep {
-            t: 10,
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            decoupled: true,
-            grad_scale: 1.0,
-        };
+        let adam = Adam { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
+        let steps = AdamSteps::new(adam, 1, &Device::Cpu).unwrap();
+        self.line(&op, Bytes(4 * n), || (), |()| steps.measure(0, &grads).unwrap());
+        steps.prepare(10, &StepRules { lr: 1e-3, max_norm: f64::INFINITY, max_loss: f64::INFINITY }).unwrap();
+        steps.decide(&Tensor::new(1f32, &Device::Cpu).unwrap()).unwrap();
         for (storage, compute) in [(DType::F32, DType::F32), (DType::F32, DType::BF16), (DType::BF16, DType::BF16)] {
             let mut stage = StageBuilder::default();
             stage.parameter("w", &[n], Init::Constant(0.0));
@@ -221,7 +215,7 @@ impl Bench {
             let copy = if compute == storage { 0 } else { compute.size_in_bytes() };
             let work = Bytes(n * (6 * storage.size_in_bytes() + 8 + copy));
             let op = Op::new("adam_step", format!("{n}, stored {}", storage.as_str()), compute);
-            let run = |()| ops::adam_step(stage.buffers(), &moments[0], &moments[1], &step).unwrap();
+            let run = |()| steps.apply(stage.buffers(), &moments[0], &moments[1]).unwrap();
             self.line(&op, work, || (), run);
         }
     }

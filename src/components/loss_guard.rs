@@ -40,6 +40,31 @@ impl LossGuard {
 
     /// Why `loss` is out of line with those before it, if it is, and if anybody asked.
     pub fn spike(&self, loss: f64) -> Option<String> {
+        let (mean, deviation) = self.past()?;
+        (loss > self.bound(mean, deviation)).then(|| {
+            let (window, z_score) = (self.window, (loss - mean) / deviation);
+            format!(
+                "the loss of {loss:.4} is {z_score:.1} standard deviations above that of the last {window} steps, {mean:.4} ± \
+                 {deviation:.4}"
+            )
+        })
+    }
+
+    /// The largest loss whose step is applied.
+    pub fn max_loss(&self) -> f64 {
+        match self.past() {
+            Some((mean, deviation)) if self.spike_policy == SpikePolicy::Skip => self.bound(mean, deviation),
+            _ => f64::INFINITY,
+        }
+    }
+
+    /// The largest loss that is in line with others.
+    fn bound(&self, mean: f64, deviation: f64) -> f64 {
+        mean + self.z_score * deviation
+    }
+
+    /// Mean and standard deviation of the losses so far, if a loss is to be compared with them and there are enough.
+    fn past(&self) -> Option<(f64, f64)> {
         let losses = &self.memory.losses;
         if self.spike_policy == SpikePolicy::Off || losses.len() < self.window {
             return None;
@@ -48,18 +73,7 @@ impl LossGuard {
         let losses = || losses.iter().map(|loss| f64::from(*loss));
         let mean = losses().sum::<f64>() / n;
         let variance = losses().map(|loss| (loss - mean).powi(2)).sum::<f64>() / n;
-        let z_score = (loss - mean) / variance.sqrt();
-        (z_score > self.z_score).then(|| {
-            let (window, deviation) = (self.window, variance.sqrt());
-            format!(
-                "the loss of {loss:.4} is {z_score:.1} standard deviations above that of the last {window} steps, {mean:.4} ± \
-                 {deviation:.4}"
-            )
-        })
-    }
-
-    pub fn skips_spikes(&self) -> bool {
-        self.spike_policy == SpikePolicy::Skip
+        Some((mean, variance.sqrt()))
     }
 
     /// Remembers the loss of a step that was applied.
@@ -127,6 +141,9 @@ mod tests {
         // Now 2.0, 2.2, 1.8, 2.0: mean 2, deviation 0.1414.
         guard.applied(2.0);
         assert_eq!([2.4, 2.43, 0.0].map(|loss| guard.spike(loss).is_some()), [false, true, false]);
+        assert_eq!(guard.max_loss(), f64::INFINITY);
+        guard.spike_policy = SpikePolicy::Skip;
+        assert!((2.4..2.43).contains(&guard.max_loss()));
     }
 
     #[test]

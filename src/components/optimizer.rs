@@ -1,31 +1,24 @@
 //! Adam and AdamW over a model's stages.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::Result;
 use crate::autograd::StageBuilder;
-use crate::ops::{AdamStep, adam_step, sum_of_squares};
+use crate::ops::{self, Adam, AdamSteps, StepOutcome, StepRules};
 use crate::tools::profiler;
-
-/// What distinguishes one optimizer from another.
-#[derive(Clone, Copy, Debug)]
-pub struct OptimizerKind {
-    /// Whether weight decay is apart from the gradient (AdamW) or part of it (Adam).
-    pub decoupled: bool,
-    pub betas: (f64, f64),
-    pub eps: f64,
-}
 
 /// The moments of all parameters, in flat buffers like those of the stages. Every parameter decays, norms and embeddings
 /// too.
 #[derive(Debug)]
 pub struct Optimizer {
-    kind: OptimizerKind,
-    weight_decay: f64,
     /// Steps taken.
     t: u64,
+    steps: AdamSteps,
     /// First and second moments of each stage.
     moments: Vec<Moments>,
+    /// Where weights and moments are in the host's memory, and gradients on a GPU.
+    #[cfg(feature = "cuda")]
+    offload: Option<ops::Offload>,
 }
 
 #[derive(Debug)]
@@ -38,46 +31,71 @@ struct Moments {
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 
 impl Optimizer {
-    /// With moments of zero. The stages are allocated.
-    pub fn new(kind: OptimizerKind, weight_decay: f64, stages: &[StageBuilder]) -> Result<Self> {
+    /// With moments of zero, on the device of the weights. The stages are allocated, all on one device, which the weights
+    /// alone may be apart from.
+    pub fn new(adam: Adam, stages: &[StageBuilder]) -> Result<Self> {
         let moments = stages.iter().map(|stage| {
             let weights = &stage.buffers().weights;
             Ok(Moments { exp_avg: weights.zeros_like()?, exp_avg_sq: weights.zeros_like()? })
         });
-        Ok(Self { kind, weight_decay, t: 0, moments: moments.collect::<Result<_>>()? })
+        let device = stages.first().map_or(&Device::Cpu, |stage| stage.grads().device());
+        Ok(Self {
+            t: 0,
+            steps: AdamSteps::new(adam, stages.len(), device)?,
+            moments: moments.collect::<Result<_>>()?,
+            #[cfg(feature = "cuda")]
+            offload: ops::Offload::of(adam, stages)?,
+        })
     }
 
-    /// Scales the gradients so that their norm over all parameters is at most `max_norm`, steps, and zeroes the
-    /// gradients. Returns the norm before clipping. Where that is not finite, nothing but the gradients changes.
-    pub fn step(&mut self, stages: &[StageBuilder], lr: f64, max_norm: f64) -> Result<f64> {
-        let norm = grad_norm(stages)?;
-        if !norm.is_finite() {
-            zero_grads(stages)?;
-            return Ok(norm);
+    /// Scales the gradients so that their norm over all parameters is at most `rules.max_norm`, steps, and zeroes the
+    /// gradients. `loss`, `()` f32 on the device that trains, and the norm decide whether weights and moments change.
+    ///
+    /// The same as [`prepare`](Self::prepare), [`enqueue`](Self::enqueue) and [`finish`](Self::finish).
+    pub fn step(&mut self, stages: &[StageBuilder], loss: &Tensor, rules: &StepRules) -> Result<StepOutcome> {
+        self.prepare(rules)?;
+        self.enqueue(stages, loss)?;
+        self.finish()
+    }
+
+    /// Tells the device what the next step goes by.
+    pub fn prepare(&self, rules: &StepRules) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(offload) = &self.offload {
+            offload.prepare(self.t + 1, rules)?;
         }
-        self.t += 1;
-        let step = AdamStep {
-            t: self.t,
-            lr,
-            beta1: self.kind.betas.0,
-            beta2: self.kind.betas.1,
-            eps: self.kind.eps,
-            weight_decay: self.weight_decay,
-            decoupled: self.kind.decoupled,
-            grad_scale: (max_norm / (norm + 1e-6)).min(1.0),
-        };
+        self.steps.prepare(self.t + 1, rules)
+    }
+
+    /// All work of the step, which a GPU does in its own time. It is the same launches every time, on the same memory, so
+    /// that they can be recorded once and repeated after each [`prepare`](Self::prepare).
+    pub fn enqueue(&self, stages: &[StageBuilder], loss: &Tensor) -> Result<()> {
+        for (i, stage) in stages.iter().enumerate() {
+            profiler::span(stage.name()).around(|| self.steps.measure(i, stage.grads()))?;
+        }
+        self.steps.decide(loss)?;
+        #[cfg(feature = "cuda")]
+        if let Some(offload) = &self.offload {
+            let moments = self.moments.iter().map(|moments| (&moments.exp_avg, &moments.exp_avg_sq));
+            return offload.apply(&self.steps, stages, moments);
+        }
         for (stage, moments) in stages.iter().zip(&self.moments) {
             let _span = profiler::span(stage.name());
-            adam_step(stage.buffers(), &moments.exp_avg, &moments.exp_avg_sq, &step)?;
+            self.steps.apply(stage.buffers(), &moments.exp_avg, &moments.exp_avg_sq)?;
         }
-        Ok(norm)
+        Ok(())
     }
 
-    /// Zeroes the gradients, and changes nothing else. Returns their norm over all parameters.
-    pub fn discard(&self, stages: &[StageBuilder]) -> Result<f64> {
-        let norm = grad_norm(stages)?;
-        zero_grads(stages)?;
-        Ok(norm)
+    /// Waits for the step, and counts it if it was applied.
+    pub fn finish(&mut self) -> Result<StepOutcome> {
+        let outcome = self.steps.outcome()?;
+        self.t += u64::from(outcome.applied);
+        Ok(outcome)
+    }
+
+    /// Zeroes the gradients, and changes nothing else.
+    pub fn discard(&self, stages: &[StageBuilder]) -> Result<()> {
+        stages.iter().try_for_each(|stage| ops::zero(stage.grads()))
     }
 
     /// Steps taken.
@@ -103,13 +121,4 @@ impl Optimizer {
     pub fn set_steps(&mut self, steps: u64) {
         self.t = steps;
     }
-}
-
-fn grad_norm(stages: &[StageBuilder]) -> Result<f64> {
-    let squares = stages.iter().map(|stage| profiler::span(stage.name()).around(|| sum_of_squares(stage.grads())));
-    Ok(squares.sum::<Result<f64>>()?.sqrt())
-}
-
-fn zero_grads(stages: &[StageBuilder]) -> Result<()> {
-    Ok(stages.iter().try_for_each(|stage| stage.grads().zero_set())?)
 }

@@ -5,7 +5,7 @@ use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::args::{DecoderArgs, RopeArgs};
 use super::layer::Span;
@@ -169,15 +169,29 @@ impl Decoder {
     /// Takes the memory for weights, and for gradients if the model is to be trained. Frozen weights are held in the compute
     /// dtype only.
     pub fn allocate(&mut self, precision: Precision, device: &Device, with_grads: bool) -> Result<()> {
+        self.allocate_apart(precision, device, device, with_grads)
+    }
+
+    /// As [`Decoder::allocate`], with what the optimizer updates in the memory of another device.
+    pub fn allocate_apart(
+        &mut self,
+        precision: Precision,
+        device: &Device,
+        of_optimizer: &Device,
+        with_grads: bool,
+    ) -> Result<()> {
         let tables = self.ropes.iter().map(|rope| RopeTable::new(rope, self.args.max_seq_len, device));
         self.rope_tables = tables.collect::<Result<_>>()?;
         let scales = self.args.query_scales(self.args.max_seq_len);
         self.query_scales = scales.map(|scales| Tensor::new(scales, device)).transpose()?;
+        self.expert_loads().values().try_for_each(|load| load.allocate(device))?;
         let Some(adapters) = &self.adapters else {
-            return self.stages.iter().try_for_each(|stage| stage.allocate(precision, device, with_grads));
+            let mut stages = self.stages.iter();
+            return stages.try_for_each(|stage| stage.allocate_apart(precision, device, of_optimizer, with_grads));
         };
         self.stages.iter().try_for_each(|stage| stage.allocate(precision.frozen(), device, false))?;
-        adapters.stages().iter().try_for_each(|stage| stage.allocate(precision, device, with_grads))
+        let mut stages = adapters.stages().iter();
+        stages.try_for_each(|stage| stage.allocate_apart(precision, device, of_optimizer, with_grads))
     }
 
     pub fn args(&self) -> &DecoderArgs {
@@ -204,8 +218,7 @@ impl Decoder {
         }
         for load in self.expert_loads().values() {
             if let Some(bias) = load.bias() {
-                let n = bias.len();
-                state.push((load.fqn().to_owned(), Tensor::from_vec(bias, n, &Device::Cpu)?));
+                state.push((load.fqn().to_owned(), bias.clone()));
             }
         }
         Ok(state)
@@ -223,7 +236,8 @@ impl Decoder {
     pub fn base_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let parameters = self.parameters().map(|p| (p.fqn().to_owned(), p.shape().to_vec()));
         let biases = self.expert_loads().into_values();
-        let biases = biases.filter_map(|load| Some((load.fqn().to_owned(), vec![load.bias()?.len()])));
+        let biases = biases.filter(|load| load.n_biases() > 0);
+        let biases = biases.map(|load| (load.fqn().to_owned(), vec![load.n_biases()]));
         parameters.chain(biases).collect()
     }
 
@@ -237,10 +251,9 @@ impl Decoder {
             return parameter.set(values);
         }
         match self.expert_loads().values().find(|load| load.fqn() == fqn) {
-            Some(load) => load.set_bias(&values.to_dtype(DType::F32)?.to_vec1()?),
-            None => return Err(Error::Model(format!("the model has no parameter {fqn}"))),
+            Some(load) => load.set_bias(values),
+            None => Err(Error::Model(format!("the model has no parameter {fqn}"))),
         }
-        Ok(())
     }
 
     /// Number of parameters, without those of adapters. Biases of experts are not trained and do not count.

@@ -15,21 +15,27 @@ __device__ inline float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
 // `limit` is read by GATE_CLAMPED only. What a caller does not use costs nothing.
 __device__ inline GateFactors gate_factors(int kind, float limit, float gate, float up) {
-    if (kind == GATE_SILU) {
-        const float s = sigmoid(gate);
-        return {gate * s, s * (1.0f + gate * (1.0f - s)), up, 1.0f};
+    GateFactors factors = {0.0f, 0.0f, up, 1.0f};
+    if (kind == GATE_RELU) {
+        factors.gate = fmaxf(gate, 0.0f);
+        factors.dgate = gate > 0.0f ? 1.0f : 0.0f;
+        return factors;
     }
-    if (kind == GATE_GELU_TANH) { // half z (1 + tanh u) is z sigmoid(2 u)
+    // The others are z sigmoid(u): u = z, u = 1.702 z, or (as half z (1 + tanh w) is z sigmoid(2 w)) two terms of a series.
+    float z = gate, u = gate, du = 1.0f;
+    if (kind == GATE_GELU_TANH) {
         const float outer = 1.5957692f, cube = 0.044715f;
-        const float s = sigmoid(outer * gate * (1.0f + cube * gate * gate));
-        const float slope = outer * (1.0f + 3.0f * cube * gate * gate);
-        return {gate * s, s * (1.0f + gate * slope * (1.0f - s)), up, 1.0f};
+        u = outer * z * (1.0f + cube * z * z);
+        du = outer * (1.0f + 3.0f * cube * z * z);
+    } else if (kind == GATE_CLAMPED) {
+        z = fminf(gate, limit);
+        du = 1.702f;
+        u = du * z;
+        factors.up = (up < -limit ? -limit : up > limit ? limit : up) + 1.0f;
+        factors.dup = fabsf(up) <= limit ? 1.0f : 0.0f;
     }
-    if (kind == GATE_RELU) return {fmaxf(gate, 0.0f), gate > 0.0f ? 1.0f : 0.0f, up, 1.0f};
-    const float steepness = 1.702f;
-    const float low = fminf(gate, limit);
-    const float s = sigmoid(steepness * low);
-    const float slope = s * (1.0f + steepness * low * (1.0f - s));
-    const float between = up < -limit ? -limit : (up > limit ? limit : up);
-    return {low * s, gate <= limit ? slope : 0.0f, between + 1.0f, fabsf(up) <= limit ? 1.0f : 0.0f};
+    const float s = sigmoid(u), slope = s * (1.0f + z * du * (1.0f - s));
+    factors.gate = z * s;
+    factors.dgate = kind == GATE_CLAMPED && gate > limit ? 0.0f : slope;
+    return factors;
 }

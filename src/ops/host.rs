@@ -52,11 +52,26 @@ macro_rules! typed {
 }
 pub(in crate::ops) use typed;
 
+/// What can be changed where it is stored.
+pub trait Stored: WithDType {
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+}
+
+macro_rules! stored {
+    ($($type:ty = $name:ident),*) => {$(
+        impl Stored for $type {
+            fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+                if let CpuStorage::$name(values) = storage { Some(values) } else { None }
+            }
+        }
+    )*};
+}
+stored!(f32 = F32, bf16 = BF16, u32 = U32);
+
 /// What tensors hold. Arithmetic is f32: elements are widened when loaded and rounded to nearest even when stored.
-pub trait Element: WithDType {
+pub trait Element: Stored {
     fn load(self) -> f32;
     fn store(value: f32) -> Self;
-    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
 }
 
 impl Element for f32 {
@@ -68,10 +83,6 @@ impl Element for f32 {
     #[inline(always)]
     fn store(value: f32) -> Self {
         value
-    }
-
-    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
-        if let CpuStorage::F32(values) = storage { Some(values) } else { None }
     }
 }
 
@@ -90,10 +101,6 @@ impl Element for bf16 {
         let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
         Self::from_bits((bits >> 16) as u16)
     }
-
-    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
-        if let CpuStorage::BF16(values) = storage { Some(values) } else { None }
-    }
 }
 
 /// The elements of a tensor, row-major: borrowed where they are stored so, converted where not. Dereference it before a
@@ -104,6 +111,7 @@ pub enum Elements<'a, T> {
 }
 
 pub type Floats<'a> = Elements<'a, f32>;
+pub type Indices<'a> = Elements<'a, u32>;
 
 impl<T: WithDType> Deref for Elements<'_, T> {
     type Target = [T];
@@ -142,7 +150,7 @@ pub fn floats(tensor: &Tensor) -> Result<Floats<'_>> {
 }
 
 /// The elements of a u32 tensor, in row-major order.
-pub fn indices(tensor: &Tensor) -> Result<Elements<'_, u32>> {
+pub fn indices(tensor: &Tensor) -> Result<Indices<'_>> {
     let (storage, layout) = tensor.storage_and_layout();
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(Elements::Borrowed { storage, range: start..end }),
@@ -249,7 +257,7 @@ impl<T, const N: usize> Slots<'_, T, N> {
 }
 
 /// Changes the elements of a contiguous tensor where they live.
-pub fn update<T: Element, R>(tensor: &Tensor, body: impl FnOnce(&mut [T]) -> R) -> Result<R> {
+pub fn update<T: Stored, R>(tensor: &Tensor, body: impl FnOnce(&mut [T]) -> R) -> Result<R> {
     let body = Cell::new(Some(body));
     let result = Cell::new(None);
     let run: &dyn Fn(&mut [T]) = &|values| result.set(body.take().map(|body| body(values)));
@@ -267,7 +275,7 @@ pub fn update_if<R>(grad: Option<&Tensor>, body: impl FnOnce(Option<&mut [f32]>)
 
 struct Update<'a, T>(&'a dyn Fn(&mut [T]));
 
-impl<T: Element> InplaceOp1 for Update<'_, T> {
+impl<T: Stored> InplaceOp1 for Update<'_, T> {
     fn name(&self) -> &'static str {
         "update"
     }

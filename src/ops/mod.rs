@@ -42,7 +42,9 @@ pub(crate) mod testing;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-pub use adamw::{AdamStep, adam_step, sum_of_squares};
+#[cfg(feature = "cuda")]
+pub use adamw::Offload;
+pub use adamw::{Adam, AdamSteps, StepOutcome, StepRules, zero};
 pub use add::add;
 pub(crate) use add::add_tensors;
 pub use attention::{AttentionMask, Scores, attention};
@@ -59,7 +61,7 @@ pub use magnitude::magnitude;
 #[cfg(feature = "cuda")]
 pub use matmul::cuda::measured_peak_flops as measured_gpu_peak_flops;
 pub use matmul::measured_peak_flops;
-pub use moe::{ExpertGroups, Experts, Router, Routing, experts, route};
+pub use moe::{ExpertGroups, Experts, Router, Routing, experts, rebalance, route};
 pub use narrow::{join_shared, narrow};
 pub use rms_norm::{rms_norm, unit_norm};
 pub use rope::{RopeTable, rope};

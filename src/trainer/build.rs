@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use tracing::{info, warn};
 
 use super::memory::{self, Classes};
@@ -14,7 +14,7 @@ use crate::components::checkpoint::{Assets, CheckpointManager, Weights, holds_hu
 use crate::components::loss_guard::LossGuard;
 use crate::components::lr_scheduler::LrScheduler;
 use crate::components::metrics::{self, MetricsLogger, MetricsSettings, grouped};
-use crate::components::optimizer::{Optimizer, OptimizerKind};
+use crate::components::optimizer::Optimizer;
 use crate::components::validate::Validator;
 use crate::config::{AcMode, JobConfig, Loaded, ModelArgs, OptimizerName};
 use crate::data::datasets::{self, DatasetSpec, Vocabulary};
@@ -24,7 +24,9 @@ use crate::engine::Recompute;
 use crate::models::args::{AttnMaskType, AttnType, DecoderArgs};
 use crate::models::hf;
 use crate::models::{self, Decoder};
+use crate::ops::Adam;
 use crate::tools::device::{Choice, DeviceFacts};
+use crate::tools::profiler;
 use crate::{Error, Result};
 
 /// What the metrics need to know of a run.
@@ -73,6 +75,7 @@ impl Trainer {
         let choice = Choice::of_environment()?;
         let (device, facts) = (choice.device.clone(), choice.facts()?);
         info!("Device: {facts}; {choice}");
+        profiler::wait_for(&device);
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         // From here on the dump folder is this process's.
@@ -108,7 +111,7 @@ impl Trainer {
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
         memory::check(&model, precision, &config, &facts)?;
-        let classes = Classes::of(&model, precision);
+        let classes = Classes::of(&model, precision, config.training.enable_cpu_offload);
         let explain = |class, error| classes.explain(error, class, &config, &facts);
 
         // Data before memory is taken: what is wrong with a dataset shows at once.
@@ -129,14 +132,19 @@ impl Trainer {
             },
             flops_per_token as f64 / 1e6
         );
-        model.allocate(precision, &device, true).map_err(|error| explain("weights and gradients", error))?;
-        let kind = OptimizerKind {
-            decoupled: config.optimizer.name == OptimizerName::AdamW,
-            betas: (config.optimizer.beta1, config.optimizer.beta2),
+        let of_optimizer = if config.training.enable_cpu_offload { &Device::Cpu } else { &device };
+        model
+            .allocate_apart(precision, &device, of_optimizer, true)
+            .map_err(|error| explain("weights and gradients", error))?;
+        let adam = Adam {
+            beta1: config.optimizer.beta1,
+            beta2: config.optimizer.beta2,
             eps: config.optimizer.eps,
+            weight_decay: config.optimizer.weight_decay,
+            decoupled: config.optimizer.name == OptimizerName::AdamW,
         };
-        let mut optimizer = Optimizer::new(kind, config.optimizer.weight_decay, model.trained())
-            .map_err(|error| explain("the optimizer's moments", error))?;
+        let mut optimizer =
+            Optimizer::new(adam, model.trained()).map_err(|error| explain("the optimizer's moments", error))?;
 
         let step = train_state.as_ref().map_or(0, |state| state.step);
         if let Some(base) = base {
@@ -168,6 +176,8 @@ impl Trainer {
             grad_accum: config.training.global_batch_size.map_or(1, |global| global / local_batch_size),
             n_tokens_seen: train_state.map_or(0, |state| state.n_tokens_seen),
             classes,
+            #[cfg(feature = "cuda")]
+            recorder: None,
             run: RunFacts { device: facts, flops_per_token: flops_per_token as f64 },
             profiler: profiling.enable_profiling.then(|| StepProfiler::new(profiling, &config.job.dump_folder)),
             config,

@@ -4,6 +4,8 @@ mod build;
 mod continuation;
 mod memory;
 mod profile;
+#[cfg(feature = "cuda")]
+mod recorder;
 mod step;
 
 pub use build::model_args;
@@ -51,6 +53,8 @@ pub struct Trainer {
     n_tokens_seen: u64,
     seed: u64,
     classes: memory::Classes,
+    #[cfg(feature = "cuda")]
+    recorder: Option<recorder::Recorder>,
     run: build::RunFacts,
 }
 
@@ -80,6 +84,10 @@ impl Trainer {
         let mut metrics = self.run.metrics(&self.config, self.step)?;
         let config = self.config.clone();
         bugs::advise(move || step::last_checkpoint(&config));
+        #[cfg(feature = "cuda")]
+        {
+            self.recorder = recorder::Recorder::new(&self);
+        }
         interrupt.begin();
         info!("Training starts at step {}.", self.step + 1);
         while self.step < last_step {
@@ -116,7 +124,7 @@ impl Trainer {
         let batches = batches.inspect_err(|error| self.rescue(error))?;
         let step = self.train_step(batches, waiting.elapsed());
         let step = step.map_err(|error| self.classes.explain(error, "activations", &self.config, &self.run.device))?;
-        profiler::span_in(Category::Metrics, "metrics").around(|| self.log(metrics, step));
+        profiler::span_in(Category::Metrics, "metrics").around(|| self.log(metrics, step))?;
         if self.validates() {
             let span = profiler::span_in(Category::Validation, "validation");
             span.around(|| self.validate(metrics, interrupt)).inspect_err(|error| self.rescue(error))?;
@@ -144,7 +152,11 @@ impl Trainer {
         if self.step > 0 { self.save(why) } else { Ok(()) }
     }
 
-    fn log(&self, metrics: &mut MetricsLogger, step: Step) {
+    fn log(&self, metrics: &mut MetricsLogger, step: Step) -> Result<()> {
+        // To ask for them is to wait for the device, so they are asked for where they are logged.
+        let loads = self.model.expert_loads().into_iter().filter(|_| metrics.is_due(self.step as u64));
+        let tokens_per_expert = loads.map(|(layer, load)| Ok((layer, load.tokens_per_expert()?)));
+        let tokens_per_expert = tokens_per_expert.collect::<Result<_>>()?;
         metrics.step_done(StepRecord {
             step: self.step as u64,
             loss: step.loss,
@@ -154,8 +166,9 @@ impl Trainer {
             n_tokens: step.n_tokens,
             n_tokens_seen: self.n_tokens_seen,
             data_loading_s: step.data_loading.as_secs_f64(),
-            tokens_per_expert: step.tokens_per_expert,
+            tokens_per_expert,
         });
+        Ok(())
     }
 
     /// At the first step, and every `validation.freq`.

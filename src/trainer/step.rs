@@ -1,8 +1,8 @@
 //! One optimizer step, and what becomes of one whose numbers cannot be trusted.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
+use candle_core::Tensor;
 use tracing::warn;
 
 use super::Trainer;
@@ -10,6 +10,8 @@ use crate::components::checkpoint::{step_name, steps_in};
 use crate::config::{JobConfig, NanPolicy};
 use crate::data::Batch;
 use crate::engine::{self, MicroBatch};
+use crate::models::decoder::Sequence;
+use crate::ops::{self, StepOutcome, StepRules};
 use crate::tools::profiler::{self, Category};
 use crate::{Error, Result};
 
@@ -20,11 +22,10 @@ pub struct Step {
     pub lr: f64,
     pub n_tokens: u64,
     pub data_loading: Duration,
-    pub tokens_per_expert: BTreeMap<usize, Vec<u64>>,
 }
 
 /// A part of a step's batch, and the factor of its mean loss in the step's.
-type Part = (MicroBatch, f64);
+pub(super) type Part = (MicroBatch, f64);
 
 impl Trainer {
     /// Gradient accumulation, clipping, the optimizer, and expert biases. A step that is skipped changes nothing of these,
@@ -42,42 +43,63 @@ impl Trainer {
         let parts = parts.map(|(scale, batch)| Ok((batch.micro_batch(&self.device, vocab_size)?, scale)));
         let parts: Vec<Part> = parts.collect::<Result<_>>()?;
 
-        let mut loss = 0.0;
-        for (i, (batch, scale)) in parts.iter().enumerate() {
-            self.model.drop_out(Some(self.pass(i)));
-            let own = engine::forward_backward(&self.model, batch, *scale, self.recompute)?;
-            loss += f64::from(own.to_scalar::<f32>()?);
-        }
-        self.model.drop_out(None);
-
-        let _span = profiler::span_in(Category::Optimizer, "optimizer");
         let step = self.step + 1;
         let lr = self.config.optimizer.lr * self.schedule.factor(self.step);
+        let rules = StepRules { lr, max_norm: self.config.training.max_norm, max_loss: self.guard.max_loss() };
+        let StepOutcome { norm: grad_norm, loss, applied } = self.compute(&parts, &rules)?;
+        let loss = f64::from(loss);
         let spike = self.guard.spike(loss);
-        let is_wanted = loss.is_finite() && !(spike.is_some() && self.guard.skips_spikes());
-        let stages = self.model.trained();
-        let grad_norm = if is_wanted {
-            self.optimizer.step(stages, lr, self.config.training.max_norm)?
-        } else {
-            self.optimizer.discard(stages)?
-        };
-        let is_applied = is_wanted && grad_norm.is_finite();
-        if is_applied {
+        if applied {
             self.guard.applied(loss);
         }
         match spike {
             _ if !(loss.is_finite() && grad_norm.is_finite()) => self.not_finite(step, loss, grad_norm, &parts)?,
-            Some(spike) if is_applied => warn!("step {step}: {spike}"),
+            Some(spike) if applied => warn!("step {step}: {spike}"),
             Some(spike) => self.guard.skipped(step, &spike)?,
             None => {}
         }
-        let moves = is_applied && self.model.adapters().is_none();
-        let loads = self.model.expert_loads().into_iter();
-        let tokens_per_expert = loads.map(|(layer, load)| (layer, load.rebalance(moves))).collect();
+        let moves = applied && self.model.adapters().is_none();
+        self.model.expert_loads().values().try_for_each(|load| load.rebalance(moves))?;
 
         self.step = step;
         self.n_tokens_seen += n_tokens;
-        Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading, tokens_per_expert })
+        Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading })
+    }
+
+    /// All arithmetic of a step. Nothing of it is read back before its end.
+    fn compute(&mut self, parts: &[Part], rules: &StepRules) -> Result<StepOutcome> {
+        self.optimizer.prepare(rules)?;
+        #[cfg(feature = "cuda")]
+        if let Some(recorder) = self.recorder.take() {
+            self.recorder = recorder.step(self, parts)?;
+        } else {
+            self.enqueue(parts)?;
+        }
+        #[cfg(not(feature = "cuda"))]
+        self.enqueue(parts)?;
+        self.optimizer.finish()
+    }
+
+    pub(super) fn enqueue(&self, parts: &[Part]) -> Result<()> {
+        let contexts =
+            parts.iter().map(|(batch, _)| engine::context(&self.model, batch)).collect::<Result<Vec<_>>>()?;
+        self.enqueue_in(parts, &contexts)
+    }
+
+    /// The passes of all micro-batches, and the optimizer.
+    pub(super) fn enqueue_in(&self, parts: &[Part], contexts: &[Sequence]) -> Result<()> {
+        let mut loss: Option<Tensor> = None;
+        for (i, ((batch, scale), context)) in parts.iter().zip(contexts).enumerate() {
+            self.model.drop_out(Some(self.pass(i)));
+            let own = engine::forward_backward_in(&self.model, batch, context, *scale, self.recompute)?;
+            loss = Some(match loss {
+                None => own,
+                Some(sum) => ops::add_tensors(&sum, &own)?,
+            });
+        }
+        self.model.drop_out(None);
+        let _span = profiler::span_in(Category::Optimizer, "optimizer");
+        self.optimizer.enqueue(self.model.trained(), &loss.expect("a step has at least one micro-batch"))
     }
 
     /// The number of a micro-batch in the whole training, from 1.

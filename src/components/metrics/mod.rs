@@ -63,7 +63,8 @@ pub struct StepRecord {
     pub n_tokens_seen: u64,
     /// Time that the step waited for its data.
     pub data_loading_s: f64,
-    /// By layer, for layers with a mixture of experts: the tokens that each expert was given in this step.
+    /// By layer, for layers with a mixture of experts: the tokens that each expert was given in this step. Needed where
+    /// [`MetricsLogger::is_due`].
     pub tokens_per_expert: BTreeMap<usize, Vec<u64>>,
 }
 

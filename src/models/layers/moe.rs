@@ -1,4 +1,6 @@
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{DType, Device, Tensor};
 
 use super::{FeedForward, Linear, STD, normal};
 use crate::Result;
@@ -63,10 +65,9 @@ impl Moe {
     pub fn forward(&self, x: &Value, count: bool) -> Result<Value> {
         let (b, s, dim) = x.tensor().dims3()?;
         let tokens = x.reshape(&[b * s, dim])?;
-        let bias = self.load.bias();
-        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, bias.as_deref(), &self.router)?;
+        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, self.load.bias(), &self.router)?;
         if count {
-            self.load.count(routing.tokens_per_expert());
+            routing.count(&self.load.state().tokens)?;
         }
         let mut y = ops::experts(&tokens, &weights, &routing, &self.experts)?;
         if let Some(shared_experts) = &self.shared_experts {
@@ -76,18 +77,26 @@ impl Moe {
     }
 }
 
-/// How busy the experts of a layer are, and the biases that even it out without an auxiliary loss.
-///
-/// # Source
-/// Wang et al., arXiv:2408.15664, with the bias's mean kept at zero.
+/// How busy the experts of a layer are, and the biases that even it out without an auxiliary loss: all on the device of the
+/// model, which a step need not wait for.
 #[derive(Debug)]
 pub struct ExpertLoad {
     /// The field path of the layer's biases.
     fqn: String,
     coeff: Option<f32>,
-    bias: RwLock<Vec<f32>>,
-    /// Tokens since the last [`ExpertLoad::rebalance`].
-    tokens: Mutex<Vec<u64>>,
+    n_experts: usize,
+    state: OnceLock<State>,
+}
+
+/// `(n_experts,)` each, and written in place: a recorded step reads and writes where it did.
+#[derive(Debug)]
+struct State {
+    /// f32.
+    bias: Tensor,
+    /// Tokens since the last [`ExpertLoad::rebalance`], u32.
+    tokens: Tensor,
+    /// Those until then.
+    counted: Tensor,
 }
 
 impl ExpertLoad {
@@ -95,9 +104,21 @@ impl ExpertLoad {
         Self {
             fqn: format!("{prefix}.expert_bias"),
             coeff: args.load_balance_coeff.map(|coeff| coeff as f32),
-            bias: RwLock::new(vec![0.0; args.num_experts]),
-            tokens: Mutex::new(vec![0; args.num_experts]),
+            n_experts: args.num_experts,
+            state: OnceLock::new(),
         }
+    }
+
+    /// Takes the memory, zeroed.
+    pub fn allocate(&self, device: &Device) -> Result<()> {
+        let zeros = |dtype| Tensor::zeros(self.n_experts, dtype, device);
+        let state = State { bias: zeros(DType::F32)?, tokens: zeros(DType::U32)?, counted: zeros(DType::U32)? };
+        self.state.set(state).expect("a model is allocated once");
+        Ok(())
+    }
+
+    fn state(&self) -> &State {
+        self.state.get().expect("a model is allocated before it is used")
     }
 
     /// The field path of the biases, as in `layers.1.moe.expert_bias`.
@@ -105,39 +126,35 @@ impl ExpertLoad {
         &self.fqn
     }
 
-    /// What is added to scores when experts are chosen; `None` in a layer that balances nothing.
-    pub fn bias(&self) -> Option<Vec<f32>> {
-        self.coeff.map(|_| self.bias.read().unwrap_or_else(PoisonError::into_inner).clone())
+    /// How many biases there are: 0 in a layer that balances nothing.
+    pub fn n_biases(&self) -> usize {
+        if self.coeff.is_some() { self.n_experts } else { 0 }
+    }
+
+    /// What is added to scores when experts are chosen, `(n_experts,)` f32; `None` in a layer that balances nothing.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.coeff.map(|_| &self.state().bias)
     }
 
     /// Overwrites the biases, one per expert.
-    pub fn set_bias(&self, bias: &[f32]) {
-        self.bias.write().unwrap_or_else(PoisonError::into_inner).copy_from_slice(bias);
+    ///
+    /// # Errors
+    /// If there are not as many.
+    pub fn set_bias(&self, bias: &Tensor) -> Result<()> {
+        let own = &self.state().bias;
+        let bias = bias.reshape(self.n_experts)?.to_dtype(DType::F32)?.to_device(own.device())?;
+        Ok(own.slice_set(&bias, 0, 0)?)
     }
 
-    fn count(&self, tokens_per_expert: impl Iterator<Item = usize>) {
-        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-        tokens.iter_mut().zip(tokens_per_expert).for_each(|(sum, n)| *sum += n as u64);
+    /// Ends a step: counting starts anew, and each bias moves towards an even load, as [`ops::rebalance`] does; not at all
+    /// unless `moves`, as the biases of a frozen model.
+    pub fn rebalance(&self, moves: bool) -> Result<()> {
+        let State { bias, tokens, counted } = self.state();
+        ops::rebalance(tokens, counted, self.coeff.filter(|_| moves).map(|coeff| (bias, coeff)))
     }
 
-    /// Moves each bias by `coeff` towards an even load (up where an expert had fewer tokens than the mean), less the mean
-    /// of these moves; not at all unless `moves`, as the biases of a frozen model. Returns the tokens counted since the last
-    /// time, and starts counting anew.
-    pub fn rebalance(&self, moves: bool) -> Vec<u64> {
-        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
-        let n = tokens.len();
-        let counted = std::mem::replace(&mut *tokens, vec![0; n]);
-        if let Some(coeff) = self.coeff.filter(|_| moves) {
-            let mean = counted.iter().sum::<u64>() as f32 / n as f32;
-            let towards_mean = |tokens: &u64| match mean - *tokens as f32 {
-                0.0 => 0.0,
-                gap => coeff * gap.signum(),
-            };
-            let moves: Vec<f32> = counted.iter().map(towards_mean).collect();
-            let drift = moves.iter().sum::<f32>() / n as f32;
-            let mut bias = self.bias.write().unwrap_or_else(PoisonError::into_inner);
-            bias.iter_mut().zip(moves).for_each(|(bias, by)| *bias += by - drift);
-        }
-        counted
+    /// The tokens of each expert in the step that the last [`ExpertLoad::rebalance`] has ended. Waits for the device.
+    pub fn tokens_per_expert(&self) -> Result<Vec<u64>> {
+        Ok(self.state().counted.to_vec1::<u32>()?.into_iter().map(u64::from).collect())
     }
 }

@@ -1,19 +1,39 @@
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use super::AdamStep;
+use super::{Adam, AdamSteps, Rates};
 use crate::Result;
 use crate::autograd::StageBuffers;
 use crate::ops::host::{Element, GRAIN, dot, floats, typed, update, vectorized};
 
-pub fn step(buffers: &StageBuffers, exp_avg: &Tensor, exp_avg_sq: &Tensor, step: &AdamStep) -> Result<()> {
-    let StageBuffers { weights, compute, .. } = buffers;
+pub fn write(tensor: &Tensor, values: &[f64]) -> Result<()> {
+    Ok(tensor.slice_set(&Tensor::new(values, &Device::Cpu)?, 0, 0)?)
+}
+
+pub fn zero(tensor: &Tensor) -> Result<()> {
+    Ok(tensor.zero_set()?)
+}
+
+pub fn decide(steps: &AdamSteps, loss: &Tensor) -> Result<()> {
+    let rates = Rates::from_tensor(&steps.rates)?;
+    let norm = steps.squares.flatten_all()?.to_vec1::<f64>()?.iter().sum::<f64>().sqrt();
+    let loss = f64::from(loss.to_scalar::<f32>()?);
+    let applied = norm.is_finite() && loss.is_finite() && loss <= rates.max_loss;
+    let scale = (rates.max_norm / (norm + 1e-6)).min(1.0);
+    write(&steps.outcome, &[norm, loss, f64::from(u8::from(applied)), scale])
+}
+
+pub fn step(steps: &AdamSteps, buffers: &StageBuffers, exp_avg: &Tensor, exp_avg_sq: &Tensor) -> Result<()> {
+    let StageBuffers { weights, compute, grads } = buffers;
+    let outcome = steps.outcome.to_vec1::<f64>()?;
+    let (applied, grad_scale) = (outcome[2] != 0.0, outcome[3] as f32);
+    if !applied {
+        return zero(grads.as_ref().expect("a model that trains has gradients"));
+    }
+    let (adam, rates) = (&steps.adam, &Rates::from_tensor(&steps.rates)?);
     typed!(W = weights.dtype(), C = compute.dtype(); {
-        if weights.dtype() == compute.dtype() {
-            step_in::<W, C>(buffers, &mut [], exp_avg, exp_avg_sq, step)
-        } else {
-            update(compute, |compute: &mut [C]| step_in::<W, C>(buffers, compute, exp_avg, exp_avg_sq, step))?
-        }
+        let step = |compute: &mut [C]| step_in::<W, C>(buffers, compute, exp_avg, exp_avg_sq, adam, rates, grad_scale);
+        if weights.dtype() == compute.dtype() { step(&mut []) } else { update(compute, step)? }
     })
 }
 
@@ -23,20 +43,14 @@ fn step_in<W: Element, C: Element>(
     compute: &mut [C],
     exp_avg: &Tensor,
     exp_avg_sq: &Tensor,
-    step: &AdamStep,
+    adam: &Adam,
+    rates: &Rates,
+    grad_scale: f32,
 ) -> Result<()> {
-    let correction1 = 1.0 - step.beta1.powi(step.t as i32);
-    let correction2 = 1.0 - step.beta2.powi(step.t as i32);
-    let rate = (step.lr / correction1) as f32;
-    let inverse_sqrt2 = (1.0 / correction2.sqrt()) as f32;
-    let (beta1, beta2, eps) = (step.beta1 as f32, step.beta2 as f32, step.eps as f32);
-    let (one_minus_beta1, one_minus_beta2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
-    let (keep, decay) = if step.decoupled {
-        ((1.0 - step.lr * step.weight_decay) as f32, 0.0)
-    } else {
-        (1.0, step.weight_decay as f32)
-    };
-    let grad_scale = step.grad_scale as f32;
+    let (beta1, beta2, eps) = (adam.beta1 as f32, adam.beta2 as f32, adam.eps as f32);
+    let (one_minus_beta1, one_minus_beta2) = ((1.0 - adam.beta1) as f32, (1.0 - adam.beta2) as f32);
+    let &Rates { rate, inverse_sqrt2, keep, .. } = rates;
+    let decay = adam.decay_of_gradients();
 
     let grads = buffers.grads.as_ref().expect("a model that trains has gradients");
     update(&buffers.weights, |weights: &mut [W]| {
@@ -71,7 +85,8 @@ fn step_in<W: Element, C: Element>(
     })???
 }
 
-pub fn sum_of_squares(grads: &Tensor) -> Result<f64> {
+/// `Σ g²`, `squares` has room for one number.
+pub fn sum_of_squares(grads: &Tensor, squares: &Tensor) -> Result<()> {
     // Short enough sums of f32 that their rounding does not show, added in f64.
     const SPAN: usize = 512;
     let grads = floats(grads)?;
@@ -84,5 +99,5 @@ pub fn sum_of_squares(grads: &Tensor) -> Result<f64> {
             sum
         },)
     });
-    Ok(partial.collect::<Vec<f64>>().iter().sum())
+    write(squares, &[partial.collect::<Vec<f64>>().iter().sum()])
 }

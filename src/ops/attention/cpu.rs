@@ -90,13 +90,7 @@ pub fn without_gradient(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask
 }
 
 /// The result, and the logsumexp of each query, `(b, h, sq)`.
-pub fn forward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &AttentionMask,
-    options: &Scores,
-) -> Result<(Tensor, Tensor)> {
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, options: &Scores) -> Result<(Tensor, Tensor)> {
     #[cfg(target_arch = "x86_64")]
     if options.is_plain() {
         typed!(T = q.dtype(); if let Some(isa) = T::isas().first() {

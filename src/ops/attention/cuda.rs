@@ -147,13 +147,7 @@ impl<'a> Plan<'a> {
 }
 
 /// The result, and the logsumexp of each query, `(b, h, sq)`, of base 2.
-pub fn forward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &AttentionMask,
-    scores: &Scores,
-) -> Result<(Tensor, Tensor)> {
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<(Tensor, Tensor)> {
     let dtype = q.dtype();
     let [q, k, v] = [gpu::elements(q, dtype)?, gpu::elements(k, dtype)?, gpu::elements(v, dtype)?];
     let plan = Plan::new(&q, &k, mask, scores)?;
@@ -256,13 +250,7 @@ const MOST_SHARED: usize = 96 << 10;
 const MOST_PARTS: usize = 256 << 20;
 
 /// As [`forward`], where no gradient is wanted. Heads may be wider here.
-pub fn without_gradient(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &AttentionMask,
-    scores: &Scores,
-) -> Result<Tensor> {
+pub fn without_gradient(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<Tensor> {
     let ((_, sq, h, hd), kv) = (q.dims4()?, k.dim(2)?);
     if sq * (h / kv) > FEW && hd <= WIDTHS[WIDTHS.len() - 1].width {
         return Ok(forward(q, k, v, mask, scores)?.0);
@@ -278,8 +266,10 @@ pub fn without_gradient(
 
     // Results depend on how keys are split, which depends on sizes and the mask alone.
     let per_block = [4, 8].into_iter().find(|n| all_rows <= *n).unwrap_or(16);
-    let queries_bytes = per_block * (hd * k.dtype().size_in_bytes()).next_multiple_of(STAGED) / k.dtype().size_in_bytes() * 4;
-    let room = MOST_SHARED.saturating_sub(STAGED_BYTES + queries_bytes) / (per_block * 4) / THREADS_DECODE * THREADS_DECODE;
+    let queries_bytes =
+        per_block * (hd * k.dtype().size_in_bytes()).next_multiple_of(STAGED) / k.dtype().size_in_bytes() * 4;
+    let room =
+        MOST_SHARED.saturating_sub(STAGED_BYTES + queries_bytes) / (per_block * 4) / THREADS_DECODE * THREADS_DECODE;
     let blocks_of_keys = b * kv * all_rows.div_ceil(per_block);
     let splits = MANY_BLOCKS.div_ceil(blocks_of_keys);
     let span = (sk - first_key).div_ceil(splits).next_multiple_of(THREADS_DECODE).min(room.clamp(THREADS_DECODE, 1024));
@@ -291,7 +281,8 @@ pub fn without_gradient(
     for first_row in (0..all_rows).step_by(most_rows) {
         let rows = most_rows.min(all_rows - first_row);
         let parts = b * plan.kv * rows * splits;
-        let (stats, sums) = (gpu::uninit((parts, 2), DType::F32, device)?, gpu::uninit((parts, plan.hd), DType::F32, device)?);
+        let (stats, sums) =
+            (gpu::uninit((parts, 2), DType::F32, device)?, gpu::uninit((parts, plan.hd), DType::F32, device)?);
         // Blocks for all keys from the first one on, and `rows` queries of each key head; keys of a row of the batch lie as
         // `rows_of_batch` says.
         launch!(

@@ -16,7 +16,7 @@ use crate::tools::profiler;
 /// `x`: `(…, dim)`. `bias`: `(dim)`.
 pub fn add_bias(x: &Value, bias: &Arc<Parameter>) -> Result<Value> {
     let _span = profiler::span("add_bias").shapes(&[x.tensor().dims()]);
-    let y = on_device!(x.tensor(), forward(x.tensor(), &bias.weights()?))?;
+    let y = on_device!(x.tensor(), forward(x.tensor(), &bias.precise()?))?;
     let bias = bias.clone();
     Ok(Value::record("add_bias", y, [x], move |dy| {
         if let Some(grad) = bias.accumulator()? {

@@ -1,6 +1,8 @@
 //! The gate of a feed-forward, and the layer after it.
 
 pub(in crate::ops) mod cpu;
+#[cfg(feature = "cuda")]
+pub(in crate::ops) mod cuda;
 
 use std::sync::Arc;
 
@@ -46,12 +48,13 @@ impl Gate {
 /// Shazeer, arXiv:2002.05202; ReLU squared: So et al., arXiv:2109.08668.
 pub fn glu(gate: &Value, up: &Value, weight: &Arc<Parameter>, kind: Gate) -> Result<Value> {
     let _span = profiler::span("glu").shapes(&[gate.tensor().dims(), weight.shape()]);
-    let y = linear::forward(&cpu::forward(gate.tensor(), up.tensor(), kind)?, weight)?;
+    let hidden = on_device!(gate.tensor(), forward(gate.tensor(), up.tensor(), kind))?;
+    let y = linear::forward(&hidden, weight)?;
     let (saved_gate, saved_up, weight) = (gate.tensor().clone(), up.tensor().clone(), weight.clone());
     Ok(Value::record("glu", y, [gate, up], move |dy| {
-        let hidden = cpu::forward(&saved_gate, &saved_up, kind)?;
+        let hidden = on_device!(saved_gate, forward(&saved_gate, &saved_up, kind))?;
         let dhidden = linear::backward(&hidden, &weight, &dy)?;
-        let (dgate, dup) = cpu::backward(&saved_gate, &saved_up, &dhidden, kind)?;
+        let (dgate, dup) = on_device!(saved_gate, backward(&saved_gate, &saved_up, &dhidden, kind))?;
         Ok([Some(dgate), Some(dup)])
     }))
 }

@@ -24,12 +24,12 @@ use crate::tools::profiler;
 pub fn layer_norm(x: &Value, weight: &Arc<Parameter>, bias: &Arc<Parameter>, eps: f64) -> Result<Value> {
     let _span = profiler::span("layer_norm").shapes(&[x.tensor().dims()]);
     let dtype = weight.compute()?.dtype();
-    let (w, b) = (weight.weights()?, bias.weights()?);
+    let (w, b) = (weight.precise()?, bias.precise()?);
     let (y, moments) = on_device!(x.tensor(), forward(x.tensor(), &w, &b, eps as f32, dtype))?;
     let (saved, weight, bias) = (x.tensor().clone(), weight.clone(), bias.clone());
     Ok(Value::record("layer_norm", y, [x], move |dy| {
         let grads = weight.accumulator()?.zip(bias.accumulator()?);
-        let weights = weight.weights()?;
+        let weights = weight.precise()?;
         Ok([Some(on_device!(dy, backward(&saved, &weights, grads.as_ref(), &moments, &dy))?)])
     }))
 }

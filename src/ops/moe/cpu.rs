@@ -1,16 +1,18 @@
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use super::{ExpertGroups, Experts, Router, Routing};
+use super::{ExpertGroups, Experts, Hidden, Router, Routing};
 use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
 use crate::ops::bias::cpu::{add_rows, add_to_rows};
 use crate::ops::glu::cpu as glu;
 use crate::ops::host::{
-    Element, GRAIN, build, dot, elements, exp, floats, max_of, sum_of, typed, update, update_if, vectorized,
+    Element, GRAIN, Indices, build, dot, elements, exp, floats, indices, max_of, sum_of, typed, update, update_if,
+    vectorized,
 };
 use crate::ops::matmul::{Dst, Mat, Operand, Product, grouped_product, grouped_sum};
+use crate::ops::sort::Groups;
 
 /// Keeps a sum of scores that are all zero from dividing by zero.
 const TINY: f32 = 1e-20;
@@ -33,10 +35,12 @@ fn scores(logits: &[f32], score_func: ScoreFunc, scores: &mut [f32]) {
     }
 }
 
-pub fn route(logits: &Tensor, bias: Option<&[f32]>, router: &Router) -> Result<(Tensor, Routing)> {
+/// Weights and choices.
+pub fn route(logits: &Tensor, bias: Option<&Tensor>, router: &Router) -> Result<(Tensor, Tensor)> {
     let (n, n_experts) = logits.dims2()?;
     let top_k = router.top_k;
-    let logits = floats(logits)?;
+    let (logits, bias) = (floats(logits)?, bias.map(floats).transpose()?);
+    let bias = bias.as_deref();
     let rows = rows_per_task(n_experts);
     let (mut experts, mut weights) = (vec![0u32; n * top_k], vec![0f32; n * top_k]);
     let outputs = experts.par_chunks_mut(rows * top_k).zip(weights.par_chunks_mut(rows * top_k));
@@ -69,7 +73,8 @@ pub fn route(logits: &Tensor, bias: Option<&[f32]>, router: &Router) -> Result<(
             }
         },);
     });
-    Ok((Tensor::from_vec(weights, (n, top_k), &Device::Cpu)?, Routing::new(experts, n_experts, top_k)))
+    let tensor = (n, top_k);
+    Ok((Tensor::from_vec(weights, tensor, &Device::Cpu)?, Tensor::from_vec(experts, tensor, &Device::Cpu)?))
 }
 
 /// Takes the experts outside a token's best groups out of the choice.
@@ -89,26 +94,26 @@ fn limit_to_groups(choice: &mut [f32], groups: ExpertGroups) {
     }
 }
 
-pub fn route_backward(logits: &Tensor, routing: &Routing, router: &Router, dweights: &Tensor) -> Result<Tensor> {
-    typed!(T = logits.dtype(); route_backward_in::<T>(logits, routing, router, dweights))
+pub fn route_backward(logits: &Tensor, choices: &Tensor, router: &Router, dweights: &Tensor) -> Result<Tensor> {
+    typed!(T = logits.dtype(); route_backward_in::<T>(logits, choices, router, dweights))
 }
 
 fn route_backward_in<T: Element>(
     logits: &Tensor,
-    routing: &Routing,
+    choices: &Tensor,
     router: &Router,
     dweights: &Tensor,
 ) -> Result<Tensor> {
     let (_, n_experts) = logits.dims2()?;
     let top_k = router.top_k;
-    let (values, dweights) = (floats(logits)?, floats(dweights)?);
-    let (values, dweights): (&[f32], &[f32]) = (&values, &dweights);
+    let (values, choices, dweights) = (floats(logits)?, indices(choices)?, floats(dweights)?);
+    let (values, choices, dweights): (&[f32], &[u32], &[f32]) = (&values, &choices, &dweights);
     let ([dlogits], _) = build(values.len(), rows_per_task(n_experts) * n_experts, |range, out| {
         vectorized!({
             let (mut scored, mut dlogits) = (vec![0f32; n_experts], vec![0f32; n_experts]);
             for t in range.start / n_experts..range.end / n_experts {
                 scores(&values[t * n_experts..][..n_experts], router.score_func, &mut scored);
-                let (experts, dweights) = (&routing.experts[t * top_k..][..top_k], &dweights[t * top_k..][..top_k]);
+                let (experts, dweights) = (&choices[t * top_k..][..top_k], &dweights[t * top_k..][..top_k]);
                 let chosen = |j: usize| scored[experts[j] as usize];
                 // From weights to scores: w = scale · s / Σ s, or w = scale · s.
                 let (norm, shared) = if router.route_norm {
@@ -140,21 +145,46 @@ fn route_backward_in<T: Element>(
     Ok(Tensor::from_vec(dlogits, logits.shape(), &Device::Cpu)?)
 }
 
-/// What forward leaves for backward, in the order of the sorted slots.
-pub struct Hidden {
-    /// `W₁ x` and `W₃ x`, `(slots, hidden)`.
-    gate: Tensor,
-    up: Tensor,
-    /// The experts' results, `(slots, dim)`, where the gradient of the weights needs them.
-    result: Option<Tensor>,
+pub fn count(routing: &Routing, tokens: &Tensor) -> Result<()> {
+    let offsets = indices(&routing.slots.offsets)?;
+    update(tokens, |tokens: &mut [u32]| {
+        tokens.iter_mut().zip(offsets.windows(2)).for_each(|(sum, pair)| *sum += pair[1] - pair[0]);
+    })
 }
 
-pub struct Forward {
-    pub y: Tensor,
-    pub hidden: Hidden,
+pub fn rebalance(tokens: &Tensor, counted: &Tensor, bias: Option<(&Tensor, f32)>) -> Result<()> {
+    update(tokens, |tokens: &mut [u32]| update(counted, |counted: &mut [u32]| counted.copy_from_slice(tokens)))??;
+    update(tokens, |tokens: &mut [u32]| tokens.fill(0))?;
+    let Some((bias, coeff)) = bias else { return Ok(()) };
+    let counted = indices(counted)?;
+    let n = counted.len();
+    let mean = counted.iter().map(|tokens| u64::from(*tokens)).sum::<u64>() as f32 / n as f32;
+    let towards_mean = |tokens: &u32| match mean - *tokens as f32 {
+        0.0 => 0.0,
+        gap => coeff * gap.signum(),
+    };
+    let moves: Vec<f32> = counted.iter().map(towards_mean).collect();
+    let drift = moves.iter().sum::<f32>() / n as f32;
+    update(bias, |bias: &mut [f32]| bias.iter_mut().zip(moves).for_each(|(bias, by)| *bias += by - drift))
 }
 
-pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Experts) -> Result<Forward> {
+/// The slots of a routing, as the host reads them.
+struct Slots<'a> {
+    sorted: Indices<'a>,
+    positions: Indices<'a>,
+    offsets: Vec<usize>,
+    top_k: usize,
+}
+
+impl<'a> Slots<'a> {
+    fn of(routing: &'a Routing) -> Result<Self> {
+        let Groups { order, positions, offsets } = &routing.slots;
+        let offsets = indices(offsets)?.iter().map(|offset| *offset as usize).collect();
+        Ok(Self { sorted: indices(order)?, positions: indices(positions)?, offsets, top_k: routing.top_k })
+    }
+}
+
+pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Experts) -> Result<(Tensor, Hidden)> {
     typed!(X = x.dtype(), T = experts.w1.compute()?.dtype(); forward_in::<X, T>(x, weights, routing, experts))
 }
 
@@ -163,29 +193,30 @@ fn forward_in<X: Element, T: Operand>(
     weights: &Tensor,
     routing: &Routing,
     experts: &Experts,
-) -> Result<Forward> {
+) -> Result<(Tensor, Hidden)> {
     let (n, dim) = x.dims2()?;
-    let (slots, hidden_dim) = (routing.sorted.len(), experts.w1.shape()[1]);
+    let (n_slots, hidden_dim) = (routing.n_slots(), experts.w1.shape()[1]);
+    let slots = &Slots::of(routing)?;
     let (values, weights) = (elements::<X>(x)?, floats(weights)?);
     let (before, after) = weights_of(experts, &weights);
 
-    let input = gather::<X, T>(&values, dim, routing, before);
+    let input = gather::<X, T>(&values, dim, slots, before);
     let product = |x: &[T], weight: &Parameter, bias: usize| -> Result<Vec<T>> {
         let values = weight.compute()?;
-        let mut y = grouped_product(&routing.offsets, x, &transposed(weight, &elements(&values)?));
+        let mut y = grouped_product(&slots.offsets, x, &transposed(weight, &elements(&values)?));
         if let Some(biases) = &experts.biases {
-            add_biases(routing, &biases[bias], &mut y)?;
+            add_biases(slots, &biases[bias], &mut y)?;
         }
         Ok(y)
     };
     let (gate, up) = (product(&input, &experts.w1, 0)?, product(&input, &experts.w3, 2)?);
     let result = product(&glu::activate(&gate, &up, experts.gate), &experts.w2, 1)?;
-    let y = scatter_sum::<T, X>(&result, dim, routing, after);
+    let y = scatter_sum::<T, X>(&result, dim, slots, after);
 
-    let tensor = |values: Vec<T>, width: usize| Tensor::from_vec(values, (slots, width), &Device::Cpu);
+    let tensor = |values: Vec<T>, width: usize| Tensor::from_vec(values, (n_slots, width), &Device::Cpu);
     let result = after.map(|_| tensor(result, dim)).transpose()?;
     let hidden = Hidden { gate: tensor(gate, hidden_dim)?, up: tensor(up, hidden_dim)?, result };
-    Ok(Forward { y: Tensor::from_vec(y, (n, dim), &Device::Cpu)?, hidden })
+    Ok((Tensor::from_vec(y, (n, dim), &Device::Cpu)?, hidden))
 }
 
 /// The gradients of `x` and `weights`.
@@ -211,35 +242,37 @@ fn backward_in<X: Element, T: Operand>(
     dy: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
     let (n, dim) = x.dims2()?;
+    let slots = &Slots::of(routing)?;
     let (values, weight_values, dys) = (elements::<X>(x)?, floats(weights)?, elements::<X>(dy)?);
     let (values, dys): (&[X], &[X]) = (&values, &dys);
     let (before, after) = weights_of(experts, &weight_values);
 
-    let input = gather::<X, T>(values, dim, routing, before);
-    let dresult = gather::<X, T>(dys, dim, routing, after);
+    let input = gather::<X, T>(values, dim, slots, before);
+    let dresult = gather::<X, T>(dys, dim, slots, after);
     let (gate, up) = (elements::<T>(&hidden.gate)?, elements::<T>(&hidden.up)?);
-    accumulate(routing, &experts.w2, &dresult, &glu::activate(&gate, &up, experts.gate))?;
-    accumulate_bias(routing, experts, 1, &dresult)?;
+    accumulate(slots, &experts.w2, &dresult, &glu::activate(&gate, &up, experts.gate))?;
+    accumulate_bias(slots, experts, 1, &dresult)?;
     let (w1, w2, w3) = (experts.w1.compute()?, experts.w2.compute()?, experts.w3.compute()?);
     let (w1, w2, w3) = (elements::<T>(&w1)?, elements::<T>(&w2)?, elements::<T>(&w3)?);
-    let dactivated = grouped_product(&routing.offsets, &dresult, &matrices(&experts.w2, &w2));
+    let dactivated = grouped_product(&slots.offsets, &dresult, &matrices(&experts.w2, &w2));
     drop(dresult);
     let (dgate, dup) = glu::gradients(&gate, &up, &dactivated, experts.gate);
     drop(dactivated);
-    accumulate(routing, &experts.w1, &dgate, &input)?;
-    accumulate(routing, &experts.w3, &dup, &input)?;
-    accumulate_bias(routing, experts, 0, &dgate)?;
-    accumulate_bias(routing, experts, 2, &dup)?;
+    accumulate(slots, &experts.w1, &dgate, &input)?;
+    accumulate(slots, &experts.w3, &dup, &input)?;
+    accumulate_bias(slots, experts, 0, &dgate)?;
+    accumulate_bias(slots, experts, 2, &dup)?;
     drop(input);
     let through_gate = (&dgate[..], matrices(&experts.w1, &w1));
-    let dinput = grouped_sum(&routing.offsets, &[through_gate, (&dup, matrices(&experts.w3, &w3))]);
+    let dinput = grouped_sum(&slots.offsets, &[through_gate, (&dup, matrices(&experts.w3, &w3))]);
 
     // A weight's gradient is the product of what it scaled with the gradient of the scaled.
     let result = hidden.result.as_ref().map(elements::<T>).transpose()?;
     let result = result.as_deref();
-    let ([dweights], _) = build(routing.sorted.len(), rows_per_task(dim), |slots, dweights| {
+    let (positions, top_k): (&[u32], usize) = (&slots.positions, slots.top_k);
+    let ([dweights], _) = build(positions.len(), rows_per_task(dim), |slots, dweights| {
         vectorized!(dweights.extend(slots.map(|slot| {
-            let (position, token) = (routing.positions[slot] as usize, slot / routing.top_k);
+            let (position, token) = (positions[slot] as usize, slot / top_k);
             let (at_slot, at_token) = (position * dim..(position + 1) * dim, token * dim..(token + 1) * dim);
             [match result {
                 None => dot(&values[at_token], &dinput[at_slot]),
@@ -247,7 +280,7 @@ fn backward_in<X: Element, T: Operand>(
             }]
         })));
     });
-    let dx = scatter_sum::<f32, X>(&dinput, dim, routing, before);
+    let dx = scatter_sum::<f32, X>(&dinput, dim, slots, before);
     let dx = Tensor::from_vec(dx, (n, dim), &Device::Cpu)?;
     Ok((dx, Tensor::from_vec(dweights, weights.shape(), &Device::Cpu)?))
 }
@@ -258,11 +291,12 @@ fn weights_of<'a>(experts: &Experts, weights: &'a [f32]) -> (Option<&'a [f32]>, 
 }
 
 /// The rows of `x` in the order of the sorted slots, times the slot's weight if there are weights.
-fn gather<X: Element, T: Element>(x: &[X], dim: usize, routing: &Routing, weights: Option<&[f32]>) -> Vec<T> {
-    let ([rows], _) = build(routing.sorted.len() * dim, rows_per_task(dim) * dim, |range, rows| {
+fn gather<X: Element, T: Element>(x: &[X], dim: usize, slots: &Slots, weights: Option<&[f32]>) -> Vec<T> {
+    let (sorted, top_k): (&[u32], usize) = (&slots.sorted, slots.top_k);
+    let ([rows], _) = build(sorted.len() * dim, rows_per_task(dim) * dim, |range, rows| {
         vectorized!({
-            for slot in &routing.sorted[range.start / dim..range.end / dim] {
-                let x = &x[*slot as usize / routing.top_k * dim..][..dim];
+            for slot in &sorted[range.start / dim..range.end / dim] {
+                let x = &x[*slot as usize / top_k * dim..][..dim];
                 let weight = weights.map_or(1.0, |w| w[*slot as usize]);
                 rows.extend(x.iter().map(|x| [T::store(x.load() * weight)]));
             }
@@ -273,16 +307,16 @@ fn gather<X: Element, T: Element>(x: &[X], dim: usize, routing: &Routing, weight
 
 /// For each token the sum of the rows of its slots, times their weights if there are weights, in the order of the token's
 /// choices.
-fn scatter_sum<T: Element, X: Element>(rows: &[T], dim: usize, routing: &Routing, weights: Option<&[f32]>) -> Vec<X> {
-    let top_k = routing.top_k;
-    let n = routing.sorted.len() / top_k;
+fn scatter_sum<T: Element, X: Element>(rows: &[T], dim: usize, slots: &Slots, weights: Option<&[f32]>) -> Vec<X> {
+    let (positions, top_k): (&[u32], usize) = (&slots.positions, slots.top_k);
+    let n = positions.len() / top_k;
     let ([y], _) = build(n * dim, rows_per_task(dim) * dim, |range, y| {
         vectorized!({
             let mut sums = vec![0f32; dim];
             for token in range.start / dim..range.end / dim {
                 sums.fill(0.0);
                 for slot in token * top_k..(token + 1) * top_k {
-                    let row = &rows[routing.positions[slot] as usize * dim..][..dim];
+                    let row = &rows[positions[slot] as usize * dim..][..dim];
                     let weight = weights.map_or(1.0, |w| w[slot]);
                     sums.iter_mut().zip(row).for_each(|(sum, row)| *sum += row.load() * weight);
                 }
@@ -304,14 +338,14 @@ fn transposed<'a, T>(weight: &Parameter, values: &'a [T]) -> Vec<Mat<'a, T>> {
 }
 
 /// `grad[e] += dyᵀ x` over the slots of each expert.
-fn accumulate<T: Operand>(routing: &Routing, weight: &Parameter, dy: &[T], x: &[T]) -> Result<()> {
+fn accumulate<T: Operand>(slots: &Slots, weight: &Parameter, dy: &[T], x: &[T]) -> Result<()> {
     let [_, rows, cols] = *weight.shape() else { unreachable!("expert weights have three dimensions") };
     update_if(weight.accumulator()?.as_ref(), |grad| {
         let Some(grad) = grad else { return };
-        let experts = routing.offsets.windows(2).zip(grad.chunks_exact_mut(rows * cols));
-        let products = experts.filter(|(slots, _)| slots[0] < slots[1]).map(|(slots, grad)| {
-            let dy = Mat::new(&dy[slots[0] * rows..slots[1] * rows], slots[1] - slots[0], rows);
-            let x = Mat::new(&x[slots[0] * cols..slots[1] * cols], slots[1] - slots[0], cols);
+        let experts = slots.offsets.windows(2).zip(grad.chunks_exact_mut(rows * cols));
+        let products = experts.filter(|(rows, _)| rows[0] < rows[1]).map(|(own, grad)| {
+            let dy = Mat::new(&dy[own[0] * rows..own[1] * rows], own[1] - own[0], rows);
+            let x = Mat::new(&x[own[0] * cols..own[1] * cols], own[1] - own[0], cols);
             Product::new(dy.t(), x, Dst::Add(grad))
         });
         T::multiply(products.collect());
@@ -319,10 +353,10 @@ fn accumulate<T: Operand>(routing: &Routing, weight: &Parameter, dy: &[T], x: &[
 }
 
 /// Adds each expert's bias to the rows of its slots.
-fn add_biases<T: Element>(routing: &Routing, bias: &Parameter, mut rows: &mut [T]) -> Result<()> {
+fn add_biases<T: Element>(slots: &Slots, bias: &Parameter, mut rows: &mut [T]) -> Result<()> {
     let width = bias.shape()[1];
     let bias = bias.weights()?;
-    for (slots, bias) in routing.offsets.windows(2).zip(floats(&bias)?.chunks_exact(width)) {
+    for (slots, bias) in slots.offsets.windows(2).zip(floats(&bias)?.chunks_exact(width)) {
         let own = rows.split_off_mut(..(slots[1] - slots[0]) * width).expect("experts follow one another");
         add_to_rows(own, bias);
     }
@@ -330,12 +364,12 @@ fn add_biases<T: Element>(routing: &Routing, bias: &Parameter, mut rows: &mut [T
 }
 
 /// `grad[e] += Σ dy` over the slots of each expert, for bias `which`, if there are biases that are trained.
-fn accumulate_bias<T: Element>(routing: &Routing, experts: &Experts, which: usize, dy: &[T]) -> Result<()> {
+fn accumulate_bias<T: Element>(slots: &Slots, experts: &Experts, which: usize, dy: &[T]) -> Result<()> {
     let Some(bias) = experts.biases.as_ref().map(|biases| &biases[which]) else { return Ok(()) };
     let Some(grad) = bias.accumulator()? else { return Ok(()) };
     let width = bias.shape()[1];
     update(&grad, |grad: &mut [f32]| {
-        for (slots, grad) in routing.offsets.windows(2).zip(grad.chunks_exact_mut(width)) {
+        for (slots, grad) in slots.offsets.windows(2).zip(grad.chunks_exact_mut(width)) {
             add_rows(grad, &dy[slots[0] * width..slots[1] * width]);
         }
     })

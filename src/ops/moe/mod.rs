@@ -1,13 +1,18 @@
 //! Token-choice mixture of experts: routing, and the experts on the tokens that chose them.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::sync::Arc;
+
+use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::models::args::ScoreFunc;
 use crate::ops::glu::Gate;
+use crate::ops::sort::{self, Groups};
 use crate::tools::profiler;
 
 /// How router logits become choices and weights.
@@ -33,40 +38,49 @@ pub struct ExpertGroups {
     pub limit: usize,
 }
 
-/// Who goes where. A slot is one choice of one token: slot `t · top_k + j` is choice `j` of token `t`.
+/// Who goes where, on the device of the tokens. A slot is one choice of one token: slot `t · top_k + j` is choice `j` of
+/// token `t`.
 #[derive(Debug)]
 pub struct Routing {
-    /// The expert of each slot.
-    pub experts: Vec<u32>,
-    /// The slots, sorted by expert and within an expert by slot.
-    sorted: Vec<u32>,
-    /// Where each slot stands in `sorted`.
-    positions: Vec<u32>,
-    /// Where expert `e` begins in `sorted`; one more entry than experts.
-    offsets: Vec<usize>,
+    /// The expert of each slot, `(n, top_k)` u32.
+    pub experts: Tensor,
+    /// The slots by expert: how they are sorted, where each stands then, and where experts begin.
+    slots: Groups,
     top_k: usize,
 }
 
 impl Routing {
-    fn new(experts: Vec<u32>, n_experts: usize, top_k: usize) -> Self {
-        let mut offsets = vec![0; n_experts + 1];
-        experts.iter().for_each(|e| offsets[*e as usize + 1] += 1);
-        (0..n_experts).for_each(|e| offsets[e + 1] += offsets[e]);
-        let mut next = offsets.clone();
-        let (mut sorted, mut positions) = (vec![0; experts.len()], vec![0; experts.len()]);
-        for (slot, expert) in experts.iter().enumerate() {
-            let position = &mut next[*expert as usize];
-            sorted[*position] = slot as u32;
-            positions[slot] = *position as u32;
-            *position += 1;
-        }
-        Self { experts, sorted, positions, offsets, top_k }
+    fn new(experts: Tensor, n_experts: usize) -> Result<Self> {
+        let (_, top_k) = experts.dims2()?;
+        let slots = sort::group(&experts.flatten_all()?, n_experts)?;
+        Ok(Self { experts, slots, top_k })
     }
 
-    /// How many slots chose each expert.
-    pub fn tokens_per_expert(&self) -> impl Iterator<Item = usize> {
-        self.offsets.windows(2).map(|pair| pair[1] - pair[0])
+    fn n_experts(&self) -> usize {
+        self.slots.offsets.elem_count() - 1
     }
+
+    fn n_slots(&self) -> usize {
+        self.slots.order.elem_count()
+    }
+
+    /// Adds to `tokens`, `(n_experts,)` u32, how many slots chose each expert.
+    pub fn count(&self, tokens: &Tensor) -> Result<()> {
+        on_device!(tokens, count(self, tokens))
+    }
+}
+
+/// Ends the count of a step: `counted` becomes what `tokens` holds, which is zeros again. A bias moves by its coefficient
+/// towards an even load (up where its expert had fewer tokens than the mean), less the mean of these moves. The same numbers
+/// on all devices.
+///
+/// # Shapes
+/// `tokens`, `counted`: `(n_experts,)` u32. `bias`: `(n_experts,)` f32.
+///
+/// # Source
+/// Wang et al., arXiv:2408.15664, with the bias's mean kept at zero.
+pub fn rebalance(tokens: &Tensor, counted: &Tensor, bias: Option<(&Tensor, f32)>) -> Result<()> {
+    on_device!(tokens, rebalance(tokens, counted, bias))
 }
 
 /// Chooses `top_k` experts for each token and weighs them.
@@ -77,17 +91,18 @@ impl Routing {
 /// the weights, not the choices.
 ///
 /// # Shapes
-/// `logits`: `(n, n_experts)`. `bias`: `n_experts`.
+/// `logits`: `(n, n_experts)`. `bias`: `(n_experts,)`, f32.
 ///
 /// # Source
 /// Groups: DeepSeek-V3, arXiv:2412.19437, as its own inference code chooses them.
-pub fn route(logits: &Value, bias: Option<&[f32]>, router: &Router) -> Result<(Value, Arc<Routing>)> {
+pub fn route(logits: &Value, bias: Option<&Tensor>, router: &Router) -> Result<(Value, Arc<Routing>)> {
     let _span = profiler::span("route").shapes(&[logits.tensor().dims()]);
-    let (weights, routing) = cpu::route(logits.tensor(), bias, router)?;
-    let routing = Arc::new(routing);
-    let (saved, choices, router) = (logits.tensor().clone(), routing.clone(), *router);
+    let (_, n_experts) = logits.tensor().dims2()?;
+    let (weights, choices) = on_device!(logits.tensor(), route(logits.tensor(), bias, router))?;
+    let routing = Arc::new(Routing::new(choices.clone(), n_experts)?);
+    let (saved, router) = (logits.tensor().clone(), *router);
     let weights = Value::record("route", weights, [logits], move |dweights| {
-        Ok([Some(cpu::route_backward(&saved, &choices, &router, &dweights)?)])
+        Ok([Some(on_device!(saved, route_backward(&saved, &choices, &router, &dweights))?)])
     });
     Ok((weights, routing))
 }
@@ -118,14 +133,23 @@ pub struct Experts {
 /// dtype.
 pub fn experts(x: &Value, weights: &Value, routing: &Arc<Routing>, experts: &Experts) -> Result<Value> {
     let _span = profiler::span("experts").shapes(&[x.tensor().dims(), experts.w1.shape()]);
-    let forward = cpu::forward(x.tensor(), weights.tensor(), routing, experts)?;
-    let (y, hidden) = (forward.y, forward.hidden);
+    let (y, hidden) = on_device!(x.tensor(), forward(x.tensor(), weights.tensor(), routing, experts))?;
     let (saved_x, saved_weights) = (x.tensor().clone(), weights.tensor().clone());
     let (routing, experts) = (routing.clone(), experts.clone());
     Ok(Value::record("experts", y, [x, weights], move |dy| {
-        let (dx, dweights) = cpu::backward(&saved_x, &saved_weights, &hidden, &routing, &experts, &dy)?;
+        let gradients = on_device!(dy, backward(&saved_x, &saved_weights, &hidden, &routing, &experts, &dy));
+        let (dx, dweights) = gradients?;
         Ok([Some(dx), Some(dweights)])
     }))
+}
+
+/// What forward leaves for backward, in the order of the sorted slots, in the compute dtype of the weights.
+struct Hidden {
+    /// `W₁ x` and `W₃ x`, `(slots, hidden)`.
+    gate: Tensor,
+    up: Tensor,
+    /// The experts' results, `(slots, dim)`, where the gradient of the weights needs them.
+    result: Option<Tensor>,
 }
 
 #[cfg(test)]
@@ -133,33 +157,44 @@ mod tests {
     use candle_core::{D, DType, Device, Tensor};
 
     use super::*;
-    use crate::ops::testing::{Case, on_threads, parameters, random_tensor};
+    use crate::ops::testing::{Case, assert_close, devices, on_threads, parameters, random_tensor};
 
     fn router(score_func: ScoreFunc, top_k: usize, route_norm: bool) -> Router {
         Router { score_func, top_k, route_norm, route_scale: 2.5, groups: None, force_load_balance: false }
     }
 
+    fn vec(tensor: &Tensor) -> Result<Vec<u32>> {
+        Ok(tensor.flatten_all()?.to_vec1()?)
+    }
+
     #[test]
     fn routing_weights_match_their_reference() -> Result<()> {
         for score_func in [ScoreFunc::Sigmoid, ScoreFunc::Softmax] {
-            for (top_k, route_norm) in [(1, false), (3, false), (2, true)] {
-                let router = router(score_func, top_k, route_norm);
-                let logits = random_tensor("logits", &[23, 5])?;
-                let bias = [0.1, -0.2, 0.0, 0.3, 0.05];
-                let (_, routing) = route(&Value::constant(logits.clone()), Some(&bias), &router)?;
-                let choices = Tensor::from_vec(routing.experts.clone(), (23, top_k), &Device::Cpu)?;
-                Case::new("route").input(logits).check(
-                    |v| Ok(route(&v[0], Some(&bias), &router)?.0),
-                    |t| {
-                        let scores = match score_func {
-                            ScoreFunc::Sigmoid => (t[0].neg()?.exp()? + 1.0)?.recip()?,
-                            ScoreFunc::Softmax => candle_nn::ops::softmax(&t[0], D::Minus1)?,
-                        };
-                        let chosen = scores.gather(&choices, 1)?;
-                        let chosen = if route_norm { chosen.broadcast_div(&chosen.sum_keepdim(1)?)? } else { chosen };
-                        Ok((chosen * 2.5)?)
-                    },
-                )?;
+            for (top_k, route_norm, n_experts) in [(1, false, 5), (3, false, 5), (2, true, 5), (9, true, 70)] {
+                for dtype in [DType::F32, DType::BF16] {
+                    let router = router(score_func, top_k, route_norm);
+                    let logits = random_tensor("logits", &[23, n_experts])?.to_dtype(dtype)?;
+                    let bias = (random_tensor("bias", &[n_experts])? * 0.3)?;
+                    let (_, routing) = route(&Value::constant(logits.clone()), Some(&bias), &router)?;
+                    let choices = routing.experts.clone();
+                    Case::new("route").input(logits).check(
+                        |v| {
+                            let bias = bias.to_device(v[0].tensor().device())?;
+                            let (weights, routing) = route(&v[0], Some(&bias), &router)?;
+                            assert_eq!(vec(&routing.experts)?, vec(&choices)?);
+                            Ok(weights)
+                        },
+                        |t| {
+                            let scores = match score_func {
+                                ScoreFunc::Sigmoid => (t[0].neg()?.exp()? + 1.0)?.recip()?,
+                                ScoreFunc::Softmax => candle_nn::ops::softmax(&t[0], D::Minus1)?,
+                            };
+                            let chosen = scores.gather(&choices, 1)?;
+                            let sum = chosen.sum_keepdim(1)?;
+                            Ok(((if route_norm { chosen.broadcast_div(&sum)? } else { chosen }) * 2.5)?)
+                        },
+                    )?;
+                }
             }
         }
         Ok(())
@@ -167,45 +202,134 @@ mod tests {
 
     #[test]
     fn the_bias_changes_who_is_chosen_but_not_the_weights() -> Result<()> {
-        let logits = Value::constant(Tensor::new(&[[0f32, 1., 2.]], &Device::Cpu)?);
-        let router = Router { route_scale: 1.0, ..router(ScoreFunc::Sigmoid, 2, false) };
-        let (weights, routing) = route(&logits, Some(&[1.0, 0.0, 0.0]), &router)?;
-        assert_eq!(routing.experts, [0, 2]);
-        assert_eq!(weights.tensor().to_vec2::<f32>()?, [[0.5, 1.0 / (1.0 + (-2f32).exp())]]);
-        assert_eq!(routing.tokens_per_expert().collect::<Vec<_>>(), [1, 0, 1]);
+        for device in devices() {
+            let logits = Value::constant(Tensor::new(&[[0f32, 1., 2.]], device)?);
+            let bias = Tensor::new(&[1f32, 0., 0.], device)?;
+            let router = Router { route_scale: 1.0, ..router(ScoreFunc::Sigmoid, 2, false) };
+            let (weights, routing) = route(&logits, Some(&bias), &router)?;
+            assert_eq!(vec(&routing.experts)?, [0, 2]);
+            let expected = Tensor::new(&[[0.5f32, 1.0 / (1.0 + (-2f32).exp())]], &Device::Cpu)?;
+            assert_close("weights", weights.tensor(), &expected, 2e-7)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn of_equal_scores_the_first_are_chosen() -> Result<()> {
+        for device in devices() {
+            // What overflow makes of logits has its place in the order as well.
+            let mut logits = vec![0.5f32; 3 * 100];
+            (logits[170], logits[150], logits[299]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
+            let logits = Value::constant(Tensor::from_vec(logits, (3, 100), device)?);
+            let (_, routing) = route(&logits, None, &router(ScoreFunc::Sigmoid, 4, true))?;
+            assert_eq!(vec(&routing.experts)?, [0, 1, 2, 3, 70, 50, 0, 1, 0, 1, 2, 3]);
+        }
         Ok(())
     }
 
     #[test]
     fn experts_outside_the_best_groups_are_not_chosen() -> Result<()> {
-        // Groups (0, 1), (2, 3), (4, 5): expert 2 scores highest, but its group's two sum to least.
-        let logits = Value::constant(Tensor::new(&[[0f32, 1., 1.2, -9., 0.5, 0.]], &Device::Cpu)?);
-        let grouped =
-            |n, limit| Router { groups: Some(ExpertGroups { n, limit }), ..router(ScoreFunc::Sigmoid, 3, false) };
-        let choices = |router: Router, bias: &[f32]| -> Result<Vec<u32>> {
-            Ok(route(&logits, Some(bias), &router)?.1.experts.clone())
-        };
-        let none = [0.0; 6];
-        assert_eq!(choices(router(ScoreFunc::Sigmoid, 3, false), &none)?, [2, 1, 4]);
-        assert_eq!(choices(grouped(3, 2), &none)?, [1, 4, 0]);
-        // A bias counts in the sums.
-        assert_eq!(choices(grouped(3, 2), &[0., 0., 0., 2., 0., 0.])?, [3, 2, 1]);
-        // Groups of one expert compete by it alone.
-        let one = Router { top_k: 2, ..grouped(6, 2) };
-        assert_eq!(choices(one, &none)?, [2, 1]);
+        for device in devices() {
+            // Groups (0, 1), (2, 3), (4, 5): expert 2 scores highest, but its group's two sum to least.
+            let logits = Value::constant(Tensor::new(&[[0f32, 1., 1.2, -9., 0.5, 0.]], device)?);
+            let grouped =
+                |n, limit| Router { groups: Some(ExpertGroups { n, limit }), ..router(ScoreFunc::Sigmoid, 3, false) };
+            let choices = |router: Router, bias: &[f32]| -> Result<Vec<u32>> {
+                vec(&route(&logits, Some(&Tensor::new(bias, device)?), &router)?.1.experts)
+            };
+            let none = [0.0; 6];
+            assert_eq!(choices(router(ScoreFunc::Sigmoid, 3, false), &none)?, [2, 1, 4]);
+            assert_eq!(choices(grouped(3, 2), &none)?, [1, 4, 0]);
+            // A bias counts in the sums.
+            assert_eq!(choices(grouped(3, 2), &[0., 0., 0., 2., 0., 0.])?, [3, 2, 1]);
+            // Groups of one expert compete by it alone.
+            let one = Router { top_k: 2, ..grouped(6, 2) };
+            assert_eq!(choices(one, &none)?, [2, 1]);
+        }
         Ok(())
     }
 
     #[test]
+    fn all_devices_choose_from_the_same_groups() -> Result<()> {
+        let (logits, bias) = (random_tensor("logits", &[57, 96])?, (random_tensor("bias", &[96])? * 0.2)?);
+        let groups = Some(ExpertGroups { n: 8, limit: 3 });
+        let router = Router { groups, ..router(ScoreFunc::Sigmoid, 6, true) };
+        let choices = |device: &Device| -> Result<Vec<u32>> {
+            let (logits, bias) = (Value::constant(logits.to_device(device)?), bias.to_device(device)?);
+            vec(&route(&logits, Some(&bias), &router)?.1.experts)
+        };
+        let expected = choices(&Device::Cpu)?;
+        devices().iter().try_for_each(|device| {
+            assert_eq!(choices(device)?, expected);
+            Ok(())
+        })
+    }
+
+    #[test]
     fn forced_balance_goes_round_robin() -> Result<()> {
-        let logits = Value::constant(random_tensor("logits", &[4, 3])?);
-        let router = Router { force_load_balance: true, ..router(ScoreFunc::Softmax, 2, false) };
-        assert_eq!(route(&logits, None, &router)?.1.experts, [0, 1, 2, 0, 1, 2, 0, 1]);
+        for device in devices() {
+            let logits = Value::constant(random_tensor("logits", &[4, 3])?.to_device(device)?);
+            let router = Router { force_load_balance: true, ..router(ScoreFunc::Softmax, 2, false) };
+            assert_eq!(vec(&route(&logits, None, &router)?.1.experts)?, [0, 1, 2, 0, 1, 2, 0, 1]);
+        }
         Ok(())
     }
 
+    #[test]
+    fn biases_follow_what_was_counted() -> Result<()> {
+        for device in devices() {
+            let routing = |choices: &[u32]| Routing::new(Tensor::from_slice(choices, (3, 2), device)?, 4);
+            let tokens = Tensor::zeros(4, DType::U32, device)?;
+            let (counted, bias) = (tokens.copy()?, Tensor::new(&[0.5f32, 0.25, 0., -0.5], device)?);
+            routing(&[0, 1, 1, 0, 3, 0])?.count(&tokens)?;
+            routing(&[0, 1, 3, 0, 1, 0])?.count(&tokens)?;
+            assert_eq!(vec(&tokens)?, [6, 4, 0, 2]);
+            rebalance(&tokens, &counted, Some((&bias, 0.1)))?;
+            assert_eq!((vec(&tokens)?, vec(&counted)?), (vec![0; 4], vec![6, 4, 0, 2]));
+            // The mean is 3: two experts move down, and two up.
+            assert_eq!(bias.to_vec1::<f32>()?, [0.5 - 0.1, 0.25 - 0.1, 0.1, -0.5 + 0.1]);
+            routing(&[2, 2, 2, 2, 2, 0])?.count(&tokens)?;
+            rebalance(&tokens, &counted, None)?;
+            assert_eq!(vec(&counted)?, [1, 0, 5, 0]);
+            assert_eq!(bias.to_vec1::<f32>()?, [0.5 - 0.1, 0.25 - 0.1, 0.1, -0.5 + 0.1]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn all_devices_have_the_same_biases() -> Result<()> {
+        let tokens: Vec<u32> =
+            random_tensor("tokens", &[300])?.to_vec1::<f32>()?.iter().map(|x| (x.abs() * 1e6) as u32).collect();
+        let biases = |device: &Device| -> Result<Vec<f32>> {
+            let tokens = Tensor::from_slice(&tokens, 300, device)?;
+            let bias = random_tensor("bias", &[300])?.to_device(device)?;
+            rebalance(&tokens, &Tensor::zeros(300, DType::U32, device)?, Some((&bias, 0.001)))?;
+            Ok(bias.to_vec1()?)
+        };
+        let expected = biases(&Device::Cpu)?;
+        devices().iter().try_for_each(|device| {
+            assert_eq!(biases(device)?, expected);
+            Ok(())
+        })
+    }
+
+    /// `act(gate) · up`.
+    fn activated(kind: Gate, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        let sigmoid = |z: &Tensor| -> Result<Tensor> { Ok((z.neg()?.exp()? + 1.0)?.recip()?) };
+        Ok(match kind {
+            Gate::Silu => (gate * sigmoid(gate)? * up)?,
+            Gate::GeluTanh => (gate.gelu()? * up)?,
+            Gate::Relu => (gate.relu()? * up)?,
+            Gate::Clamped { limit } => {
+                let limit = f64::from(limit);
+                let (gate, up) = (gate.minimum(limit)?, up.clamp(-limit, limit)?);
+                (&gate * sigmoid(&(&gate * 1.702)?)? * (up + 1.0)?)?
+            }
+        })
+    }
+
     /// Every expert on every token, weighted by a dense matrix of weights that is zero where it was not chosen.
-    fn reference(t: &[Tensor], p: &[Tensor], choices: &[u32], before: bool) -> Result<Tensor> {
+    fn reference(t: &[Tensor], p: &[Tensor], choices: &[u32], before: bool, kind: Gate) -> Result<Tensor> {
         let with_bias = |x: Tensor, bias: usize, e: usize| -> Result<Tensor> {
             Ok(p.get(bias).map_or(Ok(x.clone()), |bias| x.broadcast_add(&bias.get(e)?))?)
         };
@@ -221,18 +345,53 @@ mod tests {
                 let x = if before { t[0].broadcast_mul(&weight)? } else { t[0].clone() };
                 let (w1, w2, w3) = (p[0].get(e)?, p[1].get(e)?, p[2].get(e)?);
                 let (gate, up) = (with_bias(x.matmul(&w1.t()?)?, 3, e)?, with_bias(x.matmul(&w3.t()?)?, 5, e)?);
-                let y = with_bias((candle_nn::ops::silu(&gate)? * up)?.matmul(&w2.t()?)?, 4, e)?;
+                let y = with_bias(activated(kind, &gate, &up)?.matmul(&w2.t()?)?, 4, e)?;
                 sum = (sum + y.broadcast_mul(if before { &chosen } else { &weight })?)?;
             }
         }
         Ok(sum)
     }
 
+    fn check_experts(
+        [n, dim, hidden]: [usize; 3],
+        pattern: &[[u32; 2]],
+        n_experts: usize,
+        dtype: DType,
+        before: bool,
+        has_biases: bool,
+        gate: Gate,
+    ) -> Result<()> {
+        let choices: Vec<u32> = (0..n).flat_map(|t| pattern[t % pattern.len()]).collect();
+        let mut case = Case::new("experts")
+            .compute(dtype)
+            .input(random_tensor("x", &[n, dim])?)
+            .input(random_tensor("weights", &[n, 2])?)
+            .parameter("w1", &[n_experts, hidden, dim])
+            .parameter("w2", &[n_experts, dim, hidden])
+            .parameter("w3", &[n_experts, hidden, dim]);
+        if has_biases {
+            case = case
+                .parameter("b1", &[n_experts, hidden])
+                .parameter("b2", &[n_experts, dim])
+                .parameter("b3", &[n_experts, hidden]);
+        }
+        case.check_with_parameters(
+            |v, p| {
+                let choices = Tensor::from_slice(&choices, (n, 2), v[0].tensor().device())?;
+                let routing = Arc::new(Routing::new(choices, n_experts)?);
+                let biases = has_biases.then(|| [3, 4, 5].map(|i| p[i].clone()));
+                let (w1, w2, w3) = (p[0].clone(), p[1].clone(), p[2].clone());
+                let all = Experts { w1, w2, w3, biases, gate, score_before_experts: before };
+                experts(&v[0], &v[1], &routing, &all)
+            },
+            |t, p| reference(t, p, &choices, before, gate),
+        )
+    }
+
     #[test]
     fn experts_match_their_reference() -> Result<()> {
-        let (n, dim, hidden, n_experts, top_k) = (29, 6, 10, 4, 2);
         // Expert 2 is chosen by none.
-        let choices: Vec<u32> = (0..n).flat_map(|t| [[0, 1], [3, 0], [1, 3]][t % 3]).collect();
+        let pattern = [[0, 1], [3, 0], [1, 3]];
         for (dtype, before, has_biases) in [
             (DType::F32, true, false),
             (DType::F32, false, false),
@@ -242,29 +401,18 @@ mod tests {
             (DType::F32, false, true),
             (DType::BF16, false, true),
         ] {
-            let routing = Arc::new(Routing::new(choices.clone(), n_experts, top_k));
-            let mut case = Case::new("experts")
-                .compute(dtype)
-                .input(random_tensor("x", &[n, dim])?)
-                .input(random_tensor("weights", &[n, top_k])?)
-                .parameter("w1", &[n_experts, hidden, dim])
-                .parameter("w2", &[n_experts, dim, hidden])
-                .parameter("w3", &[n_experts, hidden, dim]);
-            if has_biases {
-                case = case
-                    .parameter("b1", &[n_experts, hidden])
-                    .parameter("b2", &[n_experts, dim])
-                    .parameter("b3", &[n_experts, hidden]);
+            check_experts([29, 6, 10], &pattern, 4, dtype, before, has_biases, Gate::Silu)?;
+            check_experts([70, 24, 40], &pattern, 4, dtype, before, has_biases, Gate::Silu)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn experts_with_any_gate_match_their_reference() -> Result<()> {
+        for gate in [Gate::GeluTanh, Gate::Relu, Gate::Clamped { limit: 1.4 }] {
+            for (dtype, dims) in [(DType::F32, [29, 6, 10]), (DType::BF16, [29, 8, 16])] {
+                check_experts(dims, &[[0, 1], [1, 2]], 3, dtype, true, true, gate)?;
             }
-            case.check_with_parameters(
-                |v, p| {
-                    let biases = has_biases.then(|| [3, 4, 5].map(|i| p[i].clone()));
-                    let (w1, w2, w3) = (p[0].clone(), p[1].clone(), p[2].clone());
-                    let all = Experts { w1, w2, w3, biases, gate: Gate::Silu, score_before_experts: before };
-                    experts(&v[0], &v[1], &routing, &all)
-                },
-                |t, p| reference(t, p, &choices, before),
-            )?;
         }
         Ok(())
     }
@@ -273,8 +421,8 @@ mod tests {
     fn experts_are_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
         let (n, dim, hidden, n_experts) = (300, 24, 40, 5);
         let run = || -> Result<Vec<Vec<f32>>> {
-            let choices = (0..2 * n).map(|slot| (slot * slot % n_experts) as u32).collect();
-            let routing = Arc::new(Routing::new(choices, n_experts, 2));
+            let choices: Vec<u32> = (0..2 * n).map(|slot| (slot * slot % n_experts) as u32).collect();
+            let routing = Arc::new(Routing::new(Tensor::from_vec(choices, (n, 2), &Device::Cpu)?, n_experts)?);
             let shapes = [[n_experts, hidden, dim], [n_experts, dim, hidden], [n_experts, hidden, dim]];
             let values = shapes.iter().map(|s| random_tensor("w", s)).collect::<Result<Vec<_>>>()?;
             let p = parameters(&values, DType::F32)?;

@@ -23,10 +23,10 @@ use crate::tools::profiler;
 pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, offset: f32, eps: f64) -> Result<Value> {
     let _span = profiler::span("rms_norm").shapes(&[x.tensor().dims()]);
     let dtype = weight.compute()?.dtype();
-    let (y, rstd) = on_device!(x.tensor(), forward(x.tensor(), &weight.weights()?, offset, eps as f32, dtype))?;
+    let (y, rstd) = on_device!(x.tensor(), forward(x.tensor(), &weight.precise()?, offset, eps as f32, dtype))?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
     Ok(Value::record("rms_norm", y, [x], move |dy| {
-        let (weights, grad) = (weight.weights()?, weight.accumulator()?);
+        let (weights, grad) = (weight.precise()?, weight.accumulator()?);
         Ok([Some(on_device!(dy, backward(&saved, &weights, offset, grad.as_ref(), &rstd, &dy))?)])
     }))
 }
