@@ -66,7 +66,7 @@ is_newer() { # output, sources...
     local output=$1 source
     shift
     [ -e "$output" ] || return 0
-    for source in "$@"; do [ "$source" -nt "$output" ] && return 0; done
+    for source in "$@"; do if [ "$source" -nt "$output" ]; then return 0; fi; done
     return 1
 }
 add() { compile+="$(printf '%q ' "$@")"$'\n'; }
@@ -112,7 +112,7 @@ for source in "$emulator/candle.cu" "$root"/src/ops/*/kernel.cu; do
 done
 
 if [ "$self_test" ]; then
-    if is_newer "$folder/self_test.kernels.o" "$0" "$emulator/self_test.cu" "$emulator/emulate.h" "$root/src/ops/kernel.cuh"; then
+    if is_newer "$folder/self_test.kernels.o" "$0" "$emulator/self_test.cu" "$emulator/emulate.h" "$root"/src/ops/*.cuh; then
         add "$CXX" "${flags[@]}" "${kernel_flags[@]}" -c "$emulator/self_test.cu" -o "$folder/self_test.kernels.o"
     fi
     if is_newer "$folder/self_test.o" "$0" "$emulator/self_test.cpp" "$emulator"/*.h; then

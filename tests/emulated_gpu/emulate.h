@@ -592,6 +592,9 @@ inline void copy_async_16(void* to, const void* from, bool valid) { emulated::co
 inline void copy_async_commit() { emulated::copy_async_commit(); }
 template <int N> inline void copy_async_wait() { emulated::copy_async_wait(N); }
 
+inline int renewed(int x) { return x; }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
 // Numbers too small for all of their digits are zeros to it.
 inline float exp2_fast(float x) {
     const float y = exp2f(fabsf(x) < 1.17549435e-38f ? 0.0f : x);

@@ -53,6 +53,7 @@ struct Mask {
     __device__ int first(int i, int n) const {
         if (!starts) return 0;
         int first = bound(i, 0);
+#pragma unroll 1
         for (int next = i / BOUND * BOUND + BOUND; next < min(i + n, sq); next += BOUND) first = min(first, bound(next, 0));
         return first;
     }
@@ -61,6 +62,7 @@ struct Mask {
     __device__ int common(int i, int n) const {
         if (!starts) return 0;
         int common = bound(i, 1);
+#pragma unroll 1
         for (int next = i / BOUND * BOUND + BOUND; next < min(i + n, sq); next += BOUND) common = max(common, bound(next, 1));
         return common;
     }
@@ -70,7 +72,7 @@ struct Mask {
 };
 
 // tanh(x), for inner = 2 log2(e) x / score.
-__device__ inline float capped(float score, float inner) { return 1.0f - 2.0f / (1.0f + exp2_fast(score * inner)); }
+__device__ inline float capped(float score, float inner) { return 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(score * inner)); }
 
 // ---- Tiles of bf16 in shared memory: rows of W numbers, in chunks of 8 whose places are permuted so that neither the
 // ---- chunks of a row nor a chunk of 8 rows meet in a bank.
@@ -106,7 +108,7 @@ template <int W, int ROWS, int THREADS>
 __device__ inline void load_tile(bf16* tile, const bf16* from, int stride, int rows, int hd) {
     constexpr int LANES = lanes_of_row<W>(), STEP = THREADS / LANES;
     static_assert(ROWS % STEP == 0 || ROWS < STEP, "whole rounds");
-    const int chunk = threadIdx.x % LANES, first = threadIdx.x / LANES;
+    const int thread = renewed(threadIdx.x), chunk = thread % LANES, first = thread / LANES;
     if (chunk * 8 >= W || (ROWS < STEP && first >= ROWS)) return;
     from += first * stride + chunk * 8;
     rows = chunk * 8 < hd ? rows - first : 0;
@@ -159,14 +161,16 @@ template <int W, int M> struct Left<W, M, true> {
 // d = a b^T, where b is N rows of a tile.
 template <int W, int M, int N, bool HELD>
 __device__ inline void multiply(float (&d)[M][N / 8][4], const Left<W, M, HELD>& left, const bf16* b) {
-    const int lane = threadIdx.x % 32, at = place<W>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    // Unrolled further, the compiler loads so much ahead that it lacks registers.
+    constexpr int UNROLL = HELD || W % 64 != 0 ? W / 16 : 2;
+    const int lane = renewed(threadIdx.x % 32), at = place<W>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int n = 0; n < N / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) d[m][n][i] = 0.0f;
-#pragma unroll
+#pragma unroll UNROLL
     for (int k = 0; k < W / 16; k++) {
         uint32_t a[M][4];
 #pragma unroll
@@ -188,7 +192,7 @@ __device__ inline void multiply(float (&d)[M][N / 8][4], const Left<W, M, HELD>&
 // d += p b, where p is rounded to bf16, and b is N rows of a tile.
 template <int W, int M, int N>
 __device__ inline void add_product(float (&d)[M][W / 8][4], const float (&p)[M][N / 8][4], const bf16* b) {
-    const int lane = threadIdx.x % 32, at = place<W>(lane % 16, lane / 16);
+    const int lane = renewed(threadIdx.x % 32), at = place<W>(lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < N / 16; k++) {
         uint32_t a[M][4];
@@ -244,7 +248,7 @@ __device__ inline void store_sums(
 // Hides the scores of 16 M queries from `query` on and N keys from `key` on, where the mask says so.
 template <int M, int N>
 __device__ inline void hide(float (&s)[M][N / 8][4], const Mask& mask, int query, int past, int key) {
-    const int lane = threadIdx.x % 32;
+    const int lane = renewed(threadIdx.x % 32);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -263,7 +267,7 @@ __device__ inline void hide(float (&s)[M][N / 8][4], const Mask& mask, int query
 // As hide, of scores that have a row for each key.
 template <int M, int N>
 __device__ inline void hide_transposed(float (&s)[M][N / 8][4], const Mask& mask, int query, int past, int key) {
-    const int lane = threadIdx.x % 32;
+    const int lane = renewed(threadIdx.x % 32);
 #pragma unroll
     for (int n = 0; n < N / 8; n++)
 #pragma unroll
@@ -299,12 +303,11 @@ __device__ inline void forward(
     const int first = mask.first(query, QUERIES) / KEYS * KEYS, end = past + min(query + QUERIES, sizes.sq);
     const int common = mask.common(query, QUERIES);
     const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
-    k += sizes.key(row, 0, sizes.key_head(head));
-    v += sizes.key(row, 0, sizes.key_head(head));
+    size_t at = sizes.key(row, first, sizes.key_head(head)); // where the tile of keys is that is copied next
 
     load_tile<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), q_stride, sizes.sq - query, hd);
-    load_tile<W, KEYS, THREADS>(k_tiles, k + size_t(first) * k_stride, k_stride, sizes.sk - first, hd);
-    if (STAGES == 2) load_tile<W, KEYS, THREADS>(v_tiles, v + size_t(first) * k_stride, k_stride, sizes.sk - first, hd);
+    load_tile<W, KEYS, THREADS>(k_tiles, k + at, k_stride, sizes.sk - first, hd);
+    if (STAGES == 2) load_tile<W, KEYS, THREADS>(v_tiles, v + at, k_stride, sizes.sk - first, hd);
     copy_async_commit();
     Left<W, M, HELD> queries;
     if (HELD) {
@@ -325,12 +328,12 @@ __device__ inline void forward(
         const int next = key + KEYS;
         copy_async_wait<0>();
         __syncthreads(); // This tile is here, and the last one is done with.
-        if (STAGES == 1) {
-            load_tile<W, KEYS, THREADS>(v_tiles, v + size_t(key) * k_stride, k_stride, sizes.sk - key, hd);
-        } else if (next < end) {
+        if (STAGES == 1) load_tile<W, KEYS, THREADS>(v_tiles, v + at, k_stride, sizes.sk - key, hd);
+        at += size_t(KEYS) * k_stride;
+        if (STAGES == 2 && next < end) {
             const int other = (stage ^ 1) * TILE;
-            load_tile<W, KEYS, THREADS>(k_tiles + other, k + size_t(next) * k_stride, k_stride, sizes.sk - next, hd);
-            load_tile<W, KEYS, THREADS>(v_tiles + other, v + size_t(next) * k_stride, k_stride, sizes.sk - next, hd);
+            load_tile<W, KEYS, THREADS>(k_tiles + other, k + at, k_stride, sizes.sk - next, hd);
+            load_tile<W, KEYS, THREADS>(v_tiles + other, v + at, k_stride, sizes.sk - next, hd);
         }
         copy_async_commit();
 
@@ -339,7 +342,7 @@ __device__ inline void forward(
         if (STAGES == 1) {
             copy_async_wait<0>();
             __syncthreads(); // Values are here, and keys are done with.
-            if (next < end) load_tile<W, KEYS, THREADS>(k_tiles, k + size_t(next) * k_stride, k_stride, sizes.sk - next, hd);
+            if (next < end) load_tile<W, KEYS, THREADS>(k_tiles, k + at, k_stride, sizes.sk - next, hd);
             copy_async_commit();
         }
         if (inner != 0.0f) {
@@ -383,8 +386,11 @@ __device__ inline void forward(
         if (STAGES == 2) stage ^= 1;
     }
 
+    // Computed again, so as not to take registers in the loop.
+    const int block = renewed(blockIdx.x), row_again = block / sizes.h, head_again = block % sizes.h;
+    const int own_again = (gridDim.y - 1 - renewed(blockIdx.y)) * QUERIES + warp * 16 * M;
     float scale[M][2];
-    const float sink = sinks ? sinks[head] * LOG2_E : NONE;
+    const float sink = sinks ? sinks[head_again] * LOG2_E : NONE;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -394,15 +400,15 @@ __device__ inline void forward(
             sum += __shfl_xor_sync(ALL_LANES, sum, 2);
             // The sink takes part in the sum of exponentials, and in nothing else.
             const float new_max = fmaxf(max[m][r], sink), shrink = exp2_fast(max[m][r] - new_max);
-            sum = sum * shrink + (sinks ? exp2_fast(sink - new_max) : 0.0f);
+            sum = sum * shrink + exp2_fast(sink - new_max);
             scale[m][r] = shrink / sum;
-            const int i = own + 16 * m + 8 * r + lane / 4;
+            const int i = own_again + 16 * m + 8 * r + lane / 4;
             if (lane % 4 == 0 && i < sizes.sq) {
-                logsumexp[(size_t(row) * sizes.h + head) * sizes.sq + i] = new_max + log2f(sum);
+                logsumexp[(size_t(row_again) * sizes.h + head_again) * sizes.sq + i] = new_max + log2f(sum);
             }
         }
     store_sums<W, M>(
-        y + sizes.query(row, own, head), q_tile + warp * 16 * M * W, sums, scale, q_stride, sizes.sq - own, hd);
+        y + sizes.query(row_again, own_again, head_again), q_tile + warp * 16 * M * W, sums, scale, q_stride, sizes.sq - own_again, hd);
 }
 
 // ---- bf16, backward to keys and values. A warp has 16 M keys; queries come in tiles of QUERIES, worked on SUB at a time:
@@ -526,14 +532,16 @@ __device__ inline void backward_keys(
 
     copy_async_wait<0>();
     __syncthreads(); // If there was no query, keys and values may still be on their way.
+    // Computed again, so as not to take registers in the loop.
+    const int block = renewed(blockIdx.x), own_again = renewed(blockIdx.y) * KEYS + warp * 16 * M;
+    const size_t to = sizes.key(block / sizes.kv, own_again, block % sizes.kv);
     float scales[M][2];
-    const size_t to = sizes.key(row, own, key_head);
 #pragma unroll
     for (int m = 0; m < M; m++) scales[m][0] = scales[m][1] = scale;
-    if constexpr (DK) store_sums<W, M>(dk + to, k_tile + warp * 16 * M * W, dk_sums, scales, k_stride, sizes.sk - own, hd);
+    if constexpr (DK) store_sums<W, M>(dk + to, k_tile + warp * 16 * M * W, dk_sums, scales, k_stride, sizes.sk - own_again, hd);
 #pragma unroll
     for (int m = 0; m < M; m++) scales[m][0] = scales[m][1] = 1.0f;
-    if constexpr (DV) store_sums<W, M>(dv + to, k_tile + warp * 16 * M * W, dv_sums, scales, k_stride, sizes.sk - own, hd);
+    if constexpr (DV) store_sums<W, M>(dv + to, k_tile + warp * 16 * M * W, dv_sums, scales, k_stride, sizes.sk - own_again, hd);
 }
 
 // ---- bf16, backward to queries. A warp has 16 M queries; keys and values come in tiles of KEYS, worked on SUB at a time.
@@ -556,12 +564,12 @@ __device__ inline void backward_queries(
     const int first = mask.first(query, QUERIES) / KEYS * KEYS, end = past + min(query + QUERIES, sizes.sq);
     const int common = mask.common(query, QUERIES);
     const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
-    k += sizes.key(row, 0, sizes.key_head(head));
-    v += sizes.key(row, 0, sizes.key_head(head));
+    size_t at = sizes.key(row, first, sizes.key_head(head)); // where the tile of keys is that is copied next
     const auto load = [&](int stage, int key) {
         bf16* const tile = tiles + stage * 2 * TILE;
-        load_tile<W, KEYS, THREADS>(tile, k + size_t(key) * k_stride, k_stride, sizes.sk - key, hd);
-        load_tile<W, KEYS, THREADS>(tile + TILE, v + size_t(key) * k_stride, k_stride, sizes.sk - key, hd);
+        load_tile<W, KEYS, THREADS>(tile, k + at, k_stride, sizes.sk - key, hd);
+        load_tile<W, KEYS, THREADS>(tile + TILE, v + at, k_stride, sizes.sk - key, hd);
+        at += size_t(KEYS) * k_stride;
     };
 
     load_tile<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), q_stride, sizes.sq - query, hd);
@@ -811,7 +819,7 @@ __device__ inline void forward_f32(
         float sum = total[i];
         for (int lane = 8; lane > 0; lane /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lane);
         const float new_max = fmaxf(max[i], sink), shrink = exp2_fast(max[i] - new_max);
-        sum = sum * shrink + (sinks ? exp2_fast(sink - new_max) : 0.0f);
+        sum = sum * shrink + exp2_fast(sink - new_max);
         scale[i] = shrink / sum;
         const int own = query + threadIdx.x / 16 + 16 * i;
         if (threadIdx.x % 16 == 0 && own < sizes.sq) {
@@ -1144,7 +1152,7 @@ __device__ inline void join(const float* stats, const float* sums, const float* 
         total += weight * stats[(part + i) * 2 + 1];
         if (threadIdx.x < 32) weights[i] = stats[(part + i) * 2 + 1] > 0.0f ? weight : 0.0f;
     }
-    total = warp_sum(total) + (sinks ? exp2_fast(sink - largest) : 0.0f);
+    total = warp_sum(total) + exp2_fast(sink - largest);
     __syncthreads();
     for (int column = threadIdx.x; column < sizes.hd; column += blockDim.x) {
         float sum = 0.0f;
@@ -1167,8 +1175,8 @@ __device__ inline void join(const float* stats, const float* sums, const float* 
                                                  inner, factor, shared);                                                     \
     }
 
-FORWARD_BF16(16, 2, 4, 64, 2, false, 4)
-FORWARD_BF16(32, 2, 4, 64, 2, true, 3)
+FORWARD_BF16(16, 2, 4, 64, 2, true, 3)
+FORWARD_BF16(32, 2, 4, 64, 2, false, 3)
 FORWARD_BF16(64, 2, 4, 64, 2, true, 2)
 FORWARD_BF16(96, 2, 4, 64, 1, false, 2)
 FORWARD_BF16(128, 2, 4, 64, 1, false, 2)
@@ -1185,8 +1193,8 @@ FORWARD_BF16(256, 1, 4, 64, 1, false, 2)
                                                                shared);                                                      \
     }
 
-BACKWARD_KEYS_BF16(keys, 16, 2, 4, 64, 16, false, true, true, 4)
-BACKWARD_KEYS_BF16(keys, 32, 2, 4, 64, 32, false, true, true, 3)
+BACKWARD_KEYS_BF16(keys, 16, 2, 4, 64, 32, false, true, true, 3)
+BACKWARD_KEYS_BF16(keys, 32, 2, 4, 64, 32, true, true, true, 2)
 BACKWARD_KEYS_BF16(keys, 64, 2, 4, 64, 32, false, true, true, 2)
 BACKWARD_KEYS_BF16(keys, 96, 1, 8, 64, 64, false, true, true, 1)
 BACKWARD_KEYS_BF16(keys, 128, 1, 8, 64, 64, false, true, true, 1)
@@ -1204,7 +1212,7 @@ BACKWARD_KEYS_BF16(dv, 256, 1, 4, 32, 32, false, false, true, 2)
                                                        inner, factor, scale, stages, shared);                                \
     }
 
-BACKWARD_QUERIES_BF16(16, 2, 4, 64, 32, false, 4)
+BACKWARD_QUERIES_BF16(16, 2, 4, 64, 32, true, 3)
 BACKWARD_QUERIES_BF16(32, 2, 4, 64, 32, false, 3)
 BACKWARD_QUERIES_BF16(64, 2, 4, 64, 32, false, 2)
 BACKWARD_QUERIES_BF16(96, 2, 4, 64, 32, false, 2)
