@@ -1,6 +1,7 @@
 # What gpu_check.sh and gpu_bench.sh share: where the program and its tests are, and CUDA's libraries.
 
-# The folder that has bin/ and the files it reads: FOLDER itself, or what FOLDER/titan-gpu.tar.xz holds.
+# The folder that has bin/ and the files it reads: FOLDER itself, or what FOLDER/titan-gpu.tar.xz holds. Files that are not
+# there come from the repository of this script.
 unpack() { # folder
     local folder=${1:-.} unpacked
     folder=$(cd "$folder" && pwd) || return 1
@@ -10,7 +11,12 @@ unpack() { # folder
     fi
     unpacked=${TMPDIR:-/tmp}/titan-gpu.$(cksum <"$folder/titan-gpu.tar.xz" | tr ' ' -) || return 1
     if [ ! -e "$unpacked/unpacked" ]; then
-        mkdir -p "$unpacked" && tar -C "$unpacked" -xJf "$folder/titan-gpu.tar.xz" || return 1
+        mkdir -p "$unpacked" && xz -dc -T0 "$folder/titan-gpu.tar.xz" | tar -C "$unpacked" -x || return 1
+        local repository name
+        repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+        for name in configs assets tests benches; do
+            [ -e "$unpacked/$name" ] || ln -s "$repository/$name" "$unpacked/$name"
+        done
         touch "$unpacked/unpacked"
     fi
     echo "$unpacked"
