@@ -13,10 +13,11 @@ use clap::Parser;
 use rand::Rng;
 use titan::autograd::Precision;
 use titan::components::checkpoint::{Assets, CheckpointManager, Progress, State, TrainState, Why};
-use titan::components::optimizer::{Optimizer, OptimizerKind};
+use titan::components::optimizer::Optimizer;
 use titan::config::{self, AsyncMode};
 use titan::engine::{self, MicroBatch, Recompute, Stages};
 use titan::models::{self, Decoder};
+use titan::ops::{Adam, StepRules};
 use titan::tools::{memory, random};
 
 #[global_allocator]
@@ -111,8 +112,8 @@ impl Run {
         let precision = Precision { storage: DType::F32, compute: DType::BF16 };
         model.allocate(precision, &Device::Cpu, true).unwrap();
         model.parameters().for_each(|parameter| models::initialize(parameter, 0).unwrap());
-        let kind = OptimizerKind { decoupled: true, betas: (0.9, 0.95), eps: 1e-8 };
-        let optimizer = Optimizer::new(kind, 0.1, model.stages()).unwrap();
+        let adam = Adam { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true };
+        let optimizer = Optimizer::new(adam, model.stages()).unwrap();
         Self { model, optimizer, batch, step: 0 }
     }
 
@@ -136,9 +137,11 @@ impl Run {
         let rows: Vec<Vec<u32>> = (0..self.batch).map(|_| row()).collect();
         let rows = Tensor::new(rows, &Device::Cpu).unwrap();
         let window = |start| rows.narrow(1, start, SEQ_LEN).unwrap().contiguous().unwrap();
-        engine::forward_backward(&self.model, &MicroBatch::new(window(0), window(1)), 1.0, Recompute::None).unwrap();
+        let batch = MicroBatch::new(window(0), window(1));
+        let loss = engine::forward_backward(&self.model, &batch, 1.0, Recompute::None).unwrap();
         self.model.expert_loads().values().for_each(|load| load.rebalance(true).unwrap());
-        self.optimizer.step(self.model.stages(), 1e-3, 1.0).unwrap();
+        let rules = StepRules { lr: 1e-3, max_norm: 1.0, max_loss: f64::INFINITY };
+        self.optimizer.step(self.model.stages(), &loss, &rules).unwrap();
     }
 
     fn save(&self, manager: &mut CheckpointManager, step: usize, why: Why) {

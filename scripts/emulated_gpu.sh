@@ -6,17 +6,21 @@
 #   cargo test --release --features cuda --lib ops::
 #
 #   scripts/emulated_gpu.sh FOLDER                 build into FOLDER; default: target/emulated_gpu
+#   scripts/emulated_gpu.sh --races [FOLDER]       find accesses that nothing orders; slower. Default: target/emulated_gpu_races
+#   scripts/emulated_gpu.sh --self-test ...        also hold the emulated GPU to plain computations
 #
 # Standard output holds `export` lines and nothing else. What changed is compiled again. TITAN_EMULATED_ORDER says which
 # thread goes on where several can: forward (the default), backward, random or random:SEED. Results that differ between
 # orders come from threads that do not wait for each other.
 #
-# Needs g++, awk, and the sources of cudarc that cargo fetches for the `cuda` feature. CXX: another compiler.
+# A kernel that does what a GPU would not allow, or not answer for, ends the process and says where it was.
+#
+# Needs g++ and awk, and cargo for the lists of functions in cudarc's sources. CXX: another compiler.
 set -euo pipefail
 
 # Library, the name that CUDA 13 gives it, cudarc's list of its functions, and our sources.
 LIBRARIES='
-cuda     libcuda.so.1      driver   machine driver
+cuda     libcuda.so.1      driver   machine memory races driver
 cublasLt libcublasLt.so.13 cublaslt cublaslt
 cublas   libcublas.so.13   cublas   cublas
 curand   libcurand.so.10   curand   curand
@@ -25,20 +29,36 @@ nvrtc    libnvrtc.so.13    nvrtc
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 emulator=$root/tests/emulated_gpu
-folder=${1:-${CARGO_TARGET_DIR:-$root/target}/emulated_gpu}
+self_test='' name=emulated_gpu races=()
+while :; do
+    case "${1:-}" in
+    --self-test) self_test=yes ;;
+    --races) name=emulated_gpu_races races=(-fsanitize=thread --param tsan-instrument-func-entry-exit=0) ;;
+    *) break ;;
+    esac
+    shift
+done
+folder=${1:-${CARGO_TARGET_DIR:-$root/target}/$name}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 CXX=${CXX:-g++}
 
 die() { printf 'emulated_gpu: %s\n' "$*" >&2; exit 1; }
 
-# Misaligned addresses and indices outside of arrays trap. Kernels read numbers as other types, as nvcc allows.
+# Kernels read numbers as other types, as nvcc allows. Misaligned addresses and indices outside of arrays trap, and calls
+# return to where they come from, so that faults have places.
 flags=(-std=c++17 -O2 -g1 -fPIC -march=native -fno-strict-aliasing -fno-gnu-unique -ftls-model=initial-exec -I "$emulator")
-kernel_flags=(-x c++ -DTITAN_EMULATE -I "$root/src/ops" -fvisibility=hidden -Wno-unknown-pragmas
-    -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error)
+kernel_flags=(-x c++ -DTITAN_EMULATE -I "$root/src/ops" -fvisibility=hidden -fno-exceptions -fno-optimize-sibling-calls
+    -Wno-unknown-pragmas -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error "${races[@]}")
 
-cudarc=$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/cudarc-*/src 2>/dev/null | tail -n 1)
-[ -n "$cudarc" ] || die "cargo has no cudarc yet: run \`cargo fetch\` first"
+version=$(grep -A1 '^name = "cudarc"' "$root/Cargo.lock" | sed -n 's/^version = "\(.*\)"/\1/p')
+find_cudarc() { cudarc=$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/cudarc-"$version"/src 2>/dev/null | tail -n 1); }
+find_cudarc
+if [ -z "$cudarc" ]; then
+    cargo fetch --locked --manifest-path "$root/Cargo.toml" >&2
+    find_cudarc
+    [ -n "$cudarc" ] || die "cargo has fetched cudarc $version, but its sources are not in the registry's folder"
+fi
 
 # Commands that must run, one a line: as many at once as there are cores.
 compile=''
@@ -46,7 +66,7 @@ is_newer() { # output, sources...
     local output=$1 source
     shift
     [ -e "$output" ] || return 0
-    for source in "$@"; do [ "$source" -nt "$output" ] && return 0; done
+    for source in "$@"; do if [ "$source" -nt "$output" ]; then return 0; fi; done
     return 1
 }
 add() { compile+="$(printf '%q ' "$@")"$'\n'; }
@@ -81,7 +101,7 @@ done <<<"$LIBRARIES"
 # Each op's kernels are a library of their own: what it calls its functions, and where its static shared memory is, is
 # nobody else's matter.
 ops=()
-for source in "$emulator"/*.cu "$root"/src/ops/*/kernel.cu; do
+for source in "$emulator/candle.cu" "$root"/src/ops/*/kernel.cu; do
     [ -e "$source" ] || continue
     op=$(basename "${source%/kernel.cu}" .cu)
     ops+=("$op")
@@ -90,6 +110,15 @@ for source in "$emulator"/*.cu "$root"/src/ops/*/kernel.cu; do
         add "$CXX" "${flags[@]}" "${kernel_flags[@]}" -c "$source" -o "$object"
     fi
 done
+
+if [ "$self_test" ]; then
+    if is_newer "$folder/self_test.kernels.o" "$0" "$emulator/self_test.cu" "$emulator/emulate.h" "$root"/src/ops/*.cuh; then
+        add "$CXX" "${flags[@]}" "${kernel_flags[@]}" -c "$emulator/self_test.cu" -o "$folder/self_test.kernels.o"
+    fi
+    if is_newer "$folder/self_test.o" "$0" "$emulator/self_test.cpp" "$emulator"/*.h; then
+        add "$CXX" "${flags[@]}" -c "$emulator/self_test.cpp" -o "$folder/self_test.o"
+    fi
+fi
 run_all
 
 needed=()
@@ -119,5 +148,12 @@ while read -r library soname list sources; do
         ln -sf "$soname" "$folder/lib$library.so"
     fi
 done <<<"$LIBRARIES"
+
+if [ "$self_test" ]; then
+    "$CXX" -shared -o "$folder/libself_test.so" "$folder/self_test.kernels.o" >&2
+    "$CXX" -o "$folder/self_test" "$folder/self_test.o" -Wl,--no-as-needed "$folder/libself_test.so" \
+        "$folder/libcublasLt.so.13" "$folder/libcuda.so.1" -Wl,-rpath,'$ORIGIN' >&2
+    "$folder/self_test" >&2
+fi
 
 printf 'export LD_LIBRARY_PATH=%q${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}\n' "$folder"

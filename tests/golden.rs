@@ -1,6 +1,7 @@
 //! The decoder against numbers that PyTorch computed in float32 (`golden/README.md` says how, and with which tolerances).
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value as Json;
@@ -18,8 +19,15 @@ use devices::devices;
 
 const F32: Precision = Precision { storage: DType::F32, compute: DType::F32 };
 
+/// A golden file: where cargo says at run time that the repository lies, else where it lay at compile time. A test that was
+/// carried to another machine is told by `CARGO_MANIFEST_DIR`.
+fn golden(name: &str) -> PathBuf {
+    let repo = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    repo.join("tests/golden").join(name)
+}
+
 fn read(name: &str) -> Vec<u8> {
-    std::fs::read(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+    std::fs::read(golden(name)).unwrap()
 }
 
 fn json(name: &str) -> Json {
@@ -283,7 +291,7 @@ fn checkpoints_of_hugging_face_give_the_logits_of_transformers() {
         let args = decoder_args(case["model"].as_str().unwrap(), &case["config"]);
         let mut model = Decoder::new(&args, None).unwrap();
         model.allocate(F32, &Device::Cpu, false).unwrap();
-        let folder = std::path::PathBuf::from(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR")));
+        let folder = golden(name);
         let weights = Weights::open_hugging_face(&folder, case["model"].as_str().unwrap(), &args, false).unwrap();
         weights.load(&model.state_shapes(), |name, tensor| model.set(name, &tensor)).unwrap();
 

@@ -42,11 +42,20 @@ impl Dropout {
         self.pass.store(pass.unwrap_or(0), Ordering::Relaxed);
     }
 
+    /// Whether anything is ever left out.
+    pub fn is_on(&self) -> bool {
+        self.threshold() > 0
+    }
+
+    fn threshold(&self) -> u32 {
+        (self.probability * (f64::from(u32::MAX) + 1.0)) as u32
+    }
+
     /// The words that decide over the input of the adapter called `name`, one per element: it stays where its word is at
     /// least the threshold, which comes with the factor that makes up for the others. `None`: all stay.
     pub fn words(&self, name: &str) -> Option<(ChaCha8Rng, u32, f32)> {
         let pass = self.pass.load(Ordering::Relaxed);
-        let threshold = (self.probability * (f64::from(u32::MAX) + 1.0)) as u32;
+        let threshold = self.threshold();
         (pass > 0 && threshold > 0).then(|| {
             let factor = 1.0 / (1.0 - self.probability);
             (keyed(self.seed, "dropout", &format!("{name} {pass}")), threshold, factor as f32)

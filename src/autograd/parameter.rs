@@ -54,10 +54,10 @@ impl Precision {
 /// reduction and optimizer pass once over each.
 #[derive(Debug)]
 pub struct StageBuffers {
-    /// What the optimizer updates, `(numel,)` in the storage dtype.
+    /// What the optimizer updates, `(numel,)` in the storage dtype; in the host's memory where the run offloads it.
     pub weights: Tensor,
-    /// What forward and backward read, `(numel,)` in the compute dtype. Shares memory with `weights` if the dtypes are
-    /// equal.
+    /// What forward and backward read, `(numel,)` in the compute dtype. Shares memory with `weights` if dtypes and devices
+    /// are equal.
     pub compute: Tensor,
     /// Where backward adds gradients, `(numel,)` f32; `None` where the weights are frozen, or the model only runs forward.
     pub grads: Option<Tensor>,
@@ -108,8 +108,19 @@ impl StageBuilder {
 
     /// Takes the memory, zeroed. Weights are then written with [`Parameter::set`].
     pub fn allocate(&self, precision: Precision, device: &Device, with_grads: bool) -> Result<()> {
-        let weights = Tensor::zeros(self.numel, precision.storage, device)?;
-        let compute = if precision.compute == precision.storage {
+        self.allocate_apart(precision, device, device, with_grads)
+    }
+
+    /// As [`StageBuilder::allocate`], with what the optimizer updates in the memory of another device.
+    pub fn allocate_apart(
+        &self,
+        precision: Precision,
+        device: &Device,
+        of_optimizer: &Device,
+        with_grads: bool,
+    ) -> Result<()> {
+        let weights = Tensor::zeros(self.numel, precision.storage, of_optimizer)?;
+        let compute = if precision.compute == precision.storage && device.same_device(of_optimizer) {
             weights.clone()
         } else {
             Tensor::zeros(self.numel, precision.compute, device)?
@@ -169,6 +180,13 @@ impl Parameter {
         self.window(&self.buffers().weights)
     }
 
+    /// The weights for ops that read them in full precision: what the optimizer updates, or where that is on another device,
+    /// what products read.
+    pub fn precise(&self) -> Result<Tensor> {
+        let StageBuffers { weights, compute, .. } = self.buffers();
+        self.window(if weights.device().same_device(compute.device()) { weights } else { compute })
+    }
+
     /// The adapter that products with this weight add to it.
     pub fn adapter(&self) -> Option<Arc<Adapter>> {
         self.adapter.read().unwrap_or_else(PoisonError::into_inner).clone()
@@ -199,9 +217,9 @@ impl Parameter {
     /// If the shape of `values` is another.
     pub fn set(&self, values: &Tensor) -> Result<()> {
         let buffers = self.buffers();
-        let flat = values.reshape(self.shape.as_slice())?.flatten_all()?.to_device(buffers.weights.device())?;
+        let flat = values.reshape(self.shape.as_slice())?.flatten_all()?;
         for buffer in [&buffers.weights, &buffers.compute] {
-            buffer.slice_set(&flat.to_dtype(buffer.dtype())?, 0, self.offset)?;
+            buffer.slice_set(&flat.to_dtype(buffer.dtype())?.to_device(buffer.device())?, 0, self.offset)?;
         }
         Ok(())
     }

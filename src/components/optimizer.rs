@@ -16,6 +16,9 @@ pub struct Optimizer {
     steps: AdamSteps,
     /// First and second moments of each stage.
     moments: Vec<Moments>,
+    /// Where weights and moments are in the host's memory, and gradients on a GPU.
+    #[cfg(feature = "cuda")]
+    offload: Option<ops::Offload>,
 }
 
 #[derive(Debug)]
@@ -28,14 +31,21 @@ struct Moments {
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 
 impl Optimizer {
-    /// With moments of zero. The stages are allocated, all on one device.
+    /// With moments of zero, on the device of the weights. The stages are allocated, all on one device, which the weights
+    /// alone may be apart from.
     pub fn new(adam: Adam, stages: &[StageBuilder]) -> Result<Self> {
         let moments = stages.iter().map(|stage| {
             let weights = &stage.buffers().weights;
             Ok(Moments { exp_avg: weights.zeros_like()?, exp_avg_sq: weights.zeros_like()? })
         });
-        let device = stages.first().map_or(&Device::Cpu, |stage| stage.buffers().weights.device());
-        Ok(Self { t: 0, steps: AdamSteps::new(adam, stages.len(), device)?, moments: moments.collect::<Result<_>>()? })
+        let device = stages.first().map_or(&Device::Cpu, |stage| stage.grads().device());
+        Ok(Self {
+            t: 0,
+            steps: AdamSteps::new(adam, stages.len(), device)?,
+            moments: moments.collect::<Result<_>>()?,
+            #[cfg(feature = "cuda")]
+            offload: ops::Offload::of(adam, stages)?,
+        })
     }
 
     /// Scales the gradients so that their norm over all parameters is at most `rules.max_norm`, steps, and zeroes the
@@ -50,6 +60,10 @@ impl Optimizer {
 
     /// Tells the device what the next step goes by.
     pub fn prepare(&self, rules: &StepRules) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(offload) = &self.offload {
+            offload.prepare(self.t + 1, rules)?;
+        }
         self.steps.prepare(self.t + 1, rules)
     }
 
@@ -60,6 +74,11 @@ impl Optimizer {
             profiler::span(stage.name()).around(|| self.steps.measure(i, stage.grads()))?;
         }
         self.steps.decide(loss)?;
+        #[cfg(feature = "cuda")]
+        if let Some(offload) = &self.offload {
+            let moments = self.moments.iter().map(|moments| (&moments.exp_avg, &moments.exp_avg_sq));
+            return offload.apply(&self.steps, stages, moments);
+        }
         for (stage, moments) in stages.iter().zip(&self.moments) {
             let _span = profiler::span(stage.name());
             self.steps.apply(stage.buffers(), &moments.exp_avg, &moments.exp_avg_sq)?;

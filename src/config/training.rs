@@ -47,8 +47,8 @@ pub struct Training {
     pub spike_window: usize,
     /// Steps that `nan_policy` and `spike_policy` may skip in the whole run before it stops.
     pub max_skipped_steps: usize,
-    /// Keep parameters, gradients and optimizer state in host memory.
-    #[schemars(extend("x-not-yet" = "titan does not offload to the CPU yet"))]
+    /// Of a run on a GPU, keep the weights that the optimizer updates, and its moments, in the host's memory, and update them
+    /// there. On a CPU they are there anyway.
     pub enable_cpu_offload: bool,
     /// Type in which weights, gradients and optimizer state are stored.
     pub dtype: Dtype,

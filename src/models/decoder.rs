@@ -169,16 +169,29 @@ impl Decoder {
     /// Takes the memory for weights, and for gradients if the model is to be trained. Frozen weights are held in the compute
     /// dtype only.
     pub fn allocate(&mut self, precision: Precision, device: &Device, with_grads: bool) -> Result<()> {
+        self.allocate_apart(precision, device, device, with_grads)
+    }
+
+    /// As [`Decoder::allocate`], with what the optimizer updates in the memory of another device.
+    pub fn allocate_apart(
+        &mut self,
+        precision: Precision,
+        device: &Device,
+        of_optimizer: &Device,
+        with_grads: bool,
+    ) -> Result<()> {
         let tables = self.ropes.iter().map(|rope| RopeTable::new(rope, self.args.max_seq_len, device));
         self.rope_tables = tables.collect::<Result<_>>()?;
         let scales = self.args.query_scales(self.args.max_seq_len);
         self.query_scales = scales.map(|scales| Tensor::new(scales, device)).transpose()?;
         self.expert_loads().values().try_for_each(|load| load.allocate(device))?;
         let Some(adapters) = &self.adapters else {
-            return self.stages.iter().try_for_each(|stage| stage.allocate(precision, device, with_grads));
+            let mut stages = self.stages.iter();
+            return stages.try_for_each(|stage| stage.allocate_apart(precision, device, of_optimizer, with_grads));
         };
         self.stages.iter().try_for_each(|stage| stage.allocate(precision.frozen(), device, false))?;
-        adapters.stages().iter().try_for_each(|stage| stage.allocate(precision, device, with_grads))
+        let mut stages = adapters.stages().iter();
+        stages.try_for_each(|stage| stage.allocate_apart(precision, device, of_optimizer, with_grads))
     }
 
     pub fn args(&self) -> &DecoderArgs {

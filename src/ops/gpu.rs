@@ -4,14 +4,18 @@
 //! as soon as the kernels that read it are launched, and nothing here waits.
 
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, PoisonError, RwLock};
 
 use candle_core::cuda_backend::cudarc::driver::result;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    cuMemHostRegister_v2, cuMemHostUnregister, cuMemcpyDtoHAsync_v2, cuMemcpyHtoDAsync_v2,
+};
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
-use candle_core::{DType, Device, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
 use half::bf16;
 
 use crate::Result;
@@ -243,4 +247,81 @@ pub fn suffix(dtype: DType) -> &'static str {
         DType::F32 => "f32",
         other => unreachable!("activations and weights are f32 or bf16, not {other:?}"),
     }
+}
+
+/// A tensor in memory of the host that a GPU copies from and to by itself.
+#[derive(Debug)]
+pub struct Pinned {
+    tensor: Tensor,
+    first: *mut c_void,
+}
+
+// SAFETY: the pointer is only an address to be unpinned by; the tensor answers for its memory.
+unsafe impl Send for Pinned {}
+// SAFETY: as above.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// Zeros in the shape and dtype of a tensor of a GPU.
+    pub fn like(tensor: &Tensor) -> Result<Self> {
+        device(tensor).cuda_stream().context().bind_to_thread().w()?;
+        let tensor = Tensor::zeros(tensor.shape(), tensor.dtype(), &Device::Cpu)?;
+        let first = with_bytes(&tensor, |bytes| bytes.as_ptr().cast_mut().cast::<c_void>());
+        let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+        if bytes > 0 {
+            // SAFETY: the memory is the tensor's, which lives as long as it is pinned.
+            unsafe { cuMemHostRegister_v2(first, bytes, 0) }.result().w()?;
+        }
+        Ok(Self { tensor, first })
+    }
+
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.tensor.elem_count() > 0 {
+            // SAFETY: pinned by `like`, and not unpinned since. A fault leaves memory pinned, which harms nobody.
+            let _ = unsafe { cuMemHostUnregister(self.first) };
+        }
+    }
+}
+
+/// The bytes of a contiguous tensor of the host, all of its storage.
+fn with_bytes<R>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> R) -> R {
+    let (storage, _) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => body(bytemuck::cast_slice(values)),
+        Storage::Cpu(CpuStorage::BF16(values)) => body(bytemuck::cast_slice(values)),
+        _ => unreachable!("activations and weights of the host are f32 or bf16"),
+    }
+}
+
+/// Copies a tensor of a GPU to one of the host of the same size, and waits.
+pub fn copy_to_host(from: &Tensor, to: &Tensor) -> Result<()> {
+    let (device, from, n) = (device(from), address(from)?, from.elem_count() * from.dtype().size_in_bytes());
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    with_bytes(to, |bytes| {
+        assert_eq!(bytes.len(), n, "sizes of a copy");
+        // SAFETY: both sides are `n` bytes; the stream has finished with them when this returns, and nobody else uses `to`
+        // meanwhile, as its owner lends it for this.
+        unsafe { cuMemcpyDtoHAsync_v2(bytes.as_ptr().cast_mut().cast(), from, n, stream.cu_stream()) }.result().w()
+    })?;
+    Ok(stream.synchronize().w()?)
+}
+
+/// Copies a tensor of the host to one of a GPU of the same size, and waits.
+pub fn copy_to_gpu(from: &Tensor, to: &Tensor) -> Result<()> {
+    let (device, to, n) = (device(to), address(to)?, to.elem_count() * to.dtype().size_in_bytes());
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    with_bytes(from, |bytes| {
+        assert_eq!(bytes.len(), n, "sizes of a copy");
+        // SAFETY: both sides are `n` bytes, and the stream has read `from` when this returns.
+        unsafe { cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), n, stream.cu_stream()) }.result().w()
+    })?;
+    Ok(stream.synchronize().w()?)
 }

@@ -181,10 +181,23 @@ __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group
 // Waits until at most the last N groups are under way; a barrier then shows the others to all threads.
 template <int N> __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory"); }
 
+// x, as if it were new: what is computed of it is computed where it is used, and takes no registers in a loop around that.
+__device__ inline int renewed(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // 2^x, of which the device has an instruction.
 __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x, within one unit in the last place.
+__device__ inline float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 #endif

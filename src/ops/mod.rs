@@ -42,6 +42,8 @@ pub(crate) mod testing;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
+#[cfg(feature = "cuda")]
+pub use adamw::Offload;
 pub use adamw::{Adam, AdamSteps, StepOutcome, StepRules, zero};
 pub use add::add;
 pub(crate) use add::add_tensors;

@@ -1,5 +1,6 @@
 //! How ops are held to their references.
 
+use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -33,9 +34,15 @@ pub fn on_threads<R: Send>(n: usize, body: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(body)
 }
 
+/// A path of the repository: where cargo says at run time that it lies, else where it lay at compile time. A test that was
+/// carried to another machine is told by `CARGO_MANIFEST_DIR`.
+pub fn repo(path: &str) -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from).join(path)
+}
+
 /// A file of `tests/golden`.
 pub fn golden(name: &str) -> Vec<u8> {
-    std::fs::read(format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+    std::fs::read(repo("tests/golden").join(name)).unwrap()
 }
 
 /// Parameters holding `values`, in a stage of their own on the host.

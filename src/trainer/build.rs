@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use tracing::{info, warn};
 
 use super::memory::{self, Classes};
@@ -26,6 +26,7 @@ use crate::models::hf;
 use crate::models::{self, Decoder};
 use crate::ops::Adam;
 use crate::tools::device::{Choice, DeviceFacts};
+use crate::tools::profiler;
 use crate::{Error, Result};
 
 /// What the metrics need to know of a run.
@@ -74,6 +75,7 @@ impl Trainer {
         let choice = Choice::of_environment()?;
         let (device, facts) = (choice.device.clone(), choice.facts()?);
         info!("Device: {facts}; {choice}");
+        profiler::wait_for(&device);
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         // From here on the dump folder is this process's.
@@ -109,7 +111,7 @@ impl Trainer {
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
         memory::check(&model, precision, &config, &facts)?;
-        let classes = Classes::of(&model, precision);
+        let classes = Classes::of(&model, precision, config.training.enable_cpu_offload);
         let explain = |class, error| classes.explain(error, class, &config, &facts);
 
         // Data before memory is taken: what is wrong with a dataset shows at once.
@@ -130,7 +132,10 @@ impl Trainer {
             },
             flops_per_token as f64 / 1e6
         );
-        model.allocate(precision, &device, true).map_err(|error| explain("weights and gradients", error))?;
+        let of_optimizer = if config.training.enable_cpu_offload { &Device::Cpu } else { &device };
+        model
+            .allocate_apart(precision, &device, of_optimizer, true)
+            .map_err(|error| explain("weights and gradients", error))?;
         let adam = Adam {
             beta1: config.optimizer.beta1,
             beta2: config.optimizer.beta2,
@@ -171,6 +176,8 @@ impl Trainer {
             grad_accum: config.training.global_batch_size.map_or(1, |global| global / local_batch_size),
             n_tokens_seen: train_state.map_or(0, |state| state.n_tokens_seen),
             classes,
+            #[cfg(feature = "cuda")]
+            recorder: None,
             run: RunFacts { device: facts, flops_per_token: flops_per_token as f64 },
             profiler: profiling.enable_profiling.then(|| StepProfiler::new(profiling, &config.job.dump_folder)),
             config,

@@ -62,11 +62,19 @@ pub struct Classes {
 }
 
 impl Classes {
-    pub fn of(model: &Decoder, precision: Precision) -> Self {
+    pub fn of(model: &Decoder, precision: Precision, is_offloaded: bool) -> Self {
         let trained: f64 = model.trained_parameters().map(|parameter| parameter.numel() as f64).sum();
         let moments = 2.0 * trained * precision.storage.size_in_bytes() as f64;
         let gradients = trained * size_of::<f32>() as f64;
-        Self { weights: model.training_bytes(precision) - moments - gradients, gradients, moments }
+        let weights = model.training_bytes(precision) - moments - gradients;
+        match is_offloaded {
+            false => Self { weights, gradients, moments },
+            true => {
+                let compute = trained * precision.compute.size_in_bytes() as f64;
+                let frozen = weights - trained * (precision.training_bytes() as f64) + moments + gradients;
+                Self { weights: compute + frozen.max(0.0), gradients, moments: 0.0 }
+            }
+        }
     }
 
     /// `error`, or if it says that memory is not there, what of the run holds how much, and what would help. `class`: what
@@ -124,7 +132,7 @@ mod tests {
     fn an_error_for_want_of_memory_says_who_holds_it_and_what_helps() {
         let model = Decoder::new(&models::flavor("llama4", "debugmodel").unwrap(), None).unwrap();
         let precision = Precision { storage: candle_core::DType::F32, compute: candle_core::DType::BF16 };
-        let classes = Classes::of(&model, precision);
+        let classes = Classes::of(&model, precision, false);
         let n = model.n_params() as f64;
         assert_eq!((classes.weights, classes.gradients, classes.moments), (6.0 * n, 4.0 * n, 8.0 * n));
 

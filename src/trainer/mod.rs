@@ -4,6 +4,8 @@ mod build;
 mod continuation;
 mod memory;
 mod profile;
+#[cfg(feature = "cuda")]
+mod recorder;
 mod step;
 
 pub use build::model_args;
@@ -51,6 +53,8 @@ pub struct Trainer {
     n_tokens_seen: u64,
     seed: u64,
     classes: memory::Classes,
+    #[cfg(feature = "cuda")]
+    recorder: Option<recorder::Recorder>,
     run: build::RunFacts,
 }
 
@@ -80,6 +84,10 @@ impl Trainer {
         let mut metrics = self.run.metrics(&self.config, self.step)?;
         let config = self.config.clone();
         bugs::advise(move || step::last_checkpoint(&config));
+        #[cfg(feature = "cuda")]
+        {
+            self.recorder = recorder::Recorder::new(&self);
+        }
         interrupt.begin();
         info!("Training starts at step {}.", self.step + 1);
         while self.step < last_step {

@@ -10,7 +10,8 @@ use crate::components::checkpoint::{step_name, steps_in};
 use crate::config::{JobConfig, NanPolicy};
 use crate::data::Batch;
 use crate::engine::{self, MicroBatch};
-use crate::ops::{StepOutcome, StepRules};
+use crate::models::decoder::Sequence;
+use crate::ops::{self, StepOutcome, StepRules};
 use crate::tools::profiler::{self, Category};
 use crate::{Error, Result};
 
@@ -24,7 +25,7 @@ pub struct Step {
 }
 
 /// A part of a step's batch, and the factor of its mean loss in the step's.
-type Part = (MicroBatch, f64);
+pub(super) type Part = (MicroBatch, f64);
 
 impl Trainer {
     /// Gradient accumulation, clipping, the optimizer, and expert biases. A step that is skipped changes nothing of these,
@@ -42,21 +43,10 @@ impl Trainer {
         let parts = parts.map(|(scale, batch)| Ok((batch.micro_batch(&self.device, vocab_size)?, scale)));
         let parts: Vec<Part> = parts.collect::<Result<_>>()?;
 
-        let mut loss = 0.0;
-        for (i, (batch, scale)) in parts.iter().enumerate() {
-            self.model.drop_out(Some(self.pass(i)));
-            let own = engine::forward_backward(&self.model, batch, *scale, self.recompute)?;
-            loss += f64::from(own.to_scalar::<f32>()?);
-        }
-        self.model.drop_out(None);
-
-        let _span = profiler::span_in(Category::Optimizer, "optimizer");
         let step = self.step + 1;
         let lr = self.config.optimizer.lr * self.schedule.factor(self.step);
-        let loss = Tensor::new(loss as f32, &self.device)?;
         let rules = StepRules { lr, max_norm: self.config.training.max_norm, max_loss: self.guard.max_loss() };
-        let StepOutcome { norm: grad_norm, loss, applied } =
-            self.optimizer.step(self.model.trained(), &loss, &rules)?;
+        let StepOutcome { norm: grad_norm, loss, applied } = self.compute(&parts, &rules)?;
         let loss = f64::from(loss);
         let spike = self.guard.spike(loss);
         if applied {
@@ -74,6 +64,42 @@ impl Trainer {
         self.step = step;
         self.n_tokens_seen += n_tokens;
         Ok(Step { loss: loss as f32, grad_norm, lr, n_tokens, data_loading })
+    }
+
+    /// All arithmetic of a step. Nothing of it is read back before its end.
+    fn compute(&mut self, parts: &[Part], rules: &StepRules) -> Result<StepOutcome> {
+        self.optimizer.prepare(rules)?;
+        #[cfg(feature = "cuda")]
+        if let Some(recorder) = self.recorder.take() {
+            self.recorder = recorder.step(self, parts)?;
+        } else {
+            self.enqueue(parts)?;
+        }
+        #[cfg(not(feature = "cuda"))]
+        self.enqueue(parts)?;
+        self.optimizer.finish()
+    }
+
+    pub(super) fn enqueue(&self, parts: &[Part]) -> Result<()> {
+        let contexts =
+            parts.iter().map(|(batch, _)| engine::context(&self.model, batch)).collect::<Result<Vec<_>>>()?;
+        self.enqueue_in(parts, &contexts)
+    }
+
+    /// The passes of all micro-batches, and the optimizer.
+    pub(super) fn enqueue_in(&self, parts: &[Part], contexts: &[Sequence]) -> Result<()> {
+        let mut loss: Option<Tensor> = None;
+        for (i, ((batch, scale), context)) in parts.iter().zip(contexts).enumerate() {
+            self.model.drop_out(Some(self.pass(i)));
+            let own = engine::forward_backward_in(&self.model, batch, context, *scale, self.recompute)?;
+            loss = Some(match loss {
+                None => own,
+                Some(sum) => ops::add_tensors(&sum, &own)?,
+            });
+        }
+        self.model.drop_out(None);
+        let _span = profiler::span_in(Category::Optimizer, "optimizer");
+        self.optimizer.enqueue(self.model.trained(), &loss.expect("a step has at least one micro-batch"))
     }
 
     /// The number of a micro-batch in the whole training, from 1.

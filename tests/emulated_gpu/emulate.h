@@ -95,6 +95,9 @@ int barrier(const char* what, bool brought, int line);
 unsigned lane();
 [[noreturn]] void fail(const char* what, const void* address);
 bool is_shared(const void* address, size_t bytes);
+// For races.cpp.
+void atomic_access(const void* address, size_t bytes);
+void fence();
 void copy_async(void* to, const void* from, bool valid);
 void copy_async_commit();
 void copy_async_wait(int n_under_way);
@@ -338,9 +341,9 @@ template <typename T> inline void __stcg(T* to, std::common_type_t<T> x) { *to =
 template <typename T> inline void __stcs(T* to, std::common_type_t<T> x) { *to = x; }
 template <typename T> inline void __stwt(T* to, std::common_type_t<T> x) { *to = x; }
 
-inline void __threadfence() { asm volatile("" ::: "memory"); }
+inline void __threadfence() { emulated::fence(); }
 inline void __threadfence_block() { asm volatile("" ::: "memory"); }
-inline void __threadfence_system() { asm volatile("" ::: "memory"); }
+inline void __threadfence_system() { emulated::fence(); }
 inline void __nanosleep(unsigned) {}
 inline void __trap() { emulated::fail("the kernel trapped", __builtin_return_address(0)); }
 inline void __prof_trigger(int) {}
@@ -505,9 +508,10 @@ template <typename T> struct BitsOf {
 };
 
 // Puts in place of *at what `change` makes of it; returns what was there.
-template <typename T, typename Change> inline T atomically(T* at, Change change) {
+template <typename T, typename Change> __attribute__((no_sanitize("thread"))) T atomically(T* at, Change change) {
     typedef typename BitsOf<T>::type Bits;
     if (reinterpret_cast<uintptr_t>(at) % sizeof(T)) fail("an atomic of a misaligned address", __builtin_return_address(0));
+    atomic_access(at, sizeof(T));
     Bits* const address = reinterpret_cast<Bits*>(at);
     Bits old = __atomic_load_n(address, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(address, &old, bits<Bits>(T(change(bits<T>(old)))), false, __ATOMIC_RELAXED,
@@ -587,6 +591,9 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, int line = __bu
 inline void copy_async_16(void* to, const void* from, bool valid) { emulated::copy_async(to, from, valid); }
 inline void copy_async_commit() { emulated::copy_async_commit(); }
 template <int N> inline void copy_async_wait() { emulated::copy_async_wait(N); }
+
+inline int renewed(int x) { return x; }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 // Numbers too small for all of their digits are zeros to it.
 inline float exp2_fast(float x) {

@@ -1,3 +1,4 @@
+// Launches of emulated kernels: fibers, and what they wait for.
 #include "machine.h"
 
 #include <dlfcn.h>
@@ -9,11 +10,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <deque>
 #include <map>
 #include <mutex>
+#include <random>
 #include <unordered_map>
 #include <vector>
+
+#include "races.h"
 
 namespace emulated {
 
@@ -90,7 +93,7 @@ struct Meetings {
 constexpr int MAX_MASKS = 64;
 
 struct Warp {
-    unsigned live, runnable;
+    unsigned live, runnable, n_syncs;
     int n_masks;
     Meetings meetings[MAX_MASKS];
 };
@@ -112,13 +115,13 @@ struct Machine {
     Order order;
     uint64_t random;
     // The dynamic shared memory ends where these bytes end, and a fault comes behind them.
-    unsigned char* shared_start;
     size_t shared_bytes;
-    // Static shared memory: all thread-local memory of the library of the kernel.
-    unsigned char* static_start;
-    size_t static_bytes;
+    // Static shared memory is all thread-local memory of the library of the kernel.
+    SharedMemory shared;
+    const unsigned char* library;
 
     Machine();
+    void choose_order();
     void wait();
     void conclude(Warp& warp, Meetings& meetings);
     void conclude_without_the_dead(Warp& warp);
@@ -157,12 +160,15 @@ Machine::Machine() {
         for (int saved = 0; saved < 6; saved++) *--frame = nullptr;
         threads[i].stack_pointer = frame;
     }
-    const size_t bytes = (MAX_SHARED_BYTES + PAGE - 1) / PAGE * PAGE;
-    void* shared = mmap(nullptr, bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (shared == MAP_FAILED || mprotect(static_cast<unsigned char*>(shared) + PAGE, bytes, PROT_READ | PROT_WRITE))
+    shared.dynamic_span = (MAX_SHARED_BYTES + PAGE - 1) / PAGE * PAGE;
+    void* area = mmap(nullptr, shared.dynamic_span + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    shared.dynamic_start = static_cast<unsigned char*>(area) + PAGE;
+    if (area == MAP_FAILED || mprotect(shared.dynamic_start, shared.dynamic_span, PROT_READ | PROT_WRITE))
         fail("no memory for the shared memory of emulated blocks", nullptr);
-    shared_start = static_cast<unsigned char*>(shared) + PAGE;
+    order = Order::Forward;
+}
 
+void Machine::choose_order() {
     const char* wish = getenv("TITAN_EMULATED_ORDER");
     const std::string name = wish ? wish : "forward";
     random = 1;
@@ -185,9 +191,10 @@ unsigned Machine::pick(unsigned mask) {
     return unsigned(__builtin_ctz(mask));
 }
 
+} // namespace
+
 // ----------------------------------------------------------------------------------------------------------------- faults
 
-// Where code is: functions, files and lines, if addr2line is there to tell.
 std::string place(const void* address) {
     Dl_info info;
     if (!address || !dladdr(address, &info) || !info.dli_fname) return "?";
@@ -205,10 +212,6 @@ std::string place(const void* address) {
     return text;
 }
 
-// The address of a call, from where it returns to.
-const void* call_of(const void* returns_to) { return returns_to ? static_cast<const char*>(returns_to) - 1 : nullptr; }
-
-void say(std::string& text, const char* format, ...) __attribute__((format(printf, 2, 3)));
 void say(std::string& text, const char* format, ...) {
     char line[1024];
     va_list values;
@@ -217,6 +220,11 @@ void say(std::string& text, const char* format, ...) {
     va_end(values);
     text += line;
 }
+
+namespace {
+
+// The address of a call, from where it returns to.
+const void* call_of(const void* returns_to) { return returns_to ? static_cast<const char*>(returns_to) - 1 : nullptr; }
 
 void say_where(std::string& text) {
     if (!machine || !machine->launch) return;
@@ -230,7 +238,9 @@ void say_where(std::string& text) {
     say(text, " (warp %u, lane %u)\n", machine->running->warp, machine->running->lane);
 }
 
-[[noreturn]] void die(const std::string& text) {
+} // namespace
+
+void die(const std::string& text) {
     signal(SIGABRT, SIG_DFL);
     const std::string all = "emulated GPU: " + text;
     if (write(STDERR_FILENO, all.data(), all.size()) < 0) {
@@ -238,18 +248,25 @@ void say_where(std::string& text) {
     abort();
 }
 
+void die_in_kernel(std::string text) {
+    say_where(text);
+    die(text);
+}
+
+namespace {
+
 // Nobody can go on, but some threads of the block have not ended.
 [[noreturn]] void deadlock() {
     std::string text = "threads wait for threads that do not come\n";
     machine->running = nullptr;
     say_where(text);
     say(text, "  block %u %u %u\n", here.block.x, here.block.y, here.block.z);
-    std::map<std::pair<void*, int>, std::vector<const Thread*>> groups;
+    std::map<std::pair<void*, std::string>, std::vector<const Thread*>> groups;
     const unsigned n_threads = machine->launch->block.x * machine->launch->block.y * machine->launch->block.z;
     unsigned n_ended = 0;
     for (unsigned i = 0; i < n_threads; i++) {
         const Thread& thread = machine->threads[i];
-        if ((machine->warps[thread.warp].live >> thread.lane) & 1) groups[{thread.caller, thread.line}].push_back(&thread);
+        if ((machine->warps[thread.warp].live >> thread.lane) & 1) groups[{thread.caller, thread.waits_for}].push_back(&thread);
         else n_ended++;
     }
     for (const auto& [at, threads] : groups) {
@@ -266,9 +283,8 @@ void say_where(std::string& text) {
 
 void fail(const char* what, const void* returns_to) {
     std::string text = std::string(what) + "\n";
-    say_where(text);
     if (returns_to) text += "  at  " + place(call_of(returns_to)) + "\n";
-    die(text);
+    die_in_kernel(text);
 }
 
 namespace {
@@ -287,9 +303,8 @@ void on_fault(int number, siginfo_t* info, void* context) {
         say(text, "a kernel touches %p, %s\n", info->si_addr, describe(info->si_addr).c_str());
     else if (number == SIGILL) text = "a kernel reads or writes a misaligned address, or outside of an array\n";
     else text = "a kernel divides by zero\n";
-    say_where(text);
     text += "  at  " + place(reinterpret_cast<void*>(at->uc_mcontext.gregs[REG_RIP])) + "\n";
-    die(text);
+    die_in_kernel(text);
 }
 
 // Faults on the stack of a fiber are told on another one.
@@ -344,6 +359,7 @@ void Machine::conclude(Warp& warp, Meetings& meetings) {
     Meeting& meeting = meetings.next();
     if (meeting.lanes == 0 || (meetings.mask & warp.live & ~meeting.lanes)) return;
     if (meetings.conclude) meetings.conclude(meeting);
+    if (!strcmp(meetings.what, "__syncwarp")) warp.n_syncs++;
     meetings.n_concluded++;
     meetings.next().lanes = 0;
     warp.runnable |= meeting.lanes & warp.live;
@@ -405,6 +421,7 @@ bool Machine::release_barrier() {
     if (n_at_barrier == 0 || n_at_barrier < n_live) return false;
     n_at_barrier = 0;
     n_barriers++;
+    pass_barrier();
     n_brought[n_barriers % 2] = 0;
     runnable_warps = 0;
     for (int i = 0; i < MAX_THREADS / 32; i++) {
@@ -438,12 +455,29 @@ int barrier(const char* what, bool brought, int line) {
 
 unsigned lane() { return machine->running->lane; }
 
+int running_thread() { return machine && machine->running ? int(machine->running->number) : -1; }
+unsigned syncs_of_warp(unsigned warp) { return machine->warps[warp].n_syncs; }
+const unsigned char* library_of_kernel() { return machine->library; }
+const SharedMemory& shared_memory() { return machine->shared; }
+
+std::string describe_shared(const void* address) {
+    std::string text;
+    if (!machine) return text;
+    const unsigned char* at = static_cast<const unsigned char*>(address);
+    const SharedMemory& shared = machine->shared;
+    if (at >= shared.dynamic_start - PAGE && at < shared.dynamic_start + shared.dynamic_span + PAGE)
+        say(text, "%td bytes from the start of the %zu bytes of dynamic shared memory", at - here.shared, machine->shared_bytes);
+    else if (size_t(at - shared.static_start) < shared.static_bytes)
+        say(text, "%td bytes into static shared memory", at - shared.static_start);
+    return text;
+}
+
 // ------------------------------------------------------------------------------------------------------ asynchronous copies
 
 bool is_shared(const void* address, size_t bytes) {
     const unsigned char* start = static_cast<const unsigned char*>(address);
     const auto in = [&](const unsigned char* area, size_t size) { return start >= area && start + bytes <= area + size; };
-    return in(here.shared, machine->shared_bytes) || in(machine->static_start, machine->static_bytes);
+    return in(here.shared, machine->shared_bytes) || in(machine->shared.static_start, machine->shared.static_bytes);
 }
 
 namespace {
@@ -467,12 +501,15 @@ void copy_async(void* to, const void* from, bool valid) {
     const unsigned long long nothing[2] = {NOTHING, NOTHING};
     memcpy(to, nothing, 16);
     Thread& self = *machine->running;
+    check_access(Access::Write, to, 16, self.number, call_of(caller));
+    if (valid) check_access(Access::Read, from, 16, self.number, call_of(caller));
     self.copies.push_back({to, from, valid, self.n_groups});
 }
 
 void copy_async_commit() { machine->running->n_groups++; }
 
 void copy_async_wait(int n_under_way) {
+    void* const caller = __builtin_return_address(0);
     Thread& self = *machine->running;
     const int end = self.n_groups - n_under_way;
     size_t n_done = 0;
@@ -480,6 +517,7 @@ void copy_async_wait(int n_under_way) {
         const Copy& copy = self.copies[n_done];
         if (copy.valid) memcpy(copy.to, copy.from, 16);
         else memset(copy.to, 0, 16);
+        check_access(Access::Write, copy.to, 16, self.number, call_of(caller));
     }
     self.copies.erase(self.copies.begin(), self.copies.begin() + long(n_done));
 }
@@ -526,7 +564,9 @@ void ldmatrix(Meeting& meeting, bool transposed) {
     uint16_t matrices[4][8][8];
     for (int lane = 0; lane < 32; lane++) {
         const void* row = operands(lane)->row;
-        check_row(row, "ldmatrix", machine->running->caller);
+        const Thread& thread = machine->threads[machine->running->warp * 32 + unsigned(lane)];
+        check_row(row, "ldmatrix", thread.caller);
+        check_access(Access::Read, row, 16, thread.number, call_of(thread.caller));
         memcpy(matrices[lane / 8][lane % 8], row, 16);
     }
     for (int lane = 0; lane < 32; lane++)
@@ -573,7 +613,7 @@ void give_machine(Machine* machine) {
 }
 
 // The thread-local memory of the library that holds an address.
-void find_static(const void* address, unsigned char*& start, size_t& bytes) {
+void find_static(const void* address, SharedMemory& shared) {
     struct Search {
         uintptr_t address;
         unsigned char* start;
@@ -597,9 +637,11 @@ void find_static(const void* address, unsigned char*& start, size_t& bytes) {
             return 1;
         },
         &search);
-    start = search.start;
-    bytes = search.bytes;
+    shared.static_start = search.start;
+    shared.static_bytes = search.bytes;
 }
+
+} // namespace
 
 void fill_with_nothing(unsigned char* start, size_t bytes) {
     // As if it were written from an address that is a multiple of 2.
@@ -610,10 +652,13 @@ void fill_with_nothing(unsigned char* start, size_t bytes) {
     for (; i < bytes; i++) start[i] = reinterpret_cast<uintptr_t>(start + i) % 2 ? 0x7f : 0xff;
 }
 
+namespace {
+
 void run_block(unsigned n_threads) {
     Machine& m = *machine;
     fill_with_nothing(here.shared, m.shared_bytes);
-    fill_with_nothing(m.static_start, m.static_bytes);
+    fill_with_nothing(m.shared.static_start, m.shared.static_bytes);
+    start_block();
     m.n_live = int(n_threads);
     m.n_at_barrier = m.n_barriers = 0;
     m.n_brought[0] = m.n_brought[1] = 0;
@@ -623,6 +668,7 @@ void run_block(unsigned n_threads) {
         m.warps[i].live = m.warps[i].runnable = n_lanes == 32 ? ~0u : (1u << n_lanes) - 1;
         if (n_lanes) m.runnable_warps |= 1u << i;
         m.warps[i].n_masks = 0;
+        m.warps[i].n_syncs = 0;
     }
     for (unsigned i = 0; i < n_threads; i++) {
         m.threads[i].copies.clear();
@@ -677,6 +723,7 @@ std::string run(const Launch& launch) {
     Machine& m = *machine;
     m.launch = &launch;
     m.running = nullptr;
+    m.choose_order();
     for (int i = 0; i < kernel.n_arguments; i++) {
         if (!kernel.argument_is_pointer[i]) continue;
         const void* pointer = *static_cast<void**>(launch.arguments[i]);
@@ -686,12 +733,14 @@ std::string run(const Launch& launch) {
             fail(text.c_str(), nullptr);
         }
     }
-    const size_t bytes = (MAX_SHARED_BYTES + PAGE - 1) / PAGE * PAGE;
     m.shared_bytes = (launch.shared_bytes + 15) / 16 * 16;
-    here.shared = m.shared_start + bytes - m.shared_bytes;
+    here.shared = m.shared.dynamic_start + m.shared.dynamic_span - m.shared_bytes;
     here.block_dim = {launch.block.x, launch.block.y, launch.block.z};
     here.grid_dim = {launch.grid.x, launch.grid.y, launch.grid.z};
-    find_static(reinterpret_cast<void*>(kernel.function), m.static_start, m.static_bytes);
+    find_static(reinterpret_cast<void*>(kernel.function), m.shared);
+    Dl_info info;
+    m.library = dladdr(reinterpret_cast<void*>(kernel.function), &info) ? static_cast<unsigned char*>(info.dli_fbase) : nullptr;
+    start_launch();
     const unsigned n_threads = launch.block.x * launch.block.y * launch.block.z;
     for (unsigned i = 0; i < n_threads; i++) {
         Thread& thread = m.threads[i];
@@ -700,9 +749,11 @@ std::string run(const Launch& launch) {
         thread.lane = i % 32;
         thread.warp = i / 32;
     }
-    const unsigned long long n_blocks = 1ull * launch.grid.x * launch.grid.y * launch.grid.z;
-    for (unsigned long long i = 0; i < n_blocks; i++) {
-        const unsigned long long block = m.order == Order::Backward ? n_blocks - 1 - i : i;
+    const size_t n_blocks = size_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    std::vector<size_t> blocks(n_blocks);
+    for (size_t i = 0; i < n_blocks; i++) blocks[i] = m.order == Order::Backward ? n_blocks - 1 - i : i;
+    if (m.order == Order::Random) std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(m.random));
+    for (const size_t block : blocks) {
         here.block = {unsigned(block % launch.grid.x), unsigned(block / launch.grid.x % launch.grid.y),
                       unsigned(block / launch.grid.x / launch.grid.y)};
         run_block(n_threads);
@@ -715,155 +766,5 @@ std::string run(const Launch& launch) {
     machine = nullptr;
     return "";
 }
-
-// ----------------------------------------------------------------------------------------------------------- device memory
-
-namespace {
-
-// An allocation ends where a page ends; before and behind it there is nothing for a while.
-struct Allocation {
-    unsigned char* start; // What the program knows.
-    size_t bytes;
-    unsigned char* mapping;
-    size_t mapped_bytes; // With the empty pages on both sides.
-    unsigned char* pages;
-    size_t page_bytes;
-};
-
-constexpr size_t EMPTY_BYTES = 1 << 20;
-// As many released allocations are kept, so that their addresses stay faults.
-constexpr size_t MAX_RELEASED = 2048;
-
-std::mutex memory_lock;
-struct Memory {
-    std::map<uintptr_t, Allocation> live, released; // By the first byte of the mapping.
-    std::deque<uintptr_t> by_age;
-    size_t bytes = 0, peak_bytes = 0;
-};
-Memory& memory() {
-    static Memory all;
-    return all;
-}
-
-const Allocation* find(const std::map<uintptr_t, Allocation>& in, const void* address) {
-    auto next = in.upper_bound(reinterpret_cast<uintptr_t>(address));
-    if (next == in.begin()) return nullptr;
-    const Allocation& found = std::prev(next)->second;
-    return static_cast<const unsigned char*>(address) < found.mapping + found.mapped_bytes ? &found : nullptr;
-}
-
-bool is_nothing(const unsigned char* start, const unsigned char* end) {
-    for (; start < end; start++)
-        if (*start != (reinterpret_cast<uintptr_t>(start) % 2 ? 0x7f : 0xff)) return false;
-    return true;
-}
-
-std::string edges_of(const Allocation& it) {
-    std::string text;
-    if (!is_nothing(it.pages, it.start)) say(text, "something was written before the %zu bytes at %p", it.bytes, it.start);
-    else if (!is_nothing(it.start + it.bytes, it.pages + it.page_bytes))
-        say(text, "something was written behind the %zu bytes at %p", it.bytes, it.start);
-    return text;
-}
-
-} // namespace
-
-void* allocate(size_t bytes) {
-    Allocation it;
-    it.bytes = bytes;
-    // The device aligns to 256; here the end is what counts, and 16 is what kernels ask for.
-    const size_t aligned = (std::max(bytes, size_t(1)) + 15) / 16 * 16;
-    it.page_bytes = (aligned + PAGE - 1) / PAGE * PAGE;
-    it.mapped_bytes = it.page_bytes + 2 * EMPTY_BYTES;
-    void* mapping = mmap(nullptr, it.mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapping == MAP_FAILED) return nullptr;
-    it.mapping = static_cast<unsigned char*>(mapping);
-    it.pages = it.mapping + EMPTY_BYTES;
-    if (mprotect(it.pages, it.page_bytes, PROT_READ | PROT_WRITE)) return nullptr;
-    it.start = it.pages + it.page_bytes - aligned;
-    fill_with_nothing(it.pages, it.page_bytes);
-    std::lock_guard<std::mutex> lock(memory_lock);
-    memory().live[reinterpret_cast<uintptr_t>(it.mapping)] = it;
-    memory().bytes += bytes;
-    memory().peak_bytes = std::max(memory().peak_bytes, memory().bytes);
-    return it.start;
-}
-
-void release(void* address) {
-    std::lock_guard<std::mutex> lock(memory_lock);
-    Memory& all = memory();
-    const Allocation* found = find(all.live, address);
-    if (!found || found->start != address) {
-        std::string text;
-        say(text, "released what is no allocation: %p\n", address);
-        die(text);
-    }
-    const Allocation it = *found;
-    const std::string written = edges_of(it);
-    if (!written.empty()) die(written + " by a kernel that has run since\n");
-    madvise(it.pages, it.page_bytes, MADV_DONTNEED);
-    mprotect(it.pages, it.page_bytes, PROT_NONE);
-    const uintptr_t key = reinterpret_cast<uintptr_t>(it.mapping);
-    all.bytes -= it.bytes;
-    all.live.erase(key);
-    all.released[key] = it;
-    all.by_age.push_back(key);
-    while (all.by_age.size() > MAX_RELEASED) {
-        const auto oldest = all.released.find(all.by_age.front());
-        munmap(oldest->second.mapping, oldest->second.mapped_bytes);
-        all.released.erase(oldest);
-        all.by_age.pop_front();
-    }
-}
-
-bool is_allocated(const void* address, size_t bytes) {
-    std::lock_guard<std::mutex> lock(memory_lock);
-    const Allocation* it = find(memory().live, address);
-    const unsigned char* start = static_cast<const unsigned char*>(address);
-    // The end of a tensor is an address too.
-    return it && start >= it->start && start + bytes <= it->start + it->bytes;
-}
-
-void check_edges(const void* address, const char* writer) {
-    std::string written;
-    {
-        std::lock_guard<std::mutex> lock(memory_lock);
-        const Allocation* it = find(memory().live, address);
-        if (it) written = edges_of(*it);
-    }
-    if (!written.empty()) die(written + " by " + writer + ", or a kernel before it\n");
-}
-
-std::string describe(const void* address) {
-    // Told from a fault, perhaps: the lock may be held.
-    const std::unique_lock<std::mutex> lock(memory_lock, std::try_to_lock);
-    const unsigned char* at = static_cast<const unsigned char*>(address);
-    std::string text;
-    if (const Allocation* it = find(memory().live, address)) {
-        if (at < it->start) say(text, "%zu bytes before", size_t(it->start - at));
-        else if (at >= it->start + it->bytes) say(text, "%zu bytes behind the end of", size_t(at - it->start - it->bytes));
-        else say(text, "%zu bytes into", size_t(at - it->start));
-        say(text, " the %zu bytes of device memory at %p", it->bytes, it->start);
-    } else if (const Allocation* it = find(memory().released, address)) {
-        say(text, "%td bytes into the %zu bytes at %p that were released", at - it->start, it->bytes, it->start);
-    } else if (machine && at >= machine->shared_start - PAGE && at < machine->shared_start + MAX_SHARED_BYTES + 2 * PAGE) {
-        say(text, "%td bytes from the start of the %zu bytes of dynamic shared memory", at - here.shared, machine->shared_bytes);
-    } else {
-        text = "which is no device memory";
-    }
-    return text;
-}
-
-void forget(void* address) {
-    std::lock_guard<std::mutex> lock(memory_lock);
-    if (const Allocation* it = find(memory().live, address)) fill_with_nothing(it->pages, it->page_bytes);
-}
-
-size_t allocated_bytes() {
-    std::lock_guard<std::mutex> lock(memory_lock);
-    return memory().bytes;
-}
-
-size_t& peak_bytes() { return memory().peak_bytes; }
 
 } // namespace emulated

@@ -26,6 +26,33 @@ constexpr size_t MAX_SHARED_BYTES = 227 << 10;
 // Runs a kernel to its end. Refuses, in words, what a device would refuse.
 std::string run(const Launch& launch);
 
+struct SharedMemory {
+    unsigned char* dynamic_start;
+    size_t dynamic_span; // Of any block.
+    unsigned char* static_start;
+    size_t static_bytes;
+};
+const SharedMemory& shared_memory();
+void fill_with_nothing(unsigned char* start, size_t bytes);
+
+// The thread of its block that runs now, or -1.
+int running_thread();
+// How often a warp came to __syncwarp in this block.
+unsigned syncs_of_warp(unsigned warp);
+const unsigned char* library_of_kernel();
+
+// Adds to a text.
+void say(std::string& text, const char* format, ...) __attribute__((format(printf, 2, 3)));
+// Where code is: functions, files and lines, if addr2line is there to tell.
+std::string place(const void* code);
+[[noreturn]] void die(const std::string& text);
+// As die(), also saying which kernel and thread it was.
+[[noreturn]] void die_in_kernel(std::string text);
+
+// All device memory is in here.
+extern unsigned char* device_start;
+constexpr size_t DEVICE_SPAN = size_t(256) << 30;
+
 // Device memory: filled with NOTHING, and a fault to touch outside.
 void* allocate(size_t bytes);
 void release(void* address);
@@ -35,6 +62,8 @@ bool is_allocated(const void* address, size_t bytes);
 void check_edges(const void* address, const char* writer);
 // What an address is, in words.
 std::string describe(const void* address);
+// The same of shared memory; nothing otherwise.
+std::string describe_shared(const void* address);
 // Fills an allocation with NOTHING again.
 void forget(void* address);
 size_t allocated_bytes();

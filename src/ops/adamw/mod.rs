@@ -3,8 +3,12 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod offload;
 
 use candle_core::{DType, Device, Tensor};
+#[cfg(feature = "cuda")]
+pub use offload::Offload;
 
 use crate::Result;
 use crate::autograd::StageBuffers;

@@ -1,10 +1,10 @@
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
-use super::{AttentionMask, Scores};
+use super::{AttentionMask, Saved, Scores, decode};
 use crate::Result;
 use crate::ops::host::{
     Disjoint, dot, exp, floats, max_of, softcap_slope, softcapped, sum_of, tensor, typed, update, vectorized,
@@ -76,14 +76,21 @@ impl Sizes {
     }
 }
 
+/// The width that heads are padded to: any will do.
+pub fn width(hd: usize) -> usize {
+    hd
+}
+
+/// As [`forward`], where no gradient is wanted.
+pub fn without_gradient(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, options: &Scores) -> Result<Tensor> {
+    match decode::suits(q, k)? {
+        true => decode::forward(q, k, v, mask, options),
+        false => Ok(forward(q, k, v, mask, options)?.0),
+    }
+}
+
 /// The result, and the logsumexp of each query, `(b, h, sq)`.
-pub fn forward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &AttentionMask,
-    options: &Scores,
-) -> Result<(Tensor, Vec<f32>)> {
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, options: &Scores) -> Result<(Tensor, Tensor)> {
     #[cfg(target_arch = "x86_64")]
     if options.is_plain() {
         typed!(T = q.dtype(); if let Some(isa) = T::isas().first() {
@@ -144,7 +151,7 @@ pub fn forward(
             }
         },
     );
-    Ok((tensor(y, q.shape(), q.dtype())?, logsumexp))
+    Ok((tensor(y, q.shape(), q.dtype())?, tensor(logsumexp, (b, h, sq), DType::F32)?))
 }
 
 /// Turns visible scores into exponentials relative to the running maximum, hidden ones into zeros. Returns their sum,
@@ -164,15 +171,6 @@ pub fn exponentials(scores: &mut [f32], visible: std::ops::Range<usize>, max: &m
     (sum_of(scores, |p| p), correction)
 }
 
-/// What forward leaves for backward.
-pub struct Saved<'a> {
-    pub q: &'a Tensor,
-    pub k: &'a Tensor,
-    pub v: &'a Tensor,
-    pub y: &'a Tensor,
-    pub logsumexp: &'a [f32],
-}
-
 /// The gradients of q, k and v. With `P` the probabilities and `D = Σ dy · y` per query:
 /// `dv = Pᵀ dy`, `dS = P · (dy vᵀ - D)`, `dq = scale · dS k`, `dk = scale · dSᵀ q`; a softcap's slope multiplies `dS`.
 /// Sinks have the gradient `-Σ exp(sink - logsumexp) · D`, which is added to their accumulator.
@@ -187,7 +185,7 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, options: &Score
     let sizes = Sizes::of(saved.q, saved.k)?;
     let Sizes { b, sq, sk, h, kv, hd } = sizes;
     let (qs, ks, vs) = (floats(saved.q)?, floats(saved.k)?, floats(saved.v)?);
-    let (ys, dys) = (floats(saved.y)?, floats(dy)?);
+    let (ys, dys, logsumexps) = (floats(saved.y)?, floats(dy)?, floats(saved.logsumexp)?);
     let (mut dq, mut dk, mut dv) = (vec![0f32; qs.len()], vec![0f32; ks.len()], vec![0f32; vs.len()]);
     let (dq_out, dk_out, dv_out) = (Disjoint::new(&mut dq), Disjoint::new(&mut dk), Disjoint::new(&mut dv));
     let sinks = options.sink_values(h)?;
@@ -200,7 +198,7 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, options: &Score
         let mut dq_block = vec![0f32; QUERIES * hd];
         let (mut dk_head, mut dv_head) = (vec![0f32; sk * hd], vec![0f32; sk * hd]);
         for head in kv_head * (h / kv)..(kv_head + 1) * (h / kv) {
-            let lse = &saved.logsumexp[(row * h + head) * sq..];
+            let lse = &logsumexps[(row * h + head) * sq..];
             for i0 in (0..sq).step_by(QUERIES) {
                 let n = QUERIES.min(sq - i0);
                 let q = sizes.queries(&qs, row, i0, n, head);

@@ -1,11 +1,17 @@
 //! Attention with a streaming softmax: no matrix of scores is ever held whole.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod decode;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
+
+use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
@@ -18,8 +24,37 @@ use crate::tools::profiler;
 /// Causal, chunked and document masks, and any of them together, are all such bounds, one number per query.
 #[derive(Clone, Debug, Default)]
 pub struct AttentionMask {
-    /// `b · s` lower bounds, row-major; `None`: every query sees everything before it.
-    starts: Option<Arc<Vec<u32>>>,
+    /// `None`: every query sees everything before it.
+    starts: Option<Arc<Starts>>,
+}
+
+/// Lower bounds of queries.
+#[derive(Debug)]
+struct Starts {
+    /// `b · s` of them, row-major.
+    values: Vec<u32>,
+    /// The same on a GPU, for all layers.
+    #[cfg(feature = "cuda")]
+    on_gpu: OnceLock<cuda::OnGpu>,
+}
+
+/// Queries that a GPU plans for together.
+#[cfg(any(feature = "cuda", test))]
+const BOUND: usize = 64;
+
+/// What each `BOUND` queries of a row see: the smallest of their lower bounds, the largest, and the smallest of theirs and those
+/// of all later queries. So blocks of keys are passed over that none sees, and not looked into where all are seen by all.
+#[cfg(any(feature = "cuda", test))]
+fn bounds(starts: &[u32], n_queries: usize) -> Vec<u32> {
+    let of_row = |row: &[u32]| {
+        let of = |starts: &[u32]| starts.iter().fold((u32::MAX, 0), |(least, most), s| (least.min(*s), most.max(*s)));
+        let mut bounds: Vec<[u32; 3]> = row.chunks(BOUND).map(of).map(|(least, most)| [least, most, least]).collect();
+        for i in (1..bounds.len()).rev() {
+            bounds[i - 1][2] = bounds[i - 1][2].min(bounds[i][2]);
+        }
+        bounds.into_flattened()
+    };
+    starts.chunks(n_queries).flat_map(of_row).collect()
 }
 
 impl AttentionMask {
@@ -65,14 +100,19 @@ impl AttentionMask {
     /// Besides, each query sees nothing before its own lower bound, `b · s` of them, row-major.
     pub fn raised_to(self, mut starts: Vec<u32>) -> Self {
         if let Some(own) = &self.starts {
-            starts.iter_mut().zip(own.iter()).for_each(|(start, own)| *start = (*start).max(*own));
+            starts.iter_mut().zip(&own.values).for_each(|(start, own)| *start = (*start).max(*own));
         }
+        let starts = Starts {
+            values: starts,
+            #[cfg(feature = "cuda")]
+            on_gpu: OnceLock::new(),
+        };
         Self { starts: Some(Arc::new(starts)) }
     }
 
     /// The first key that query `query` of row `row` sees.
     fn start(&self, row: usize, query: usize, n_queries: usize) -> usize {
-        self.starts.as_ref().map_or(0, |starts| starts[row * n_queries + query] as usize)
+        self.starts.as_ref().map_or(0, |starts| starts.values[row * n_queries + query] as usize)
     }
 }
 
@@ -124,19 +164,30 @@ pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scores: 
     let has_gradient = [q, k, v].iter().any(|input| input.is_tracked());
     let (hd, vd) = (q.tensor().dims4()?.3, v.tensor().dims4()?.3);
     // Zeros at the end of queries and keys add nothing to scores, and those of values nothing to the rest of the result.
-    let width = hd.max(vd);
+    let width = on_device!(q.tensor(), width(hd.max(vd)));
     let (q_wide, k_wide) = (with_width(q.tensor(), width)?, with_width(k.tensor(), width)?);
     let v_wide = with_width(v.tensor(), width)?;
-    if !has_gradient && decode::suits(&q_wide, &k_wide)? {
-        return Ok(Value::constant(with_width(&decode::forward(&q_wide, &k_wide, &v_wide, mask, scores)?, vd)?));
+    if !has_gradient {
+        let y = on_device!(q_wide, without_gradient(&q_wide, &k_wide, &v_wide, mask, scores))?;
+        return Ok(Value::constant(with_width(&y, vd)?));
     }
-    let (y, logsumexp) = cpu::forward(&q_wide, &k_wide, &v_wide, mask, scores)?;
+    let (y, logsumexp) = on_device!(q_wide, forward(&q_wide, &k_wide, &v_wide, mask, scores))?;
     let (saved_y, mask, scores) = (y.clone(), mask.clone(), scores.clone());
     Ok(Value::record("attention", with_width(&y, vd)?, [q, k, v], move |dy| {
-        let saved = cpu::Saved { q: &q_wide, k: &k_wide, v: &v_wide, y: &saved_y, logsumexp: &logsumexp };
-        let (dq, dk, dv) = cpu::backward(saved, &with_width(&dy, width)?, &mask, &scores)?;
+        let saved = Saved { q: &q_wide, k: &k_wide, v: &v_wide, y: &saved_y, logsumexp: &logsumexp };
+        let (dq, dk, dv) = on_device!(q_wide, backward(saved, &with_width(&dy, width)?, &mask, &scores))?;
         Ok([Some(with_width(&dq, hd)?), Some(with_width(&dk, hd)?), Some(with_width(&dv, vd)?)])
     }))
+}
+
+/// What forward leaves for backward.
+struct Saved<'a> {
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+    y: &'a Tensor,
+    /// Of each query, `(b, h, sq)` f32; of which base, forward and backward agree on.
+    logsumexp: &'a Tensor,
 }
 
 #[cfg(test)]
@@ -144,7 +195,7 @@ mod tests {
     use candle_core::{D, DType, Device, Tensor};
 
     use super::*;
-    use crate::ops::testing::{Case, assert_close, on_threads, parameters, random_tensor};
+    use crate::ops::testing::{Case, assert_close, devices, on_threads, parameters_on, random_tensor};
 
     /// Scores as a matrix, masked by `-inf`, softmax, product: in the dtype of its inputs.
     fn reference(t: &[Tensor], mask: &AttentionMask, scale: f64) -> Result<Tensor> {
@@ -259,37 +310,48 @@ mod tests {
     #[test]
     fn a_window_slides_with_the_queries() {
         let mask = AttentionMask::causal().within_window(3, 2, 1..6);
-        assert_eq!(mask.starts.unwrap().as_slice(), [0, 0, 1, 2, 3, 0, 0, 1, 2, 3]);
+        assert_eq!(mask.starts.unwrap().values, [0, 0, 1, 2, 3, 0, 0, 1, 2, 3]);
     }
 
-    /// Without gradients, queries few enough that keys are read where they lie.
+    /// Without gradients, queries few enough that keys are read where they lie, and heads wider than any that is trained.
     #[test]
     fn attention_of_few_queries_matches_its_reference() -> Result<()> {
         let blocks = |b, sq, sk| AttentionMask::causal().within_blocks(700, b, sk - sq..sk);
-        for dtype in [DType::F32, DType::BF16] {
-            for [b, sq, sk, h, kv, hd] in [[1, 1, 1, 1, 1, 2], [1, 1, 3001, 8, 2, 64], [2, 3, 1500, 6, 3, 40]] {
+        for (device, dtype) in on_each_device([DType::F32, DType::BF16]) {
+            for [b, sq, sk, h, kv, hd] in [
+                [1, 1, 1, 1, 1, 2],
+                [1, 1, 3001, 8, 2, 64],
+                [2, 3, 1500, 6, 3, 40],
+                [1, 2, 1100, 16, 1, 576],
+                [2, 5, 900, 2, 2, 264],
+                [1, 37, 70, 2, 2, 264],
+            ] {
+                // Keys and values in a cache that has room for more.
+                let input = |name, shape: [usize; 4], len| -> Result<Tensor> {
+                    Ok(random_tensor(name, &shape)?.to_dtype(dtype)?.to_device(device)?.narrow(1, 0, len)?)
+                };
+                let room = usize::next_power_of_two(sk);
+                let inputs = [
+                    input("q", [b, sq, h, hd], sq)?,
+                    input("k", [b, room, kv, hd], sk)?,
+                    input("v", [b, room, kv, hd], sk)?,
+                ];
+                assert_eq!(decode::suits(&inputs[0], &inputs[1])?, sq < 37);
+                let sinks = random_tensor("sinks", &[h])?;
+                let parameter = parameters_on(device, std::slice::from_ref(&sinks), DType::F32)?.remove(0);
+                let other = Scores { scale: 0.3, softcap: Some(0.7), sinks: Some(parameter) };
+                let wide = |t: &Tensor| t.contiguous()?.to_device(&Device::Cpu)?.to_dtype(DType::F64);
+                let wide = inputs.iter().map(wide).collect::<Result<Vec<_>, _>>()?;
+                let sinks = sinks.to_dtype(DType::F64)?;
                 for mask in [AttentionMask::causal(), blocks(b, sq, sk)] {
-                    let input = |name, shape: [usize; 4]| -> Result<Tensor> {
-                        Ok(random_tensor(name, &shape)?.to_dtype(dtype)?)
-                    };
-                    let inputs =
-                        [input("q", [b, sq, h, hd])?, input("k", [b, sk, kv, hd])?, input("v", [b, sk, kv, hd])?];
-                    assert!(decode::suits(&inputs[0], &inputs[1])?);
-                    let sinks = random_tensor("sinks", &[h])?;
-                    let other = Scores {
-                        scale: 0.3,
-                        softcap: Some(0.7),
-                        sinks: Some(parameters(std::slice::from_ref(&sinks), DType::F32)?.remove(0)),
-                    };
                     let run_with = |scores: &Scores| -> Result<Tensor> {
                         let [q, k, v] = inputs.each_ref().map(|t| Value::constant(t.clone()));
-                        Ok(attention(&q, &k, &v, &mask, scores)?.tensor().clone())
+                        Ok(attention(&q, &k, &v, &mask, scores)?.tensor().to_device(&Device::Cpu)?)
                     };
                     let run = || run_with(&Scores::scaled(0.3));
-                    let wide = inputs.iter().map(|t| t.to_dtype(DType::F64)).collect::<Result<Vec<_>, _>>()?;
-                    let tolerance = if dtype == DType::BF16 { 1e-2 } else { 2e-6 };
+                    // Scores of wide heads are sums of more products.
+                    let tolerance = if dtype == DType::BF16 { 1e-2 } else { 2e-6 * (hd as f64 / 64.0).max(1.0) };
                     assert_close("attention", &run()?, &reference(&wide, &mask, 0.3)?, tolerance)?;
-                    let sinks = sinks.to_dtype(DType::F64)?;
                     let expected = reference_of(&wide, &mask, 0.3, Some(0.7), Some(&sinks))?;
                     assert_close("attention of other scores", &run_with(&other)?, &expected, tolerance)?;
                     let bits = || -> Result<Vec<f32>> { Ok(run()?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?) };
@@ -298,6 +360,46 @@ mod tests {
             }
         }
         Ok(())
+    }
+
+    fn on_each_device(dtypes: [DType; 2]) -> impl Iterator<Item = (&'static Device, DType)> {
+        devices().iter().flat_map(move |device| dtypes.map(|dtype| (device, dtype)))
+    }
+
+    /// Kernels of a GPU differ by the width of a head.
+    #[test]
+    fn heads_of_any_width_match_their_reference() -> Result<()> {
+        let (b, sq, sk) = (2, 140, 205);
+        let window = AttentionMask::causal().within_window(50, b, sk - sq..sk);
+        for dtype in [DType::F32, DType::BF16] {
+            for hd in [16, 32, 56, 96, 128, 136, 256] {
+                check(dtype, [b, sq, sk, 4, 2, hd], &window)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn queries_may_see_less_than_those_before_them_and_keys_may_be_seen_by_none() -> Result<()> {
+        let (b, sq, sk) = (2, 330, 400);
+        let start = |i: usize| if i / 64 % 2 == 1 { sk - sq + i - i % 9 } else { i / 3 };
+        let starts = (0..b * sq).map(|i| start(i % sq) as u32).collect();
+        let mask = AttentionMask::causal().raised_to(starts);
+        let late = AttentionMask::causal().within_window(20, 1, 430..500);
+        for dtype in [DType::F32, DType::BF16] {
+            check(dtype, [b, sq, sk, 2, 1, 16], &mask)?;
+            check(dtype, [b, sq, sk, 2, 1, 192], &mask)?;
+            check(dtype, [1, 70, 500, 2, 2, 64], &late)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn bounds_tell_what_queries_see_together() {
+        let starts: Vec<u32> = (0..130).map(|i| if i < 64 { 7 + i } else { 5 }).chain((0..130).map(|i| i / 60)).collect();
+        let of_first_row = [[7, 70, 5], [5, 5, 5], [5, 5, 5]];
+        let of_second_row = [[0, 1, 0], [1, 2, 1], [2, 2, 2]];
+        assert_eq!(bounds(&starts, 130), [of_first_row, of_second_row].concat().concat());
     }
 
     #[test]
@@ -319,18 +421,21 @@ mod tests {
     #[test]
     fn an_end_of_text_belongs_to_the_document_it_ends() {
         let mask = AttentionMask::causal().within_documents(&[5, 1, 6, 7, 5, 5, 5, 1], 4, 1);
-        assert_eq!(mask.starts.unwrap().as_slice(), [0, 0, 2, 2, 0, 0, 0, 0]);
+        assert_eq!(mask.starts.unwrap().values, [0, 0, 2, 2, 0, 0, 0, 0]);
     }
 
     #[test]
     fn attention_is_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
-        for dtype in [DType::F32, DType::BF16] {
+        for (device, dtype) in on_each_device([DType::F32, DType::BF16]) {
             let run = || -> Result<Vec<f32>> {
-                let q = Value::input(random_tensor("q", &[2, 340, 4, 8])?.to_dtype(dtype)?);
-                let k = Value::constant(random_tensor("k", &[2, 340, 2, 8])?.to_dtype(dtype)?);
+                let input = |name, heads| -> Result<Tensor> {
+                    Ok(random_tensor(name, &[2, 340, heads, 8])?.to_dtype(dtype)?.to_device(device)?)
+                };
+                let q = Value::input(input("q", 4)?);
+                let k = Value::constant(input("k", 2)?);
                 let y = attention(&q, &k, &k, &AttentionMask::causal(), &Scores::scaled(0.4))?;
-                let dy = random_tensor("dy", &[2, 340, 4, 8])?.to_dtype(dtype)?;
-                Ok(y.backward(dy)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+                let dx = y.backward(input("dy", 4)?)?.to_device(&Device::Cpu)?;
+                Ok(dx.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
             };
             assert_eq!(on_threads(1, run)?, on_threads(3, run)?);
         }

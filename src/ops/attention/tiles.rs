@@ -8,10 +8,10 @@ use std::ops::Range;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use super::AttentionMask;
-use super::cpu::{Saved, Sizes};
+use super::cpu::Sizes;
+use super::{AttentionMask, Saved};
 use crate::Result;
-use crate::ops::host::{dot, elements};
+use crate::ops::host::{dot, elements, floats};
 use crate::ops::matmul::Mat;
 use crate::ops::tiles::vector::{lanes, transpose};
 use crate::ops::tiles::{Isa, Number, Packing, STEP, Shared, TILE, Tiles, multiply, pairs_of_tiles};
@@ -125,7 +125,7 @@ pub fn forward<T: Number>(
     v: &Tensor,
     mask: &AttentionMask,
     scale: f32,
-) -> Result<(Tensor, Vec<f32>)> {
+) -> Result<(Tensor, Tensor)> {
     let sizes = Sizes::of(q, k)?;
     let Sizes { b, sq, h, kv, .. } = sizes;
     let inputs = (elements::<T>(q)?, elements::<T>(k)?, elements::<T>(v)?);
@@ -162,6 +162,7 @@ pub fn forward<T: Number>(
     });
     // SAFETY: every row of every head has been written.
     let y = unsafe { y.assume_init() }.into_vec();
+    let logsumexp = Tensor::from_vec(logsumexp, (b, h, sq), &Device::Cpu)?;
     Ok((Tensor::from_vec(y, q.shape(), &Device::Cpu)?, logsumexp))
 }
 
@@ -307,6 +308,8 @@ pub fn backward<T: Number>(
     let Sizes { b, sq, sk, h, kv, hd } = sizes;
     let inputs = (elements::<T>(saved.q)?, elements::<T>(saved.k)?, elements::<T>(saved.v)?);
     let (qs, ks, vs): (&[T], &[T], &[T]) = (&inputs.0, &inputs.1, &inputs.2);
+    let logsumexps = floats(saved.logsumexp)?;
+    let logsumexps: &[f32] = &logsumexps;
     let outputs = (elements::<T>(saved.y)?, elements::<T>(dy)?);
     let (ys, dys): (&[T], &[T]) = (&outputs.0, &outputs.1);
     let mut grads = [qs.len(), ks.len(), vs.len()].map(Box::<[T]>::new_uninit_slice);
@@ -325,7 +328,7 @@ pub fn backward<T: Number>(
                     let (mut lse, mut d) = ([0f32; QUERIES], [0f32; QUERIES]);
                     for (i, query) in block.clone().enumerate() {
                         let at = sizes.query(row, query, head);
-                        lse[i] = saved.logsumexp[(row * h + head) * sq + query];
+                        lse[i] = logsumexps[(row * h + head) * sq + query];
                         d[i] = short_dot(&ys[at..at + hd], &dys[at..at + hd]);
                     }
                     let q = sizes.queries(qs, row, first, block.len(), head);

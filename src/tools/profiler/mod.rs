@@ -9,9 +9,10 @@ pub mod trace;
 use std::cell::Cell;
 use std::fmt::{self, Display};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
 use serde::Serialize;
 
 pub use table::Table;
@@ -66,6 +67,30 @@ pub struct Event {
 
 static RECORDING: AtomicBool = AtomicBool::new(false);
 static EVENTS: Mutex<Vec<Event>> = Mutex::new(Vec::new());
+
+/// Whether a recording runs.
+pub fn is_on() -> bool {
+    RECORDING.load(Ordering::Relaxed)
+}
+
+/// The GPU whose work the spans of the main thread stand for.
+static GPU: OnceLock<Device> = OnceLock::new();
+
+/// From here on, a recording waits for `device` wherever a span begins or ends, so that a span lasts as long as the work that
+/// was launched in it: a GPU would do it later. That takes away what host and GPU do at the same time.
+pub fn wait_for(device: &Device) {
+    if !device.is_cpu() {
+        // A process computes on one device.
+        let _ = GPU.set(device.clone());
+    }
+}
+
+fn wait() {
+    if let Some(device) = GPU.get() {
+        // A fault of the device shows where its results are read.
+        let _ = device.synchronize();
+    }
+}
 
 /// Begins a recording.
 pub fn start() {
@@ -137,6 +162,7 @@ impl Open {
     fn begin(category: Category, name: String) -> Self {
         let number = BEGUN.get() + 1;
         BEGUN.set(number);
+        wait();
         Self {
             name,
             category,
@@ -150,6 +176,7 @@ impl Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
+        wait();
         let duration = self.start.elapsed();
         CATEGORY.set(self.around);
         if !RECORDING.load(Ordering::Relaxed) {

@@ -1,0 +1,315 @@
+use candle_core::cuda_backend::WrapErr;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+use candle_core::{CudaDevice, DType, Device, Tensor};
+
+use super::{AttentionMask, BOUND, Saved, Scores, Starts, bounds};
+use crate::ops::copy;
+use crate::ops::gpu::{self, launch, suffix};
+use crate::{Error, Result};
+
+const OP: &str = "attention";
+
+/// How a kernel of bf16 divides its work: a block has `rows` of its own, and reads the others in tiles of `tile`, of which it
+/// holds up to `stages`.
+struct Blocks {
+    rows: usize,
+    warps: usize,
+    tile: usize,
+    stages: usize,
+}
+
+impl Blocks {
+    const fn new(rows: usize, warps: usize, tile: usize, stages: usize) -> Self {
+        Self { rows, warps, tile, stages }
+    }
+
+    /// Bytes of `n_own` tiles of its own and `stages` times two that pass by, `aside` bytes more for each row of the latter.
+    fn shared(&self, width: usize, n_own: usize, stages: usize, aside: usize) -> usize {
+        n_own * self.rows * width * 2 + stages * self.tile * (4 * width + aside)
+    }
+
+    /// Stages that a GPU has room for.
+    fn stages(&self, device: &CudaDevice, shared: impl Fn(usize) -> usize) -> Result<usize> {
+        let context = device.cuda_stream().context().clone();
+        let room = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN).w()? as usize;
+        Ok(if shared(self.stages) <= room { self.stages } else { 1 })
+    }
+}
+
+/// The kernels of a width, as `kernel.cu` instantiates them.
+struct Widths {
+    width: usize,
+    forward: Blocks,
+    keys: Blocks,
+    queries: Blocks,
+    /// Rows of all tiles in f32.
+    rows_f32: usize,
+}
+
+const WIDTHS: [Widths; 7] = [
+    widths(16, Blocks::new(128, 4, 64, 2), Blocks::new(128, 4, 64, 2), Blocks::new(128, 4, 64, 2), 64),
+    widths(32, Blocks::new(128, 4, 64, 2), Blocks::new(128, 4, 64, 2), Blocks::new(128, 4, 64, 2), 64),
+    widths(64, Blocks::new(128, 4, 64, 2), Blocks::new(128, 4, 64, 2), Blocks::new(128, 4, 64, 2), 64),
+    widths(96, Blocks::new(128, 4, 64, 1), Blocks::new(128, 8, 64, 2), Blocks::new(128, 4, 64, 2), 32),
+    widths(128, Blocks::new(128, 4, 64, 1), Blocks::new(128, 8, 64, 2), Blocks::new(128, 4, 64, 1), 32),
+    widths(192, Blocks::new(128, 8, 64, 1), Blocks::new(64, 4, 64, 1), Blocks::new(64, 4, 64, 1), 16),
+    widths(256, Blocks::new(64, 4, 64, 1), Blocks::new(64, 4, 32, 1), Blocks::new(64, 4, 32, 1), 16),
+];
+
+const fn widths(width: usize, forward: Blocks, keys: Blocks, queries: Blocks, rows_f32: usize) -> Widths {
+    Widths { width, forward, keys, queries, rows_f32 }
+}
+
+/// From this width on, the gradients of keys and of values take a kernel each.
+const APART: usize = 192;
+const THREADS_F32: usize = 256;
+
+/// The width that heads are padded to: rows are copied 16 bytes at a time.
+pub fn width(hd: usize) -> usize {
+    hd.next_multiple_of(8)
+}
+
+/// [`Starts`] on a GPU.
+#[derive(Debug)]
+pub struct OnGpu {
+    /// `(b, sq)`.
+    starts: Tensor,
+    /// `(b, sq / BOUND, 3)`: see [`bounds`].
+    bounds: Tensor,
+}
+
+impl Starts {
+    fn on(&self, device: &CudaDevice, n_queries: usize) -> Result<&OnGpu> {
+        if self.on_gpu.get().is_none() {
+            let device = Device::Cuda(device.clone());
+            let starts = Tensor::new(self.values.as_slice(), &device)?;
+            let bounds = Tensor::new(bounds(&self.values, n_queries), &device)?;
+            // Another thread may have been faster, with the same.
+            let _ = self.on_gpu.set(OnGpu { starts, bounds });
+        }
+        let on_gpu = self.on_gpu.get().expect("set above");
+        assert!(gpu::device(&on_gpu.starts).id() == device.id(), "a mask belongs to one GPU");
+        Ok(on_gpu)
+    }
+}
+
+/// What all kernels are told.
+struct Plan<'a> {
+    device: &'a CudaDevice,
+    b: usize,
+    sq: usize,
+    sk: usize,
+    h: usize,
+    kv: usize,
+    hd: usize,
+    starts: Option<&'a Tensor>,
+    bounds: Option<&'a Tensor>,
+    /// `(h)`, f32.
+    sinks: Option<Tensor>,
+    /// The cap is `factor * tanh(score * scale / cap)`, the argument of which is passed as that of `exp2`; 0: there is none.
+    inner: f32,
+    /// On scores, in powers of 2.
+    factor: f32,
+}
+
+impl<'a> Plan<'a> {
+    fn new(q: &'a Tensor, k: &Tensor, mask: &'a AttentionMask, scores: &Scores) -> Result<Self> {
+        let ((b, sq, h, hd), (_, sk, kv, _)) = (q.dims4()?, k.dims4()?);
+        assert!(h % kv == 0 && sq <= sk, "query heads share key heads evenly, and queries are the last positions");
+        assert!(hd % 8 == 0, "heads are as wide as `width` says");
+        let device = gpu::device(q);
+        let log2_e = std::f32::consts::LOG2_E;
+        let (inner, factor) = match scores.softcap {
+            Some(cap) => (2.0 * log2_e * scores.scale / cap, cap * log2_e),
+            None => (0.0, scores.scale * log2_e),
+        };
+        let sinks = scores.sinks.as_ref().map(|sinks| gpu::elements(&sinks.weights()?, DType::F32)).transpose()?;
+        let on_gpu = mask.starts.as_ref().map(|starts| starts.on(device, sq)).transpose()?;
+        let (starts, bounds) = (on_gpu.map(|it| &it.starts), on_gpu.map(|it| &it.bounds));
+        Ok(Self { device, b, sq, sk, h, kv, hd, starts, bounds, sinks, inner, factor })
+    }
+
+    /// The kernels that heads are narrow enough for.
+    fn kernels(&self) -> Result<&'static Widths> {
+        WIDTHS.iter().find(|it| self.hd <= it.width).ok_or_else(|| {
+            let widest = WIDTHS[WIDTHS.len() - 1].width;
+            Error::Device(format!("heads of {} numbers cannot be trained on a GPU: at most {widest}", self.hd))
+        })
+    }
+
+    fn sizes(&self) -> [i32; 5] {
+        [self.sq, self.sk, self.h, self.kv, self.hd].map(|size| size as i32)
+    }
+
+    fn is_aligned(&self, tensors: &[&Tensor]) -> Result<bool> {
+        gpu::by_eights(self.hd, tensors)
+    }
+}
+
+/// The result, and the logsumexp of each query, `(b, h, sq)`, of base 2.
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<(Tensor, Tensor)> {
+    let dtype = q.dtype();
+    let [q, k, v] = [gpu::elements(q, dtype)?, gpu::elements(k, dtype)?, gpu::elements(v, dtype)?];
+    let plan = Plan::new(&q, &k, mask, scores)?;
+    assert!(plan.is_aligned(&[&q, &k, &v])?, "inputs begin where 16 bytes do");
+    let y = gpu::uninit(q.shape(), dtype, plan.device)?;
+    let logsumexp = gpu::uninit((plan.b, plan.h, plan.sq), DType::F32, plan.device)?;
+    let Widths { width, forward, rows_f32, .. } = plan.kernels()?;
+    let (rows, threads, shared) = match dtype {
+        DType::BF16 => (forward.rows, 32 * forward.warps, forward.shared(*width, 1, forward.stages, 0)),
+        _ => (*rows_f32, THREADS_F32, shared_f32(*width, *rows_f32, 2)),
+    };
+    let [sq, sk, h, kv, hd] = plan.sizes();
+    // Blocks for all queries of all heads, each of which stays inside these sizes.
+    launch!(
+        plan.device, OP, &format!("attention_forward_{}_{width}", suffix(dtype)),
+        grid: [plan.b * plan.h, plan.sq.div_ceil(rows), 1], block: threads, shared: shared;
+        &q, &k, &v, plan.starts, plan.bounds, plan.sinks.as_ref(), &y, &logsumexp, sq, sk, h, kv, hd, plan.inner, plan.factor,
+    );
+    Ok((y, logsumexp))
+}
+
+/// `n_tiles` tiles of inputs, and one of scores.
+fn shared_f32(width: usize, rows: usize, n_tiles: usize) -> usize {
+    (n_tiles * rows * (width + 4) + rows * (rows + 4)) * 4
+}
+
+/// The gradients of q, k and v; that of sinks is added to their accumulator.
+pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<(Tensor, Tensor, Tensor)> {
+    let dtype = saved.q.dtype();
+    let [q, k, v] = [gpu::elements(saved.q, dtype)?, gpu::elements(saved.k, dtype)?, gpu::elements(saved.v, dtype)?];
+    let (y, dy) = (saved.y, gpu::elements(dy, dtype)?);
+    let plan = Plan::new(&q, &k, mask, scores)?;
+    let Plan { device, b, starts, bounds, inner, factor, .. } = plan;
+    assert!(plan.is_aligned(&[&q, &k, &v, y, &dy])?, "inputs begin where 16 bytes do");
+    let padded = plan.sq.next_multiple_of(BOUND);
+    let stats = gpu::uninit((b, plan.h, padded, 2), DType::F32, device)?;
+    let [sq, sk, h, kv, hd] = plan.sizes();
+    let suffix = suffix(dtype);
+
+    // As many lanes per query as take it whole, 8 numbers each.
+    let lanes = (plan.hd / 8).next_power_of_two();
+    launch!(
+        device, OP, &format!("attention_stats_{suffix}"),
+        grid: [(b * padded * plan.h * lanes).div_ceil(256), 1, 1], block: 256;
+        y, &dy, saved.logsumexp, &stats, b, sq, h, hd, lanes as i32,
+    );
+    let grad = scores.sinks.as_ref().map(|sinks| sinks.accumulator()).transpose()?.flatten();
+    if let (Some(sinks), Some(grad)) = (&plan.sinks, grad) {
+        // One block per head; the statistics of all of them.
+        launch!(
+            device, OP, "attention_sinks", grid: [plan.h, 1, 1], block: 256;
+            sinks, &stats, &grad, b as i32, padded as i32,
+        );
+    }
+
+    let (dk, dv) = (gpu::uninit(k.shape(), dtype, device)?, gpu::uninit(v.shape(), dtype, device)?);
+    let dq = gpu::uninit(q.shape(), dtype, device)?;
+    let Widths { width, keys, queries, rows_f32, .. } = plan.kernels()?;
+    let is_bf16 = dtype == DType::BF16;
+    let parts: &[&str] = if is_bf16 && *width >= APART { &["dk", "dv"] } else { &["keys"] };
+    for part in parts {
+        let shared = |stages| keys.shared(*width, if *part == "dv" { 1 } else { 2 }, stages, 8);
+        let stages = keys.stages(device, shared)?;
+        let (rows, threads, shared) = match is_bf16 {
+            true => (keys.rows, 32 * keys.warps, shared(stages)),
+            false => (*rows_f32, THREADS_F32, shared_f32(*width, *rows_f32, 4)),
+        };
+        // Blocks for all keys of all key heads.
+        launch!(
+            device, OP, &format!("attention_backward_{part}_{suffix}_{width}"),
+            grid: [b * plan.kv, plan.sk.div_ceil(rows), 1], block: threads, shared: shared;
+            &q, &k, &v, &dy, &stats, starts, bounds, &dk, &dv, sq, sk, h, kv, hd, inner, factor, scores.scale, stages as i32,
+        );
+    }
+    let shared = |stages| queries.shared(*width, 2, stages, 0);
+    let stages = queries.stages(device, shared)?;
+    let (rows, threads, shared) = match is_bf16 {
+        true => (queries.rows, 32 * queries.warps, shared(stages)),
+        false => (*rows_f32, THREADS_F32, shared_f32(*width, *rows_f32, 4)),
+    };
+    // Blocks for all queries of all heads.
+    launch!(
+        device, OP, &format!("attention_backward_queries_{suffix}_{width}"),
+        grid: [b * plan.h, plan.sq.div_ceil(rows), 1], block: threads, shared: shared;
+        &q, &k, &v, &dy, &stats, starts, bounds, &dq, sq, sk, h, kv, hd, inner, factor, scores.scale, stages as i32,
+    );
+    Ok((dq, dk, dv))
+}
+
+/// Queries that share a key head, up to which their keys are split over blocks instead of queries.
+const FEW: usize = 32;
+/// Blocks that keep any GPU busy.
+const MANY_BLOCKS: usize = 512;
+/// Threads of a block, each of which has a key at a time; bytes of each that are staged, twice.
+const THREADS_DECODE: usize = 128;
+const STAGED: usize = 128;
+const STAGED_BYTES: usize = 2 * THREADS_DECODE * (STAGED + 16);
+/// Shared memory of a block, and memory for what blocks hand on.
+const MOST_SHARED: usize = 96 << 10;
+const MOST_PARTS: usize = 256 << 20;
+
+/// As [`forward`], where no gradient is wanted. Heads may be wider here.
+pub fn without_gradient(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<Tensor> {
+    let ((_, sq, h, hd), kv) = (q.dims4()?, k.dim(2)?);
+    if sq * (h / kv) > FEW && hd <= WIDTHS[WIDTHS.len() - 1].width {
+        return Ok(forward(q, k, v, mask, scores)?.0);
+    }
+    let q = gpu::elements(q, q.dtype())?;
+    let (k, k_batch) = rows_of_batch(k)?;
+    let (v, v_batch) = rows_of_batch(&copy::cast(v, k.dtype())?)?;
+    let plan = Plan::new(&q, &k, mask, scores)?;
+    let Plan { device, b, sk, kv, .. } = plan;
+    let y = gpu::uninit(q.shape(), q.dtype(), device)?;
+    let first_key = mask.starts.as_ref().and_then(|it| it.values.iter().min().copied()).unwrap_or(0) as usize;
+    let all_rows = plan.h / kv * plan.sq;
+
+    // Results depend on how keys are split, which depends on sizes and the mask alone.
+    let per_block = [4, 8].into_iter().find(|n| all_rows <= *n).unwrap_or(16);
+    let queries_bytes =
+        per_block * (hd * k.dtype().size_in_bytes()).next_multiple_of(STAGED) / k.dtype().size_in_bytes() * 4;
+    let room =
+        MOST_SHARED.saturating_sub(STAGED_BYTES + queries_bytes) / (per_block * 4) / THREADS_DECODE * THREADS_DECODE;
+    let blocks_of_keys = b * kv * all_rows.div_ceil(per_block);
+    let splits = MANY_BLOCKS.div_ceil(blocks_of_keys);
+    let span = (sk - first_key).div_ceil(splits).next_multiple_of(THREADS_DECODE).min(room.clamp(THREADS_DECODE, 1024));
+    let splits = (sk - first_key).div_ceil(span);
+    let shared = STAGED_BYTES + queries_bytes + span * per_block * 4;
+
+    let most_rows = (MOST_PARTS / (b * kv * splits * hd * 4)).max(per_block).min(all_rows);
+    let [sq, sk, h, kv, hd] = plan.sizes();
+    for first_row in (0..all_rows).step_by(most_rows) {
+        let rows = most_rows.min(all_rows - first_row);
+        let parts = b * plan.kv * rows * splits;
+        let (stats, sums) =
+            (gpu::uninit((parts, 2), DType::F32, device)?, gpu::uninit((parts, plan.hd), DType::F32, device)?);
+        // Blocks for all keys from the first one on, and `rows` queries of each key head; keys of a row of the batch lie as
+        // `rows_of_batch` says.
+        launch!(
+            device, OP, &format!("attention_decode_{}_{per_block}", suffix(k.dtype())),
+            grid: [splits, b * plan.kv, rows.div_ceil(per_block)], block: THREADS_DECODE, shared: shared;
+            &q, i32::from(q.dtype() == DType::BF16), gpu::first(&k)?, gpu::first(&v)?, plan.starts, &stats, &sums,
+            first_row as i32, rows as i32, sq, sk, h, kv, hd, k_batch, v_batch, first_key as i32, span as i32,
+            plan.inner, plan.factor,
+        );
+        // A block for each of those queries.
+        launch!(
+            device, OP, &format!("attention_join_{}", suffix(q.dtype())),
+            grid: [rows, b * plan.kv, 1], block: 128, shared: splits * 4;
+            &stats, &sums, plan.sinks.as_ref(), &y, first_row as i32, rows as i32, splits as i32, sq, sk, h, kv, hd,
+        );
+    }
+    Ok(y)
+}
+
+/// `(b, s, heads, hd)` such that only the rows of the batch may lie apart, as they do in a cache that has room for more, and
+/// how far apart they are.
+fn rows_of_batch(x: &Tensor) -> Result<(Tensor, usize)> {
+    let (_, _, heads, hd) = x.dims4()?;
+    let x = match x.stride() {
+        [_, s, n, 1] if *s == heads * hd && *n == hd && gpu::first(x)?.is_multiple_of(16) => x.clone(),
+        _ => gpu::elements(x, x.dtype())?,
+    };
+    let apart = x.stride()[0];
+    Ok((x, apart))
+}
