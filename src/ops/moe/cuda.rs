@@ -248,8 +248,19 @@ impl<'a> Layer<'a> {
         Ok(y)
     }
 
-    /// Gate, up, and what is made of them.
-    fn up(&self, engine: Engine, input: &Tensor) -> Result<[Tensor; 3]> {
+    /// Gate, up, and what is made of them, for rows of `x` times the slots' weights if there are weights.
+    fn up_of_tokens(&self, x: &Tensor, weights: Option<&Tensor>) -> Result<[Tensor; 3]> {
+        let engine = self.engine(2 * self.hidden);
+        let fits = matches!(engine, Engine::Plain(_)) || by_eights(self.dim, &[x])?;
+        if x.dtype() == self.dtype && fits {
+            self.up(engine, x, Some(&self.routing.slots.order), weights)
+        } else {
+            self.up(engine, &self.gather(x, weights)?, None, None)
+        }
+    }
+
+    /// The same for rows of sorted slots, or where there is an `order`, for rows of tokens that are picked by it.
+    fn up(&self, engine: Engine, x: &Tensor, order: Option<&Tensor>, weights: Option<&Tensor>) -> Result<[Tensor; 3]> {
         let new = || self.rows(self.hidden, self.dtype);
         let [gate, up, activated] = [new()?, new()?, new()?];
         let ((b1, low), (b3, _)) = (self.bias(0)?, self.bias(2)?);
@@ -257,8 +268,8 @@ impl<'a> Layer<'a> {
         launch!(
             self.device, "moe", &engine.kernel("up"),
             grid: self.grid(engine, 2 * self.hidden), block: engine.threads(), shared: engine.shared_bytes();
-            input, &self.w1, &self.w3, b1.as_ref(), b3.as_ref(), low, &self.tiles, self.dim as i32, self.hidden as i32,
-            kind, limit, &gate, &up, &activated,
+            x, order, weights, self.routing.top_k as i32, &self.w1, &self.w3, b1.as_ref(), b3.as_ref(), low,
+            &self.tiles, self.dim as i32, self.hidden as i32, kind, limit, &gate, &up, &activated,
         );
         Ok([gate, up, activated])
     }
@@ -349,9 +360,7 @@ pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Expert
     let (x, weights) = (elements(x, x.dtype())?, elements(weights, DType::F32)?);
     let (before, after) = weights_of(experts, &weights);
 
-    let input = layer.gather(&x, before)?;
-    let [gate, up, activated] = layer.up(layer.engine(2 * layer.hidden), &input)?;
-    drop(input);
+    let [gate, up, activated] = layer.up_of_tokens(&x, before)?;
     let result = layer.down(layer.engine(layer.dim), &activated)?;
     drop(activated);
     let y = layer.scatter_sum(&result, after, x.dtype(), None)?;
@@ -443,7 +452,7 @@ mod tests {
             let (gate, up) = (random("gate", hidden)?, random("up", hidden)?);
             let given = Hidden { gate: gate.clone(), up: up.clone(), result: None };
             let products = |engine| -> Result<Vec<(&str, Tensor)>> {
-                let [y_gate, y_up, activated] = layer.up(engine, &input)?;
+                let [y_gate, y_up, activated] = layer.up(engine, &input, None, None)?;
                 let result = layer.down(engine, &up)?;
                 let (dgate, dup, again) = layer.down_backward(engine, &dresult, &given, true)?;
                 let dinput = layer.up_backward(engine, &gate, &up)?;

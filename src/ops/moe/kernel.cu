@@ -343,10 +343,11 @@ BIAS_GRADIENT(f32)
 BIAS_GRADIENT(bf16)
 
 #define PRODUCTS(NAME, E, T)                                                                                            \
-    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_up_##NAME, const T* x, const T* w1, const T* w3, const void* b1,           \
-                  const void* b3, int low, const RowTile* tiles, int dim, int hidden, int kind, float limit, T* gate,   \
-                  T* up, T* activated) {                                                                                \
-        expert_up<E, T>(x, w1, w3, b1, b3, low, tiles, dim, hidden, kind, limit, gate, up, activated);                  \
+    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_up_##NAME, const T* x, const uint32_t* sorted, const float* weights,       \
+                  int top_k, const T* w1, const T* w3, const void* b1, const void* b3, int low, const RowTile* tiles,   \
+                  int dim, int hidden, int kind, float limit, T* gate, T* up, T* activated) {                           \
+        expert_up<E, T>(x, sorted, weights, top_k, w1, w3, b1, b3, low, tiles, dim, hidden, kind, limit, gate, up,      \
+                        activated);                                                                                     \
     }                                                                                                                   \
     KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_down_##NAME, const T* activated, const T* w2, const void* b2, int low,     \
                   const RowTile* tiles, int dim, int hidden, T* result) {                                               \

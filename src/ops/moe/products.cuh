@@ -26,6 +26,19 @@ template <typename T> struct Window {
     }
 };
 
+// Rows of a matrix that lie anywhere: row i of the window is row places[i] of the matrix.
+template <typename T> struct Picked {
+    const T* first;
+    const uint32_t* places;
+    int64_t stride;
+    int rows, cols;
+
+    __device__ const T* at(int row, int col, bool& valid) const {
+        valid = row < rows && col < cols;
+        return valid ? first + places[row] * stride + col : first;
+    }
+};
+
 // Rows of two matrices in turn, PAIR / 2 of each, so that whoever has sums of one has the other's as well.
 template <typename T, int PAIR> struct Paired {
     const T *gate, *up;
@@ -288,21 +301,31 @@ struct Bias {
     }
 };
 
-// gate = x W1^T + b1, up = x W3^T + b3, activated = act(gate) up. w1, w3 (n_experts, hidden, dim).
+// gate = x W1^T + b1, up = x W3^T + b3, activated = act(gate) up, for rows of x in the order of the sorted slots; unless
+// sorted is null, these are picked from the rows of tokens, and count as often as weights say, unless these are null.
+// w1, w3 (n_experts, hidden, dim).
 template <typename E, typename T>
-__device__ inline void expert_up(const T* x, const T* w1, const T* w3, const void* b1, const void* b3, int low,
+__device__ inline void expert_up(const T* x, const uint32_t* sorted, const float* weights, int top_k, const T* w1, const T* w3, const void* b1, const void* b3, int low,
                                  const RowTile* tiles, int dim, int hidden, int kind, float limit, T* gate, T* up,
                                  T* activated) {
     const RowTile tile = row_tile<E>(tiles);
     if (tile.first >= tile.end) return;
     const int rows = tile.end - tile.first, col = blockIdx.x * (E::COLS / 2);
     const int64_t start = (tile.expert * (int64_t)hidden + col) * dim;
+    __shared__ uint32_t places[E::ROWS];
+    __shared__ float scales[E::ROWS];
+    for (int i = threadIdx.x; i < rows; i += E::THREADS) {
+        const uint32_t slot = sorted != nullptr ? sorted[tile.first + i] : 0;
+        places[i] = sorted != nullptr ? slot / top_k : tile.first + i;
+        scales[i] = weights != nullptr ? weights[slot] : 1.0f;
+    }
+    __syncthreads();
     typename E::Sums sums;
     E::template multiply<true, true>(
         sums, steps(dim, E::DEPTH),
         [&](int step) {
             const int k = step * E::DEPTH;
-            return Window<T>{x + tile.first * (int64_t)dim + k, dim, rows, dim - k};
+            return Picked<T>{x + k, places, dim, rows, dim - k};
         },
         [&](int step) {
             const int k = step * E::DEPTH;
@@ -316,8 +339,8 @@ __device__ inline void expert_up(const T* x, const T* w1, const T* w3, const voi
 #pragma unroll
         for (int l = 0; l < E::N; l++) {
             // As backward will have them.
-            rounded_gates[l] = load(store<T>(gates[l] + of_gate[j + l]));
-            rounded_ups[l] = load(store<T>(ups[l] + of_up[j + l]));
+            rounded_gates[l] = load(store<T>(gates[l] * scales[i] + of_gate[j + l]));
+            rounded_ups[l] = load(store<T>(ups[l] * scales[i] + of_up[j + l]));
             const GateFactors factors = gate_factors(kind, limit, rounded_gates[l], rounded_ups[l]);
             products[l] = factors.gate * factors.up;
         }
