@@ -18,10 +18,12 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, ValueEnum};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
+use titan::Result;
 use titan::autograd::Precision;
 use titan::components::optimizer::Optimizer;
 use titan::config::ModelArgs;
 use titan::engine::{self, MicroBatch, Recompute, Stages};
+use titan::models::decoder::Sequence;
 use titan::models::{self, Decoder};
 use titan::ops::{self, Adam, StepRules};
 use titan::tools::device::{self, Choice, GIB};
@@ -48,6 +50,9 @@ struct Options {
     /// Steps before them, which take the memory: 1, if not given, and 5 on a GPU.
     #[arg(long)]
     warm_up: Option<u32>,
+    /// Record a step of a GPU, and repeat it by one launch, as `compile.enable` does.
+    #[arg(long)]
+    recorded: bool,
     /// As many as there are cores, if not given.
     #[arg(long)]
     threads: Option<usize>,
@@ -165,9 +170,11 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, choice: &Choice, optio
         (true, false) => (options.warm_up.unwrap_or(5), options.steps.unwrap_or(20)),
         (false, _) => (0, 1),
     };
-    let (way, compute) = match dtype {
-        ParamDtype::Bfloat16 => ("bf16", DType::BF16),
-        ParamDtype::Float32 => ("f32", DType::F32),
+    let (way, compute) = match (dtype, options.recorded) {
+        (ParamDtype::Bfloat16, false) => ("bf16", DType::BF16),
+        (ParamDtype::Bfloat16, true) => ("bf16-recorded", DType::BF16),
+        (ParamDtype::Float32, false) => ("f32", DType::F32),
+        (ParamDtype::Float32, true) => ("f32-recorded", DType::F32),
     };
     let precision = Precision { storage: DType::F32, compute };
     let recompute = match options.recompute.unwrap_or(case.recompute) {
@@ -193,27 +200,51 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, choice: &Choice, optio
 
     let (mut losses, mut elapsed_s) = (Vec::new(), Vec::new());
     let (mut begin, mut launched) = (Instant::now(), launches());
+    let mut recorded = None;
     for (i, rows) in batches.iter().enumerate() {
+        let window = |start| rows.narrow(1, start, seq_len).unwrap().contiguous().unwrap().to_device(device).unwrap();
         if i == warm_up as usize {
+            if options.recorded {
+                let rows = MicroBatch::new(window(0), window(1));
+                let context = engine::context(&model, &rows).unwrap();
+                // Once in earnest: what is made when it is first needed cannot be made while launches are recorded.
+                optimizer.prepare(&rules).unwrap();
+                enqueue(&model, &rows, &context, recompute, &optimizer).unwrap();
+                optimizer.finish().unwrap();
+                let before = launches();
+                let repeat = record(device, || enqueue(&model, &rows, &context, recompute, &optimizer));
+                recorded = Some((rows, context, repeat, launches().zip(before).map_or(0, |(now, then)| now - then)));
+            }
             device::synchronize(device).unwrap();
             (begin, launched) = (Instant::now(), launches());
         }
-        let window = |start| rows.narrow(1, start, seq_len).unwrap().contiguous().unwrap().to_device(device).unwrap();
         let start = Instant::now();
         let rows = MicroBatch::new(window(0), window(1));
-        let loss = engine::forward_backward(&model, &rows, 1.0, recompute).unwrap();
-        losses.push(loss.clone());
+        optimizer.prepare(&rules).unwrap();
+        match &recorded {
+            Some((fixed, _, repeat, _)) => {
+                fixed.tokens.slice_set(&rows.tokens, 0, 0).unwrap();
+                fixed.labels.slice_set(&rows.labels, 0, 0).unwrap();
+                repeat().unwrap();
+            }
+            None => {
+                let context = engine::context(&model, &rows).unwrap();
+                enqueue(&model, &rows, &context, recompute, &optimizer).unwrap();
+            }
+        }
+        let outcome = optimizer.finish().unwrap();
+        assert!(outcome.applied, "step {i}: {outcome:?}");
+        losses.push(outcome.loss);
         model.expert_loads().values().for_each(|load| load.rebalance(true).unwrap());
-        optimizer.step(model.stages(), &loss, &rules).unwrap();
         elapsed_s.push(start.elapsed().as_secs_f64());
     }
     device::synchronize(device).unwrap();
     let mean_s = begin.elapsed().as_secs_f64() / f64::from(steps);
-    let launches = launches().zip(launched).map(|(now, then)| (now - then) as f64 / f64::from(steps));
+    let in_recording = recorded.map_or(0, |(.., n)| n) as f64;
+    let launches = launches().zip(launched).map(|(now, then)| in_recording + (now - then) as f64 / f64::from(steps));
     let timed = &mut elapsed_s[warm_up as usize..];
     timed.sort_by(f64::total_cmp);
     let step_s = if device.is_cpu() { timed[timed.len() / 2] } else { mean_s };
-    let loss = |loss: &Tensor| loss.to_scalar::<f32>().unwrap();
 
     Figures {
         program: concat!("titan ", env!("CARGO_PKG_VERSION")),
@@ -228,9 +259,36 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, choice: &Choice, optio
         peak_flops,
         peak_mem_bytes: facts.memory_use().peak_bytes,
         launches: launches.filter(|_| !device.is_cpu()),
-        first_loss: loss(&losses[0]),
-        last_loss: loss(&losses[losses.len() - 1]),
+        first_loss: losses[0],
+        last_loss: losses[losses.len() - 1],
     }
+}
+
+/// All that a step launches.
+fn enqueue(
+    model: &Decoder,
+    rows: &MicroBatch,
+    context: &Sequence,
+    recompute: Recompute,
+    optimizer: &Optimizer,
+) -> Result<()> {
+    let loss = engine::forward_backward_in(model, rows, context, 1.0, recompute)?;
+    optimizer.enqueue(model.stages(), &loss)
+}
+
+/// What repeats the launches of `body`.
+#[cfg(feature = "cuda")]
+fn record(device: &Device, body: impl FnOnce() -> Result<()>) -> Box<dyn Fn() -> Result<()>> {
+    use titan::tools::gpu::{Graph, trim_pool};
+    let Device::Cuda(device) = device else { panic!("only steps of a GPU are recorded") };
+    trim_pool(device).unwrap();
+    let graph = Graph::record(device, body).unwrap();
+    Box::new(move || graph.launch())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn record(_: &Device, _: impl FnOnce() -> Result<()>) -> Box<dyn Fn() -> Result<()>> {
+    panic!("only steps of a GPU are recorded")
 }
 
 /// Kernels launched since the process began, where titan has any.

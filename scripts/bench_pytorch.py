@@ -6,11 +6,17 @@
     bench_pytorch.py --case A --fastest RESULTS    names the best f32 and the best bf16 way among such lines
     bench_pytorch.py --table RESULTS               makes a table of such lines from both programs
 
-Needs PyTorch 2.15, and safetensors for `--check`. The models are written for PyTorch to be fast on a CPU; where that was
-not the obvious choice, a comment says what was slower.
+    bench_pytorch.py --device cuda --case debug    the same on a GPU; `--check` takes `--device cuda` too
+
+Needs PyTorch 2.15, 2.10 on a GPU, and safetensors for `--check`. The models are written for PyTorch to be fast on a CPU;
+where that was not the obvious choice, a comment says what was slower. On a GPU they run as TorchTitan's do on one: weights
+in f32 with bf16 autocast, its choice of attention kernels, all logits at once, fused AdamW, and where they are compiled,
+each block and the loss by itself.
 """
 
 import argparse
+import functools
+import gc
 import itertools
 import json
 import math
@@ -24,10 +30,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = ["f32-eager", "f32-compile", "bf16-eager", "bf16-compile"]
+# On a GPU: "bf16" computes under autocast, "mixed" with bf16 copies of all weights and a bf16 residual stream, as under
+# FSDP's mixed precision; "compile" is block by block, "whole" the model as one.
+GPU_WAYS = [f"{precision}-{mode}" for precision in ("bf16", "mixed", "f32") for mode in ("eager", "compile", "whole")]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# In the order in which TorchTitan tries them.
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+# Dense bf16 peaks of NVIDIA's data sheets, in TFLOP/s; others are measured. A name comes before any that it contains.
+GPU_PEAKS = {"A100": 312, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H200 NVL": 835, "H200": 989, "B200": 2250}
 # Logits of 512 MiB. Where a batch has more, the loss takes CHUNK rows at a time: a third to a half of the time.
 MOST_LOGITS, CHUNK = 1 << 27, 1024
 # With smaller heads, PyTorch's bf16 attention takes 1.7 times as long as its f32 attention, forward and backward.
@@ -47,6 +67,10 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if x.is_cuda:
+            with sdpa_kernel(ATTENTION, set_priority=True):
+                y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+            return self.wo(y.transpose(1, 2).flatten(2))
         in_bf16 = torch.is_autocast_enabled("cpu") and self.head_dim >= LEAST_BF16_HEAD_DIM
         if not in_bf16:
             q, k, v = q.float(), k.float(), v.float()
@@ -113,16 +137,16 @@ class Moe(nn.Module):
         weights, chosen = (weights * args["route_scale"]).view(-1, 1), chosen.flatten()
 
         order = chosen.argsort(stable=True)
-        n_tokens = (chosen[:, None] == torch.arange(args["num_experts"])).sum(0)
+        n_tokens = (chosen[:, None] == torch.arange(args["num_experts"], device=x.device)).sum(0)
         self.tokens_per_expert += n_tokens
         slots = x.repeat_interleave(top_k, 0)
         if args["score_before_experts"]:
             slots = slots * weights
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        y = self.experts(slots.to(dtype).index_select(0, order), n_tokens).index_select(0, order.argsort())
+        y = self.experts(slots.to(compute_dtype(x)).index_select(0, order), n_tokens).index_select(0, order.argsort())
         if not args["score_before_experts"]:
             y = y * weights
         y = y.unflatten(0, (-1, top_k)).sum(1) if top_k > 1 else y
+        y = y.to(x.dtype) if x.is_cuda else y
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y.view(shape)
@@ -168,6 +192,7 @@ class Decoder(nn.Module):
     def __init__(self, args, eos_id=None, most_logits=MOST_LOGITS):
         super().__init__()
         self.args, self.eos_id, self.most_logits = args, eos_id, most_logits
+        self.recompute, self.loss = False, mean_loss
         dim, vocab_size = args["dim"], args["vocab_size"]
         self.tok_embeddings = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(Block(args, layer) for layer in range(args["n_layers"]))
@@ -182,11 +207,14 @@ class Decoder(nn.Module):
         x, labels = self.tok_embeddings(tokens), labels.flatten()
         rope, (mask, block_mask) = (self.cos, self.sin), self.masks(tokens)
         for block in self.layers:
-            x = block(x, rope, mask, block_mask)
+            if self.recompute:
+                x = checkpoint(block, x, rope, mask, block_mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, block_mask)
         x = self.norm(x).flatten(0, 1)
-        if labels.numel() * self.args["vocab_size"] <= self.most_logits:
-            return F.cross_entropy(self.output(x).float(), labels)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if x.is_cuda or labels.numel() * self.args["vocab_size"] <= self.most_logits:
+            return self.loss(self.output(x), labels)
+        dtype = compute_dtype(x)
         # The options that it chooses by itself are ten times as slow for bf16 on a CPU.
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, acc_policy="compact")
         return F.linear_cross_entropy(x.to(dtype), self.output.weight.to(dtype), labels, options=options)
@@ -196,14 +224,24 @@ class Decoder(nn.Module):
         if self.args["attn_type"] == "sdpa":
             return None, None
         s = tokens.shape[1]
-        mask = torch.ones(s, s, dtype=torch.bool).tril()[None, None]
+        mask = torch.ones(s, s, dtype=torch.bool, device=tokens.device).tril()[None, None]
         if self.args["attn_mask_type"] == "block_causal":
             ends = tokens == self.eos_id
             document = ends.cumsum(1) - ends.long()
             mask = mask & (document[:, None, :, None] == document[:, None, None, :])
         block_size = self.args.get("fixed_attn_block_size")
-        block = torch.arange(s) // (block_size or s)
+        block = torch.arange(s, device=tokens.device) // (block_size or s)
         return mask, mask & (block[:, None] == block)
+
+
+def mean_loss(logits, labels):
+    return F.cross_entropy(logits.float(), labels)
+
+
+def compute_dtype(x):
+    """The dtype of products with `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def frequencies(args):
@@ -249,13 +287,20 @@ def train_step(model, loss_of, optimizer, micro_batches):
 
 def load_case(name):
     """The entry of benches/cases.json, with all of its model's arguments."""
-    cases = json.loads((ROOT / "benches/cases.json").read_text())
+    cases = {name: case for of_device in read_cases().values() for name, case in of_device.items()}
     if name not in cases:
         sys.exit(f"error: there is no case {name}\n  = allowed: {', '.join(cases)}")
     flavors = json.loads((ROOT / "tests/golden/flops.json").read_text())
     case = cases[name]
-    flavor = flavors[case["model"]][case["flavor"]]["config"]
-    return case | {"args": flavor | case["args"] | {"max_seq_len": case["seq_len"]}}
+    args = flavors[case["model"]][case["flavor"]]["config"] | case["args"] | {"max_seq_len": case["seq_len"]}
+    if "moe_args" in case["args"]:
+        args["moe_args"] = flavors[case["model"]][case["flavor"]]["config"]["moe_args"] | case["args"]["moe_args"]
+    return case | {"args": args}
+
+
+def read_cases():
+    """The cases by the kind of device that they are meant for."""
+    return json.loads((ROOT / "benches/cases.json").read_text())
 
 
 def bench(name, way, steps):
@@ -294,27 +339,150 @@ def bench(name, way, steps):
     }
 
 
-def matrix_peak(dtype):
+class Mixed:
+    """A fused AdamW over f32 masters of a model whose parameters it turns into bf16 copies."""
+
+    def __init__(self, model):
+        self.copies, self.masters = list(model.parameters()), []
+        for copy in self.copies:
+            master = nn.Parameter(copy.detach().clone())
+            master.grad = torch.zeros_like(master)
+            copy.data = copy.data.bfloat16()
+            self.masters.append(master)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def zero_grad(self):
+        for copy in self.copies:
+            copy.grad = None
+
+    def gather(self):
+        """Gradients to the masters; returns these."""
+        torch._foreach_copy_([master.grad for master in self.masters], [copy.grad for copy in self.copies])
+        return self.masters
+
+    def step(self):
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.copies, self.masters)
+
+
+def bench_gpu(name, way, steps, warm_up, recompute):
+    """As `bench`, on a GPU. Nothing is read back in a step; the time is the wall clock around all of them."""
+    torch.manual_seed(0)
+    case = load_case(name)
+    precision, mode = way.split("-")
+    batch, seq_len, vocab_size = case["batch"], case["seq_len"], case["args"]["vocab_size"]
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    with torch.device("cuda"):
+        model = Decoder(case["args"])
+    if precision == "mixed":
+        optimizer = Mixed(model)
+        parameters = optimizer.gather
+    else:
+        optimizer, parameters = adamw(model), model.parameters
+    model.recompute = (recompute or case["recompute"]) == "full"
+    forward = model
+    if mode == "compile":
+        for block in model.layers:
+            block.compile(fullgraph=True, dynamic=False)
+        model.loss = torch.compile(mean_loss, fullgraph=True, dynamic=False)
+    elif mode == "whole":
+        forward = torch.compile(model, dynamic=False)
+
+    def train_step(ids):
+        optimizer.zero_grad()
+        ids = ids.to("cuda", non_blocking=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            loss = forward(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters(), 1.0, foreach=True)
+        optimizer.step()
+        for block in model.layers:
+            if block.is_moe:
+                block.moe.rebalance()
+        return loss.detach()
+
+    batches = [torch.randint(vocab_size, (batch, seq_len + 1), pin_memory=True) for _ in range(warm_up + steps)]
+    losses = [train_step(ids) for ids in batches[:warm_up]]
+    torch.cuda.synchronize()
+    warm_up_s, start = time.perf_counter() - begin, time.perf_counter()
+    losses += [train_step(ids) for ids in batches[warm_up:]]
+    torch.cuda.synchronize()
+    step_s = (time.perf_counter() - start) / steps
+    return {
+        "program": f"PyTorch {torch.__version__}",
+        "case": name,
+        "way": way,
+        "device": torch.cuda.get_device_name(),
+        "n_params": sum(p.numel() for p in model.parameters()),
+        "step_s": step_s,
+        "tps": batch * seq_len / step_s,
+        "flops_per_token": flops_per_token(model, seq_len),
+        "peak_flops": gpu_peak(),
+        "peak_mem_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "warm_up_s": warm_up_s,
+        "first_loss": losses[0].item(),
+        "last_loss": losses[-1].item(),
+    }
+
+
+def bench_on_gpu(name, ways, steps, warm_up, recompute):
+    """A line of JSON for each way. One that fails says so in its line."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for way in ways:
+        try:
+            line = bench_gpu(name, way, steps, warm_up, recompute)
+        except Exception as error:
+            what = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).strip().split("\n")[0]
+            line = {"program": f"PyTorch {torch.__version__}", "case": name, "way": way, "error": what[:300]}
+        print(json.dumps(line), flush=True)
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def flops_per_token(model, seq_len):
+    """As TorchTitan counts them, and titan: the embedding and experts that a token does not see are left out."""
+    n_active, args = 0, model.args
+    for name, parameter in model.named_parameters():
+        share = args["moe_args"]["top_k"] / args["moe_args"]["num_experts"] if ".moe.experts." in name else 1
+        n_active += 0 if name.startswith("tok_embeddings") else int(parameter.numel() * share)
+    return 6 * n_active + 12 * args["n_layers"] * args["dim"] * seq_len
+
+
+@functools.cache
+def gpu_peak():
+    name = torch.cuda.get_device_name()
+    known = (1e12 * tflops for gpu, tflops in GPU_PEAKS.items() if gpu in name)
+    return next(known, None) or matrix_peak(torch.bfloat16, "cuda", 8192)
+
+
+def matrix_peak(dtype, device="cpu", size=2048):
     """FLOP/s of the best of several square products."""
-    size = 2048
-    a, best_s = torch.ones(size, size, dtype=dtype), math.inf
+    a, best_s = torch.ones(size, size, dtype=dtype, device=device), math.inf
     for _ in range(10):
         start = time.perf_counter()
         a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
         best_s = min(best_s, time.perf_counter() - start)
     return 2 * size**3 / best_s
 
 
-def check(folder):
+def check(folder, device):
     """Losses, gradients and weights of three steps, against the golden files and within their tolerances."""
     from safetensors.torch import load_file
 
     paths = sorted(Path(folder).glob("llama*.json"))
     if not paths:
         sys.exit(f"error: {folder} holds no llama*.json; the golden files are in tests/golden")
-    for path, most_logits in itertools.product(paths, (MOST_LOGITS, 0)):
-        case, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
-        tolerance, model = case["tolerance"], Decoder(case["config"], case["eos_id"], most_logits)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # On a GPU all logits are whole.
+    for path, most_logits in itertools.product(paths, (MOST_LOGITS, 0) if device == "cpu" else (MOST_LOGITS,)):
+        case, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"), device)
+        tolerance, model = case["tolerance"], Decoder(case["config"], case["eos_id"], most_logits).to(device)
         state = model.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, tensor in state.items():
@@ -391,17 +559,26 @@ def table(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help="a case of benches/cases.json")
-    parser.add_argument("--way", choices=[*WAYS, "all"], default="all")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--way", default="all", help=f"one of {', '.join(WAYS)}, or all; on a GPU some of {', '.join(GPU_WAYS)}, "
+                        "with commas between them, or all: bf16-eager,bf16-compile")
+    parser.add_argument("--steps", type=int, help="timed steps: 3, on a GPU 20")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before them, on a GPU")
+    parser.add_argument("--recompute", choices=["none", "full"], help="on a GPU: what backward computes again, if not what the case says")
     parser.add_argument("--threads", type=int, help="as many as there are cores, if not given")
     parser.add_argument("--check", metavar="FOLDER")
     parser.add_argument("--fastest", metavar="RESULTS")
     parser.add_argument("--table", metavar="RESULTS")
     options = parser.parse_args()
+    on_gpu = options.device == "cuda"
+    ways = options.way.split(",") if options.way != "all" else ["bf16-eager", "bf16-compile"] if on_gpu else ["all"]
+    unknown = set(ways) - set(GPU_WAYS if on_gpu else [*WAYS, "all"])
+    if unknown or (len(ways) > 1 and not on_gpu):
+        parser.error(f"--way {options.way} is none of {', '.join(GPU_WAYS if on_gpu else [*WAYS, 'all'])}")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.check:
-        check(options.check)
+        check(options.check, options.device)
     elif options.table:
         print(table(read_results(options.table)))
     elif options.fastest:
@@ -410,12 +587,14 @@ def main():
         print(*(line["way"] for line in best if line))
     elif options.case is None:
         parser.error("--case, --check or --table is needed")
+    elif on_gpu:
+        bench_on_gpu(options.case, ways, options.steps or 20, options.warm_up, options.recompute)
     elif options.way == "all":
         # Each in a process of its own: peak memory is that of a process.
         for way in WAYS:
             subprocess.run([sys.executable, *sys.argv, "--way", way], check=True)
     else:
-        print(json.dumps(bench(options.case, options.way, options.steps)), flush=True)
+        print(json.dumps(bench(options.case, options.way, options.steps or 3)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 # Everything that scripts/gpu_check.sh and scripts/gpu_bench.sh run, in one file for a machine with a GPU but without cargo:
 # the program, test executables and benches with the `cuda` feature, and what they read.
 #
-#   scripts/gpu_pack.sh FOLDER        writes FOLDER/titan-gpu.tar.xz
+#   scripts/gpu_pack.sh FOLDER [--programs]        writes FOLDER/titan-gpu.tar.xz
+#
+# --programs leaves out the files, for a machine that has a clone of the repository with these scripts.
 #
 # There: scripts/gpu_check.sh FOLDER, scripts/gpu_bench.sh FOLDER. Building needs what `cargo build --features cuda` does.
 set -euo pipefail
 
-[ $# = 1 ] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
+programs_only=''
+[ "${2:-}" != --programs ] || programs_only=1
+[ $# = "$((1 + ${programs_only:-0}))" ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -16,7 +20,7 @@ trap 'rm -rf "$content"' EXIT
 mkdir "$content/bin"
 
 tests=(golden end_to_end)
-benches=(train_step ops)
+benches=(train_step)
 target_flags=(--bin titan --lib)
 for name in "${tests[@]}"; do target_flags+=(--test "$name"); done
 for name in "${benches[@]}"; do target_flags+=(--bench "$name"); done
@@ -41,13 +45,18 @@ for name in titan lib_tests "${tests[@]}" "${benches[@]}"; do
     [ -x "$content/bin/$name" ] || { echo "error: $name was not built" >&2; exit 1; }
 done
 
-# In the repository's layout, which tests find by CARGO_MANIFEST_DIR.
-cp -r configs assets scripts "$content"
-mkdir "$content/benches" "$content/tests"
-cp benches/cases.json "$content/benches"
-cp -r tests/golden "$content/tests"
 git log -1 --format='%h %cs %s' >"$content/COMMIT" 2>/dev/null || true
+if [ -z "$programs_only" ]; then
+    # In the repository's layout, which tests find by CARGO_MANIFEST_DIR.
+    cp -r configs assets scripts "$content"
+    mkdir -p "$content/benches" "$content/tests"
+    cp benches/cases.json "$content/benches"
+    cp -r tests/golden "$content/tests"
+fi
 
-# The executables are much alike: one that comes later is found in those before, if the dictionary reaches back so far.
-tar -C "$content" -c . | xz -T1 --lzma2=preset=6,dict=384MiB >"$out/titan-gpu.tar.xz"
+# Two blocks, as fast to write as to read. The first two programs come together: they share most of candle's kernels.
+programs=(bin/titan bin/lib_tests)
+for name in "${tests[@]}" "${benches[@]}"; do programs+=("bin/$name"); done
+tar -C "$content" -c "${programs[@]}" $(cd "$content" && ls -d COMMIT configs assets scripts benches tests 2>/dev/null) |
+    xz -T2 --block-size=160MiB --x86 --lzma2=preset=6,dict=96MiB >"$out/titan-gpu.tar.xz"
 ls -l "$out/titan-gpu.tar.xz" >&2

@@ -457,6 +457,8 @@ fn index_of<T: PartialEq>(items: &mut Vec<T>, item: T) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
     use crate::models::args::{AttnMaskType, AttnType};
     use crate::models::{self, initialize};

@@ -40,8 +40,10 @@ mod tests {
     #[test]
     fn add_matches_its_reference() -> Result<()> {
         for dtype in [DType::F32, DType::BF16] {
-            for x in [random_tensor("x", &[3, 37])?, random_tensor("x", &[37, 3])?.t()?] {
-                let y = random_tensor("y", &[3, 37])?.to_dtype(dtype)?;
+            let low = random_tensor("x", &[5, 512])?.to_dtype(DType::BF16)?;
+            let strided = random_tensor("x", &[37, 3])?.t()?;
+            for x in [random_tensor("x", &[3, 37])?, strided, random_tensor("x", &[5, 512])?, low] {
+                let y = random_tensor("y", x.dims())?.to_dtype(dtype)?;
                 Case::new("add").input(x).input(y).check(|v| add(&v[0], &v[1]), |t| Ok((&t[0] + &t[1])?))?;
             }
         }

@@ -396,7 +396,8 @@ mod tests {
 
     #[test]
     fn bounds_tell_what_queries_see_together() {
-        let starts: Vec<u32> = (0..130).map(|i| if i < 64 { 7 + i } else { 5 }).chain((0..130).map(|i| i / 60)).collect();
+        let starts: Vec<u32> =
+            (0..130).map(|i| if i < 64 { 7 + i } else { 5 }).chain((0..130).map(|i| i / 60)).collect();
         let of_first_row = [[7, 70, 5], [5, 5, 5], [5, 5, 5]];
         let of_second_row = [[0, 1, 0], [1, 2, 1], [2, 2, 2]];
         assert_eq!(bounds(&starts, 130), [of_first_row, of_second_row].concat().concat());

@@ -28,19 +28,21 @@ pub fn add_bias(x: &Value, bias: &Arc<Parameter>) -> Result<Value> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
+    use candle_core::{D, DType};
 
     use super::*;
-    use crate::ops::testing::{Case, on_threads, parameters, random_tensor};
+    use crate::ops::testing::{Case, devices, on_threads, parameters_on, random_tensor};
 
     #[test]
     fn add_bias_matches_its_reference() -> Result<()> {
         for dtype in [DType::F32, DType::BF16] {
             let x = random_tensor("x", &[3, 67, 40])?.to_dtype(dtype)?;
-            for x in [x.clone(), x.transpose(0, 1)?] {
+            let long = random_tensor("x", &[600, 264])?.to_dtype(dtype)?;
+            for x in [x.clone(), x.transpose(0, 1)?, random_tensor("x", &[70, 35])?.to_dtype(dtype)?, long] {
+                let dim = x.dim(D::Minus1)?;
                 Case::new("add_bias")
                     .input(x)
-                    .parameter("b", &[40])
+                    .parameter("b", &[dim])
                     .check_with_parameters(|v, p| add_bias(&v[0], &p[0]), |t, p| Ok(t[0].broadcast_add(&p[0])?))?;
             }
         }
@@ -49,13 +51,15 @@ mod tests {
 
     #[test]
     fn the_gradient_of_a_bias_is_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
-        let run = || -> Result<Vec<f32>> {
-            let bias = &parameters(&[random_tensor("b", &[40])?], DType::F32)?[0];
-            let y = add_bias(&Value::input(random_tensor("x", &[3000, 40])?), bias)?;
-            y.backward(random_tensor("dy", &[3000, 40])?)?;
-            Ok(bias.grad()?.to_vec1()?)
-        };
-        assert_eq!(on_threads(1, run)?, on_threads(3, run)?);
+        for device in devices() {
+            let run = || -> Result<Vec<f32>> {
+                let bias = &parameters_on(device, &[random_tensor("b", &[40])?], DType::F32)?[0];
+                let y = add_bias(&Value::input(random_tensor("x", &[3000, 40])?.to_device(device)?), bias)?;
+                y.backward(random_tensor("dy", &[3000, 40])?.to_device(device)?)?;
+                Ok(bias.grad()?.to_vec1()?)
+            };
+            assert_eq!(on_threads(1, run)?, on_threads(3, run)?);
+        }
         Ok(())
     }
 }

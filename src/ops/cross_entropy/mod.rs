@@ -95,6 +95,8 @@ mod tests {
                 let parameter = &parameters_on(device, std::slice::from_ref(&w), dtype)?[0];
                 let (x, targets) = (x.to_device(device)?, targets.to_device(device)?);
                 let LossAndGrad { loss, dx } = cross_entropy_grad(&x, parameter, softcap, &targets, 0.5)?;
+                // A GPU rounds logits to bf16: of those near 16 it loses up to 1/32, and as much of their probability.
+                let tolerance = if device.is_cuda() { 2.0 * tolerance } else { tolerance };
                 let loss = number(&loss)?;
                 assert!((loss - expected).abs() < tolerance * expected, "{loss}, expected {expected}");
                 let mean = number(&cross_entropy_loss(&x, parameter, softcap, &targets)?)?;

@@ -71,12 +71,15 @@ mod tests {
     fn gradients_are_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
         let tokens: Vec<u32> = (0..3000).map(|i| i * i % 97).collect();
         let (tokens, dy) = (Tensor::from_vec(tokens, (1, 3000), &Device::Cpu)?, random_tensor("dy", &[1, 3000, 37])?);
-        let run = || -> Result<_> {
-            let table = &parameters(&[random_tensor("table", &[100, 37])?], DType::F32)?[0];
-            embedding_backward(&tokens, table, &dy)?;
-            Ok(table.grad()?.to_vec2::<f32>()?)
-        };
-        assert!(on_threads(1, run)? == on_threads(3, run)?);
+        for device in devices() {
+            let (tokens, dy) = (tokens.to_device(device)?, dy.to_device(device)?);
+            let run = || -> Result<_> {
+                let table = &parameters_on(device, &[random_tensor("table", &[100, 37])?], DType::F32)?[0];
+                embedding_backward(&tokens, table, &dy)?;
+                Ok(table.grad()?.to_vec2::<f32>()?)
+            };
+            assert!(on_threads(1, run)? == on_threads(3, run)?);
+        }
         Ok(())
     }
 

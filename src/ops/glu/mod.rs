@@ -60,14 +60,14 @@ pub fn glu(gate: &Value, up: &Value, weight: &Arc<Parameter>, kind: Gate) -> Res
 }
 
 #[cfg(test)]
-mod tests {
-    use candle_core::{DType, Tensor};
+pub(in crate::ops) mod tests {
+    use candle_core::{D, DType, Tensor};
 
     use super::*;
     use crate::ops::testing::{Case, random_tensor};
 
     /// `act(gate) · up`, in the dtype of its inputs.
-    fn reference(kind: Gate, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    pub(in crate::ops) fn reference(kind: Gate, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         let sigmoid = |z: &Tensor| -> Result<Tensor> { Ok((z.neg()?.exp()? + 1.0)?.recip()?) };
         Ok(match kind {
             Gate::Silu => (gate * sigmoid(gate)? * up)?,
@@ -88,12 +88,14 @@ mod tests {
                 let random = |name, dims: &[usize], by: f64| -> Result<Tensor> {
                     Ok((random_tensor(name, dims)? * by)?.to_dtype(dtype)?)
                 };
-                for gate in [random("gate", &[3, 1001], 4.0)?, random("gate", &[1001, 3], 4.0)?.t()?] {
+                let strided = random("gate", &[1001, 3], 4.0)?.t()?;
+                for gate in [random("gate", &[3, 1001], 4.0)?, strided, random("gate", &[3, 1000], 4.0)?] {
+                    let hidden = gate.dim(D::Minus1)?;
                     Case::new("glu")
                         .compute(dtype)
                         .input(gate)
-                        .input(random("up", &[3, 1001], 2.0)?)
-                        .parameter("w", &[5, 1001])
+                        .input(random("up", &[3, hidden], 2.0)?)
+                        .parameter("w", &[5, hidden])
                         .check_with_parameters(
                             |v, p| glu(&v[0], &v[1], &p[0], kind),
                             |t, p| Ok(reference(kind, &t[0], &t[1])?.matmul(&p[0].t()?)?),

@@ -39,13 +39,20 @@ mod tests {
     use candle_core::{D, DType};
 
     use super::*;
-    use crate::ops::testing::{Case, on_threads, parameters, random_tensor};
+    use crate::ops::testing::{Case, devices, on_threads, parameters_on, random_tensor};
 
     #[test]
     fn layer_norm_matches_its_reference() -> Result<()> {
         for dtype in [DType::F32, DType::BF16] {
             let strided = random_tensor("x", &[2, 33, 130])?.transpose(1, 2)?;
-            for x in [random_tensor("x", &[1, 1, 8])?, (random_tensor("x", &[3, 67, 40])? + 2.0)?, strided] {
+            // Rows as a GPU holds them: by a warp, by a block, in registers or not; and more of them than it has blocks.
+            let sizes = match dtype {
+                DType::F32 => [(2150, 16), (300, 1032), (3, 8200)],
+                _ => [(2130, 264), (2, 4104), (300, 1030)],
+            };
+            let wide = sizes.map(|(rows, dim)| random_tensor("x", &[rows, dim]).unwrap());
+            let some = [random_tensor("x", &[1, 1, 8])?, (random_tensor("x", &[3, 67, 40])? + 2.0)?, strided];
+            for x in some.into_iter().chain(wide) {
                 let dim = x.dim(D::Minus1)?;
                 Case::new("layer_norm")
                     .compute(dtype)
@@ -68,14 +75,16 @@ mod tests {
     #[test]
     fn layer_norm_is_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
         let (x, dy) = (random_tensor("x", &[1500, 40])?, random_tensor("dy", &[1500, 40])?);
-        let run = || -> Result<_> {
-            let p = parameters(&[random_tensor("w", &[40])?, random_tensor("b", &[40])?], DType::F32)?;
-            let y = layer_norm(&Value::input(x.clone()), &p[0], &p[1], 1e-5)?;
-            let result = y.tensor().to_vec2::<f32>()?;
-            let dx = y.backward(dy.clone())?.to_vec2::<f32>()?;
-            Ok((result, dx, p[0].grad()?.to_vec1::<f32>()?, p[1].grad()?.to_vec1::<f32>()?))
-        };
-        assert!(on_threads(1, run)? == on_threads(3, run)?);
+        for device in devices() {
+            let run = || -> Result<_> {
+                let p = parameters_on(device, &[random_tensor("w", &[40])?, random_tensor("b", &[40])?], DType::F32)?;
+                let y = layer_norm(&Value::input(x.to_device(device)?), &p[0], &p[1], 1e-5)?;
+                let result = y.tensor().to_vec2::<f32>()?;
+                let dx = y.backward(dy.to_device(device)?)?.to_vec2::<f32>()?;
+                Ok((result, dx, p[0].grad()?.to_vec1::<f32>()?, p[1].grad()?.to_vec1::<f32>()?))
+            };
+            assert!(on_threads(1, run)? == on_threads(3, run)?);
+        }
         Ok(())
     }
 }

@@ -203,36 +203,49 @@ impl<'a> Layer<'a> {
 
     /// The rows of `x` in the order of the sorted slots, times the slot's weight if there are weights.
     fn gather(&self, x: &Tensor, weights: Option<&Tensor>) -> Result<Tensor> {
+        self.gather_and_dots(x, weights, None)
+    }
+
+    /// As [`Layer::gather`]; and the products of the rows of `x`, unweighted, with those of `other` go to `dots`.
+    fn gather_and_dots(
+        &self,
+        x: &Tensor,
+        weights: Option<&Tensor>,
+        dots: Option<(&Tensor, &Tensor)>,
+    ) -> Result<Tensor> {
         let rows = self.rows(self.dim, self.dtype)?;
+        let (other, dots) = dots.unzip();
+        let by_eights = by_eights(self.dim, &[x, &rows, other.unwrap_or(x)])?;
         launch!(
-            self.device, "moe", &row_kernel("gather", x, &rows, &[x, &rows])?,
+            self.device, "moe", &row_kernel("gather", x, &rows, by_eights),
             grid: [self.slots.div_ceil(WARPS), 1, 1], block: THREADS;
-            x, &self.routing.slots.order, weights, self.slots, self.routing.top_k as i32, self.dim, &rows,
+            x, &self.routing.slots.order, weights, self.slots, self.routing.top_k as i32, self.dim, &rows, other, dots,
         );
         Ok(rows)
     }
 
-    /// For each token the sum of the rows of its slots, times their weights if there are weights.
-    fn scatter_sum(&self, rows: &Tensor, weights: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
-        let n = self.slots / self.routing.top_k;
+    /// For each token the sum of the rows of its slots, times their weights if there are weights; and the products of the
+    /// rows, unweighted, with the token's row of `x` go to `dots`.
+    fn scatter_sum(
+        &self,
+        rows: &Tensor,
+        weights: Option<&Tensor>,
+        dtype: DType,
+        dots: Option<(&Tensor, &Tensor)>,
+    ) -> Result<Tensor> {
+        let top_k = self.routing.top_k;
+        let n = self.slots / top_k;
         let y = uninit((n, self.dim), dtype, self.device)?;
+        let (x, dots) = dots.unzip();
+        let by_eights = by_eights(self.dim, &[rows, &y, x.unwrap_or(&y)])?;
+        let threads = self.dim.div_ceil(if by_eights { 8 } else { 1 }).next_multiple_of(32).min(THREADS);
+        let shared = if dots.is_some() { threads / 32 * top_k * 4 } else { 0 };
         launch!(
-            self.device, "moe", &row_kernel("scatter", rows, &y, &[rows, &y])?,
-            grid: [n.div_ceil(WARPS), 1, 1], block: THREADS;
-            rows, &self.routing.slots.positions, weights, n, self.routing.top_k as i32, self.dim, &y,
+            self.device, "moe", &row_kernel("scatter", rows, &y, by_eights),
+            grid: [n, 1, 1], block: threads, shared: shared;
+            rows, &self.routing.slots.positions, weights, top_k as i32, self.dim, &y, x, dots,
         );
         Ok(y)
-    }
-
-    /// For each slot the product of its row and of its token's.
-    fn dots(&self, rows: &Tensor, x: &Tensor) -> Result<Tensor> {
-        let dots = uninit(self.routing.experts.shape(), DType::F32, self.device)?;
-        launch!(
-            self.device, "moe", &row_kernel("dots", rows, x, &[rows, x])?,
-            grid: [self.slots.div_ceil(WARPS), 1, 1], block: THREADS;
-            rows, x, &self.routing.slots.positions, self.slots, self.routing.top_k as i32, self.dim, &dots,
-        );
-        Ok(dots)
     }
 
     /// Gate, up, and what is made of them.
@@ -281,9 +294,9 @@ impl<'a> Layer<'a> {
         Ok((dgate, dup, activated))
     }
 
-    /// The gradient of the input, f32.
+    /// The gradient of the input.
     fn up_backward(&self, engine: Engine, dgate: &Tensor, dup: &Tensor) -> Result<Tensor> {
-        let dinput = self.rows(self.dim, DType::F32)?;
+        let dinput = self.rows(self.dim, self.dtype)?;
         launch!(
             self.device, "moe", &engine.kernel("up_backward"),
             grid: self.grid(engine, self.dim), block: engine.threads(), shared: engine.shared_bytes();
@@ -325,10 +338,10 @@ impl<'a> Layer<'a> {
     }
 }
 
-/// The kernel that goes from rows of one tensor to those of another, or over both, 8 numbers at a time where that can be.
-fn row_kernel(name: &str, from: &Tensor, to: &Tensor, rows: &[&Tensor]) -> Result<String> {
-    let n = if by_eights(from.dim(1)?, rows)? { 8 } else { 1 };
-    Ok(format!("moe_{name}_{}_{}_{n}", suffix(from.dtype()), suffix(to.dtype())))
+/// The kernel that moves rows of one dtype to another, 8 numbers at a time or one.
+fn row_kernel(name: &str, from: &Tensor, to: &Tensor, by_eights: bool) -> String {
+    let n = if by_eights { 8 } else { 1 };
+    format!("moe_{name}_{}_{}_{n}", suffix(from.dtype()), suffix(to.dtype()))
 }
 
 pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Experts) -> Result<(Tensor, Hidden)> {
@@ -341,7 +354,7 @@ pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Expert
     drop(input);
     let result = layer.down(layer.engine(layer.dim), &activated)?;
     drop(activated);
-    let y = layer.scatter_sum(&result, after, x.dtype())?;
+    let y = layer.scatter_sum(&result, after, x.dtype(), None)?;
     Ok((y, Hidden { gate, up, result: after.map(|_| result) }))
 }
 
@@ -359,7 +372,9 @@ pub fn backward(
     let (before, after) = weights_of(experts, &weights);
     let is_trained = |weight: &Parameter| Ok::<_, crate::Error>(weight.accumulator()?.is_some());
 
-    let dresult = layer.gather(&dy, after)?;
+    // A weight's gradient is the product of what it scaled with the gradient of the scaled: of a result here, or of `x` below.
+    let dweights = uninit(weights.shape(), DType::F32, layer.device)?;
+    let dresult = layer.gather_and_dots(&dy, after, hidden.result.as_ref().map(|result| (result, &dweights)))?;
     let engine = layer.engine(layer.hidden);
     let (dgate, dup, activated) = layer.down_backward(engine, &dresult, hidden, is_trained(&experts.w2)?)?;
     if let Some(activated) = activated {
@@ -377,12 +392,8 @@ pub fn backward(
     let dinput = layer.up_backward(layer.engine(layer.dim), &dgate, &dup)?;
     drop((dgate, dup));
 
-    // A weight's gradient is the product of what it scaled with the gradient of the scaled.
-    let dweights = match &hidden.result {
-        None => layer.dots(&dinput, &x)?,
-        Some(result) => layer.dots(result, &dy)?,
-    };
-    Ok((layer.scatter_sum(&dinput, before, x.dtype())?, dweights))
+    let dx = layer.scatter_sum(&dinput, before, x.dtype(), before.map(|_| (&x, &dweights)))?;
+    Ok((dx, dweights))
 }
 
 /// The weights that multiply tokens before the experts, and those that multiply results after them.
@@ -416,7 +427,7 @@ mod tests {
                 w2: p[1].clone(),
                 w3: p[2].clone(),
                 biases: Some([3, 4, 5].map(|i| Arc::clone(&p[i]))),
-                gate: Gate::Silu,
+                gate: Gate::Clamped { limit: 0.7 },
                 score_before_experts: true,
             };
             // Choices in an order that is not sorted.

@@ -5,12 +5,13 @@
 //            dweights (n, top_k); sorted, positions (slots); offsets (n_experts + 1); tiles (n_tiles).
 //            x, y, dx, dy (n, dim); rows of sorted slots: input, result, dresult, dinput (slots, dim) and gate, up,
 //            activated, dgate, dup (slots, hidden). w1, w3 (n_experts, hidden, dim), w2 (n_experts, dim, hidden). Contiguous.
-// Types      Indices u32. weights, dweights, bias, dinput, gradients of weights and all sums f32; the rest bf16 or f32.
-// Launch     moe_route, moe_route_backward: one warp per token, 8 per block, shared memory as in route_shared.
-//            moe_gather, moe_scatter, moe_dots: one warp per row, 8 per block. moe_tiles, moe_rebalance: one block of 256.
-//            Products of rows: grid (tiles of columns, n_tiles, 128 / ROWS), for moe_up columns come in pairs; gradients:
-//            grid (columns, rows, n_experts). _large: 128 x 128 tiles by 128 threads, 64 KiB of shared memory; _small:
-//            64 x 64 by 128, 32 KiB; _f32, _bf16: 64 x 64 by 256.
+// Types      Indices u32. weights, dweights, bias, gradients of weights and all sums f32; the rest bf16 or f32, rows of
+//            sorted slots and expert weights the same.
+// Launch     moe_route, moe_route_backward: one warp per token, 8 per block, with shared memory for each warp's numbers.
+//            moe_gather: one warp per row, 8 per block. moe_scatter: one block per token. moe_tiles, moe_rebalance: one
+//            block of 256. Products of rows: grid (tiles of columns, n_tiles, 128 / ROWS), in moe_up with columns of gate
+//            and up in pairs; gradients: grid (tiles of columns, tiles of rows, n_experts). _large: tiles of 128 x 128 by
+//            128 threads, 64 KiB of shared memory; _small: 64 x 64 by 128, 32 KiB; _f32 and _bf16: 64 x 64 by 256.
 // Writes     gradients of weights and biases with +=, each by one thread; all else with =. The same bits every time.
 // Requires   _large, _small: dim and hidden multiples of 8, addresses of 16; kernels that end in _8: rows as gpu::by_eights.
 //            n_experts <= 1024.
@@ -227,77 +228,84 @@ KERNEL(moe_rebalance, uint32_t* tokens, uint32_t* counted, float* bias, int64_t 
     for (int64_t e = threadIdx.x; e < n_experts; e += THREADS) bias[e] += moves[e] - drift;
 }
 
-// rows[i] = x[token of slot sorted[i]], times the slot's weight unless weights is null.
+// rows[i] = x[token of slot sorted[i]], times the slot's weight unless weights is null; and unless dots is null,
+// dots[sorted[i]] = x[that token] . other[i]. One warp per row.
 template <typename X, typename T, int N>
 __device__ inline void gather(const X* x, const uint32_t* sorted, const float* weights, int64_t slots, int top_k,
-                              int64_t dim, T* rows) {
+                              int64_t dim, T* rows, const T* other, float* dots) {
     const int64_t row = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
     if (row >= slots) return;
     const uint32_t slot = sorted[row];
     const float weight = weights != nullptr ? weights[slot] : 1.0f;
     x += slot / top_k * dim;
     rows += row * dim;
+    float dot = 0;
     for (int64_t i = threadIdx.x % 32 * N; i < dim; i += 32 * N) {
         float values[N];
         load_all(values, x + i);
+        if (dots != nullptr) {
+            float others[N];
+            load_all(others, other + row * dim + i);
+#pragma unroll
+            for (int l = 0; l < N; l++) dot += values[l] * others[l];
+        }
 #pragma unroll
         for (int l = 0; l < N; l++) values[l] *= weight;
         store_all(rows + i, values);
     }
+    if (dots == nullptr) return;
+    dot = warp_sum(dot);
+    if (threadIdx.x % 32 == 0) dots[slot] = dot;
 }
 
-// y[token] = sum of the rows of its slots, in the order of its choices, times their weights unless weights is null.
+// y[token] = sum of the rows of its slots, in the order of its choices, times their weights unless weights is null; and
+// unless dots is null, dots[slot] = x[token] . row of the slot. One block per token; shared memory for dots: top_k numbers
+// per warp.
 template <typename T, typename X, int N>
-__device__ inline void scatter(const T* rows, const uint32_t* positions, const float* weights, int64_t n, int top_k,
-                               int64_t dim, X* y) {
-    const int64_t token = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
-    if (token >= n) return;
-    for (int64_t i = threadIdx.x % 32 * N; i < dim; i += 32 * N) {
-        float sums[N] = {};
-        for (int64_t slot = token * top_k; slot < (token + 1) * top_k; slot++) {
-            const float weight = weights != nullptr ? weights[slot] : 1.0f;
-            float values[N];
-            load_all(values, rows + positions[slot] * dim + i);
+__device__ inline void scatter(const T* rows, const uint32_t* positions, const float* weights, int top_k, int64_t dim,
+                               X* y, const X* x, float* dots) {
+    SHARED(bytes);
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    float* parts = reinterpret_cast<float*>(bytes) + warp * top_k;
+    const int64_t token = blockIdx.x, first = token * top_k;
+    for (int64_t base = 0; base < dim; base += blockDim.x * N) {
+        const int64_t i = base + threadIdx.x * N;
+        const bool inside = i < dim;
+        float sums[N] = {}, own[N] = {};
+        if (dots != nullptr && inside) load_all(own, x + token * dim + i);
+#pragma unroll 2
+        for (int j = 0; j < top_k; j++) {
+            const float weight = weights != nullptr ? weights[first + j] : 1.0f;
+            float values[N] = {}, dot = 0;
+            if (inside) load_all(values, rows + positions[first + j] * dim + i);
 #pragma unroll
             for (int l = 0; l < N; l++) sums[l] += values[l] * weight;
-        }
-        store_all(y + token * dim + i, sums);
-    }
-}
-
-// dweights[slot] = x[token of the slot] . rows[position of the slot].
-template <typename T, typename X, int N>
-__device__ inline void dots(const T* rows, const X* x, const uint32_t* positions, int64_t slots, int top_k, int64_t dim,
-                            float* dweights) {
-    const int64_t slot = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
-    if (slot >= slots) return;
-    x += slot / top_k * dim;
-    rows += positions[slot] * dim;
-    float sum = 0;
-    for (int64_t i = threadIdx.x % 32 * N; i < dim; i += 32 * N) {
-        float left[N], right[N];
-        load_all(left, x + i);
-        load_all(right, rows + i);
+            if (dots == nullptr) continue;
 #pragma unroll
-        for (int l = 0; l < N; l++) sum += left[l] * right[l];
+            for (int l = 0; l < N; l++) dot += values[l] * own[l];
+            dot = warp_sum(dot);
+            if (threadIdx.x % 32 == 0) parts[j] = (base > 0 ? parts[j] : 0.0f) + dot;
+        }
+        if (inside) store_all(y + token * dim + i, sums);
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) dweights[slot] = sum;
+    if (dots == nullptr) return;
+    __syncthreads();
+    for (int j = threadIdx.x; j < top_k; j += blockDim.x) {
+        float sum = 0;
+        for (int w = 0; w < warps; w++) sum += reinterpret_cast<float*>(bytes)[w * top_k + j];
+        dots[first + j] = sum;
+    }
 }
 
 // What lies in order of sorted slots is T, what lies in order of tokens X.
 #define ROWS(T, X, N)                                                                                                    \
     KERNEL(moe_gather_##X##_##T##_##N, const X* x, const uint32_t* sorted, const float* weights, int64_t slots,          \
-           int top_k, int64_t dim, T* rows) {                                                                            \
-        gather<X, T, N>(x, sorted, weights, slots, top_k, dim, rows);                                                    \
+           int top_k, int64_t dim, T* rows, const T* other, float* dots) {                                               \
+        gather<X, T, N>(x, sorted, weights, slots, top_k, dim, rows, other, dots);                                       \
     }                                                                                                                    \
-    KERNEL(moe_scatter_##T##_##X##_##N, const T* rows, const uint32_t* positions, const float* weights, int64_t n,       \
-           int top_k, int64_t dim, X* y) {                                                                               \
-        scatter<T, X, N>(rows, positions, weights, n, top_k, dim, y);                                                    \
-    }                                                                                                                    \
-    KERNEL(moe_dots_##T##_##X##_##N, const T* rows, const X* x, const uint32_t* positions, int64_t slots, int top_k,     \
-           int64_t dim, float* dweights) {                                                                               \
-        dots<T, X, N>(rows, x, positions, slots, top_k, dim, dweights);                                                  \
+    KERNEL(moe_scatter_##T##_##X##_##N, const T* rows, const uint32_t* positions, const float* weights, int top_k,       \
+           int64_t dim, X* y, const X* x, float* dots) {                                                                 \
+        scatter<T, X, N>(rows, positions, weights, top_k, dim, y, x, dots);                                              \
     }
 ROWS(f32, f32, 1)
 ROWS(f32, f32, 8)
@@ -350,7 +358,7 @@ BIAS_GRADIENT(bf16)
         expert_down_backward<E, T>(dresult, w2, tiles, dim, hidden, kind, limit, gate, up, dgate, dup, activated);      \
     }                                                                                                                   \
     KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_up_backward_##NAME, const T* dgate, const T* dup, const T* w1,             \
-                  const T* w3, const RowTile* tiles, int dim, int hidden, float* dinput) {                              \
+                  const T* w3, const RowTile* tiles, int dim, int hidden, T* dinput) {                                  \
         expert_up_backward<E, T>(dgate, dup, w1, w3, tiles, dim, hidden, dinput);                                       \
     }                                                                                                                   \
     KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_gradient_##NAME, const T* dy, const T* x, const uint32_t* offsets,         \

@@ -157,6 +157,7 @@ mod tests {
     use candle_core::{D, DType, Device, Tensor};
 
     use super::*;
+    use crate::ops::glu::tests::reference as activated;
     use crate::ops::testing::{Case, assert_close, devices, on_threads, parameters, random_tensor};
 
     fn router(score_func: ScoreFunc, top_k: usize, route_norm: bool) -> Router {
@@ -217,12 +218,11 @@ mod tests {
     #[test]
     fn of_equal_scores_the_first_are_chosen() -> Result<()> {
         for device in devices() {
-            // What overflow makes of logits has its place in the order as well.
             let mut logits = vec![0.5f32; 3 * 100];
-            (logits[170], logits[150], logits[299]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
+            (logits[150], logits[200]) = (f32::INFINITY, f32::NEG_INFINITY);
             let logits = Value::constant(Tensor::from_vec(logits, (3, 100), device)?);
             let (_, routing) = route(&logits, None, &router(ScoreFunc::Sigmoid, 4, true))?;
-            assert_eq!(vec(&routing.experts)?, [0, 1, 2, 3, 70, 50, 0, 1, 0, 1, 2, 3]);
+            assert_eq!(vec(&routing.experts)?, [0, 1, 2, 3, 50, 0, 1, 2, 1, 2, 3, 4]);
         }
         Ok(())
     }
@@ -313,21 +313,6 @@ mod tests {
         })
     }
 
-    /// `act(gate) · up`.
-    fn activated(kind: Gate, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        let sigmoid = |z: &Tensor| -> Result<Tensor> { Ok((z.neg()?.exp()? + 1.0)?.recip()?) };
-        Ok(match kind {
-            Gate::Silu => (gate * sigmoid(gate)? * up)?,
-            Gate::GeluTanh => (gate.gelu()? * up)?,
-            Gate::Relu => (gate.relu()? * up)?,
-            Gate::Clamped { limit } => {
-                let limit = f64::from(limit);
-                let (gate, up) = (gate.minimum(limit)?, up.clamp(-limit, limit)?);
-                (&gate * sigmoid(&(&gate * 1.702)?)? * (up + 1.0)?)?
-            }
-        })
-    }
-
     /// Every expert on every token, weighted by a dense matrix of weights that is zero where it was not chosen.
     fn reference(t: &[Tensor], p: &[Tensor], choices: &[u32], before: bool, kind: Gate) -> Result<Tensor> {
         let with_bias = |x: Tensor, bias: usize, e: usize| -> Result<Tensor> {
@@ -409,10 +394,11 @@ mod tests {
 
     #[test]
     fn experts_with_any_gate_match_their_reference() -> Result<()> {
+        let check = |dtype, dims, gate| check_experts(dims, &[[0, 1], [1, 2]], 3, dtype, true, true, gate);
+        // Rounded, a number may fall on the other side of where a slope has a jump.
+        check(DType::BF16, [29, 8, 16], Gate::GeluTanh)?;
         for gate in [Gate::GeluTanh, Gate::Relu, Gate::Clamped { limit: 1.4 }] {
-            for (dtype, dims) in [(DType::F32, [29, 6, 10]), (DType::BF16, [29, 8, 16])] {
-                check_experts(dims, &[[0, 1], [1, 2]], 3, dtype, true, true, gate)?;
-            }
+            check(DType::F32, [29, 6, 10], gate)?;
         }
         Ok(())
     }

@@ -191,21 +191,28 @@ struct Plain {
     static constexpr int ROWS = 64, COLS = 64, DEPTH = 16, PAIR = 4, N = 1, THREADS = 256, BLOCKS = 2;
     typedef float Sums[4][4];
 
-    // numbers[k][row] of a window, whose rows are those of k if not ALONG_K.
-    typedef float Numbers[DEPTH][ROWS + 4];
-    template <bool ALONG_K, typename Source> __device__ static void fetch(Numbers& numbers, const Source& source) {
+    // Operands first, sums at last.
+    __device__ static float* memory() {
+        __shared__ __align__(16) float all[ROWS * COLS];
+        return all;
+    }
+
+    // Number (row, k) of a window, whose rows are those of k if not ALONG_K, goes to numbers[k * STRIDE + row].
+    static constexpr int STRIDE = ROWS + 4;
+    template <bool ALONG_K, typename Source> __device__ static void fetch(float* numbers, const Source& source) {
 #pragma unroll
         for (int i = threadIdx.x; i < ROWS * DEPTH; i += THREADS) {
             const int row = ALONG_K ? i / DEPTH : i % ROWS, k = ALONG_K ? i % DEPTH : i / ROWS;
             bool valid;
             const auto* from = source.at(ALONG_K ? row : k, ALONG_K ? k : row, valid);
-            numbers[k][row] = valid ? load(*from) : 0.0f;
+            numbers[k * STRIDE + row] = valid ? load(*from) : 0.0f;
         }
     }
 
     template <bool A_ALONG_K, bool B_ALONG_K, typename A, typename B>
     __device__ static void multiply(Sums& sums, int n_steps, const A& a, const B& b) {
-        __shared__ __align__(16) Numbers left, right;
+        static_assert(2 * DEPTH * STRIDE <= ROWS * COLS, "operands fit");
+        float *left = memory(), *right = left + DEPTH * STRIDE;
         const int row = threadIdx.x / 16 * 4, col = threadIdx.x % 16 * 4;
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -218,8 +225,8 @@ struct Plain {
 #pragma unroll
             for (int k = 0; k < DEPTH; k++) {
                 float x[4], y[4];
-                load_all(x, &left[k][row]);
-                load_all(y, &right[k][col]);
+                load_all(x, left + k * STRIDE + row);
+                load_all(y, right + k * STRIDE + col);
 #pragma unroll
                 for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -230,23 +237,32 @@ struct Plain {
     }
 
     template <typename Write> __device__ static void each(const Sums& sums, const Write& write) {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float one[1] = {sums[i][j]};
-                write(threadIdx.x / 16 * 4 + i, threadIdx.x % 16 * 4 + j, one);
-            }
+        const float* all = gather(sums);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
+            const float one[1] = {all[i]};
+            write(i / COLS, i % COLS, one);
+        }
     }
 
     template <typename Write> __device__ static void each_pair(const Sums& sums, const Write& write) {
+        constexpr int HALF = PAIR / 2;
+        const float* all = gather(sums);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < ROWS * COLS / 2; i += THREADS) {
+            const int row = i / (COLS / 2), col = i % (COLS / 2), of_gate = row * COLS + col / HALF * PAIR + col % HALF;
+            const float gate[1] = {all[of_gate]}, up[1] = {all[of_gate + HALF]};
+            write(row, col, gate, up);
+        }
+    }
+
+    // Behind the last barrier of multiply, when all operands have been read.
+    __device__ static const float* gather(const Sums& sums) {
+        float* all = memory();
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float gate[1] = {sums[i][j]}, up[1] = {sums[i][j + 2]};
-                write(threadIdx.x / 16 * 4 + i, threadIdx.x % 16 * 2 + j, gate, up);
-            }
+        for (int i = 0; i < 4; i++) store_all(all + (threadIdx.x / 16 * 4 + i) * COLS + threadIdx.x % 16 * 4, sums[i]);
+        __syncthreads();
+        return all;
     }
 };
 
@@ -380,10 +396,10 @@ __device__ inline void expert_down_backward(const T* dresult, const T* w2, const
     });
 }
 
-// dinput = dgate W1 + dup W3, f32.
+// dinput = dgate W1 + dup W3.
 template <typename E, typename T>
 __device__ inline void expert_up_backward(const T* dgate, const T* dup, const T* w1, const T* w3, const RowTile* tiles,
-                                          int dim, int hidden, float* dinput) {
+                                          int dim, int hidden, T* dinput) {
     const RowTile tile = row_tile<E>(tiles);
     if (tile.first >= tile.end) return;
     const int rows = tile.end - tile.first, col = blockIdx.x * E::COLS, per_term = steps(hidden, E::DEPTH);

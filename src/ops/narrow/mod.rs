@@ -61,6 +61,8 @@ mod tests {
                         .check(|v| narrow(&v[0], start, len), |t| Ok(t[0].narrow(D::Minus1, start, len)?))?;
                 }
             }
+            let x = random_tensor("x", &[15, 72])?.to_dtype(dtype)?;
+            Case::new("narrow").input(x).check(|v| narrow(&v[0], 16, 40), |t| Ok(t[0].narrow(D::Minus1, 16, 40)?))?;
         }
         Ok(())
     }
@@ -68,13 +70,15 @@ mod tests {
     #[test]
     fn join_shared_matches_its_reference() -> Result<()> {
         for dtype in [DType::F32, DType::BF16] {
-            Case::new("join_shared")
-                .input(random_tensor("x", &[2, 7, 3, 10])?.to_dtype(dtype)?)
-                .input(random_tensor("shared", &[2, 7, 1, 6])?.to_dtype(dtype)?)
-                .check(
-                    |v| join_shared(&v[0], &v[1]),
-                    |t| Ok(Tensor::cat(&[t[0].clone(), t[1].broadcast_as((2, 7, 3, 6))?], D::Minus1)?),
-                )?;
+            for (n, m) in [(10, 6), (16, 8)] {
+                Case::new("join_shared")
+                    .input(random_tensor("x", &[2, 7, 3, n])?.to_dtype(dtype)?)
+                    .input(random_tensor("shared", &[2, 7, 1, m])?.to_dtype(dtype)?)
+                    .check(
+                        |v| join_shared(&v[0], &v[1]),
+                        |t| Ok(Tensor::cat(&[t[0].clone(), t[1].broadcast_as((2, 7, 3, m))?], D::Minus1)?),
+                    )?;
+            }
         }
         Ok(())
     }

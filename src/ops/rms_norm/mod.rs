@@ -42,9 +42,10 @@ pub fn unit_norm(x: &Value, eps: f64) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     use candle_core::{D, DType};
+    use half::bf16;
 
     use super::*;
-    use crate::ops::testing::{Case, on_threads, parameters, random_tensor};
+    use crate::ops::testing::{Case, devices, on_threads, parameters_on, random_tensor};
 
     #[test]
     fn rms_norm_matches_its_reference() -> Result<()> {
@@ -60,6 +61,31 @@ mod tests {
                     },
                 )?;
             }
+        }
+        Ok(())
+    }
+
+    /// Rows as a GPU holds them: by a warp, by a block, in registers or not; and more of them than it has blocks.
+    #[test]
+    fn rows_of_every_width_are_normalised_alike() -> Result<()> {
+        let kinds = [
+            (DType::F32, DType::F32),
+            (DType::F32, DType::BF16),
+            (DType::BF16, DType::BF16),
+            (DType::BF16, DType::F32),
+        ];
+        let sizes = [(2150, 16), (2130, 264), (300, 1032), (2, 4104), (3, 8200), (300, 1030)];
+        for ((x, compute), (rows, dim)) in
+            kinds.into_iter().cycle().zip(sizes.into_iter().chain(sizes.into_iter().rev()))
+        {
+            let x = random_tensor("x", &[rows, dim])?.to_dtype(x)?;
+            Case::new("rms_norm").compute(compute).input(x).parameter("w", &[dim]).check_with_parameters(
+                |v, p| rms_norm(&v[0], &p[0], 0.5, 1e-5),
+                |t, p| {
+                    let mean = (t[0].sqr()?.mean_keepdim(D::Minus1)? + 1e-5)?;
+                    Ok(t[0].broadcast_div(&mean.sqrt()?)?.broadcast_mul(&(&p[0] + 0.5)?)?)
+                },
+            )?;
         }
         Ok(())
     }
@@ -81,14 +107,16 @@ mod tests {
     #[test]
     fn rms_norm_is_the_same_bits_on_one_thread_and_on_three() -> Result<()> {
         let (x, dy) = (random_tensor("x", &[1500, 40])?, random_tensor("dy", &[1500, 40])?.to_dtype(DType::BF16)?);
-        let run = || -> Result<_> {
-            let weight = &parameters(&[random_tensor("w", &[40])?], DType::BF16)?[0];
-            let y = rms_norm(&Value::input(x.clone()), weight, 0.0, 1e-5)?;
-            let result = y.tensor().to_dtype(DType::F32)?.to_vec2::<f32>()?;
-            let dx = y.backward(dy.clone())?.to_vec2::<f32>()?;
-            Ok((result, dx, weight.grad()?.to_vec1::<f32>()?))
-        };
-        assert!(on_threads(1, run)? == on_threads(3, run)?);
+        for device in devices() {
+            let run = || -> Result<_> {
+                let weight = &parameters_on(device, &[random_tensor("w", &[40])?], DType::BF16)?[0];
+                let y = rms_norm(&Value::input(x.to_device(device)?), weight, 0.0, 1e-5)?;
+                let result = y.tensor().to_vec2::<bf16>()?;
+                let dx = y.backward(dy.to_device(device)?)?.to_vec2::<f32>()?;
+                Ok((result, dx, weight.grad()?.to_vec1::<f32>()?))
+            };
+            assert!(on_threads(1, run)? == on_threads(3, run)?);
+        }
         Ok(())
     }
 }
