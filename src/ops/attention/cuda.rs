@@ -163,7 +163,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores:
     // Blocks for all queries of all heads, each of which stays inside these sizes.
     launch!(
         plan.device, OP, &format!("attention_forward_{}_{width}", suffix(dtype)),
-        grid: [plan.b * plan.h, plan.sq.div_ceil(rows), 1], block: threads, shared: shared;
+        grid: [plan.h, plan.b, plan.sq.div_ceil(rows)], block: threads, shared: shared;
         &q, &k, &v, plan.starts, plan.bounds, plan.sinks.as_ref(), &y, &logsumexp, sq, sk, h, kv, hd, plan.inner, plan.factor,
     );
     Ok((y, logsumexp))
@@ -218,7 +218,7 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scores: &Scores
         // Blocks for all keys of all key heads.
         launch!(
             device, OP, &format!("attention_backward_{part}_{suffix}_{width}"),
-            grid: [b * plan.kv, plan.sk.div_ceil(rows), 1], block: threads, shared: shared;
+            grid: [plan.kv, b, plan.sk.div_ceil(rows)], block: threads, shared: shared;
             &q, &k, &v, &dy, &stats, starts, bounds, &dk, &dv, sq, sk, h, kv, hd, inner, factor, scores.scale, stages as i32,
         );
     }
@@ -231,7 +231,7 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scores: &Scores
     // Blocks for all queries of all heads.
     launch!(
         device, OP, &format!("attention_backward_queries_{suffix}_{width}"),
-        grid: [b * plan.h, plan.sq.div_ceil(rows), 1], block: threads, shared: shared;
+        grid: [plan.h, b, plan.sq.div_ceil(rows)], block: threads, shared: shared;
         &q, &k, &v, &dy, &stats, starts, bounds, &dq, sq, sk, h, kv, hd, inner, factor, scores.scale, stages as i32,
     );
     Ok((dq, dk, dv))

@@ -11,7 +11,7 @@
 // Types      q, k, v, y and their gradients bf16 or f32, all the same (decode: q and y may differ from k and v);
 //            starts, bounds u32; everything else f32. Products of bf16 on tensor cores, P and dS rounded to bf16 for them.
 // Launch     forward, backward_queries: one block per head and tile of queries, last tiles first as they see most,
-//            grid = (b * h, tiles). backward_keys: one block per key head and tile of keys, grid = (b * kv, tiles).
+//            grid = (h, b, tiles). backward_keys: one block per key head and tile of keys, grid = (kv, b, tiles).
 //            A kernel's W is the least of 16, 32, 64, 96, 128, 192, 256 that hd fits in; tiles by W in cuda.rs.
 //            stats, sinks, decode: above each.
 // Writes     everything with =, in an order that is always the same; the sinks' gradient with +=. No atomics.
@@ -295,8 +295,8 @@ __device__ inline void forward(
     bf16* const k_tiles = q_tile + QUERIES * W;
     bf16* const v_tiles = k_tiles + STAGES * TILE;
 
-    const int row = blockIdx.x / sizes.h, head = blockIdx.x % sizes.h;
-    const int query = (gridDim.y - 1 - blockIdx.y) * QUERIES, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.y, head = blockIdx.x;
+    const int query = (gridDim.z - 1 - blockIdx.z) * QUERIES, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = query + warp * 16 * M; // the warp's first query
     const Mask mask{starts, bounds, row, sizes.sq};
@@ -387,10 +387,9 @@ __device__ inline void forward(
     }
 
     // Computed again, so as not to take registers in the loop.
-    const int block = renewed(blockIdx.x), row_again = block / sizes.h, head_again = block % sizes.h;
-    const int own_again = (gridDim.y - 1 - renewed(blockIdx.y)) * QUERIES + warp * 16 * M;
+    const int own_again = (gridDim.z - 1 - renewed(blockIdx.z)) * QUERIES + warp * 16 * M;
     float scale[M][2];
-    const float sink = sinks ? sinks[head_again] * LOG2_E : NONE;
+    const float sink = sinks ? sinks[head] * LOG2_E : NONE;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -404,11 +403,11 @@ __device__ inline void forward(
             scale[m][r] = shrink / sum;
             const int i = own_again + 16 * m + 8 * r + lane / 4;
             if (lane % 4 == 0 && i < sizes.sq) {
-                logsumexp[(size_t(row_again) * sizes.h + head_again) * sizes.sq + i] = new_max + log2f(sum);
+                logsumexp[(size_t(row) * sizes.h + head) * sizes.sq + i] = new_max + log2f(sum);
             }
         }
     store_sums<W, M>(
-        y + sizes.query(row_again, own_again, head_again), q_tile + warp * 16 * M * W, sums, scale, q_stride, sizes.sq - own_again, hd);
+        y + sizes.query(row, own_again, head), q_tile + warp * 16 * M * W, sums, scale, q_stride, sizes.sq - own_again, hd);
 }
 
 // ---- bf16, backward to keys and values. A warp has 16 M keys; queries come in tiles of QUERIES, worked on SUB at a time:
@@ -427,8 +426,8 @@ __device__ inline void backward_keys(
     bf16* const v_tile = k_tile + KEYS * W;
     bf16* const tiles = v_tile + (DK ? KEYS * W : 0);
 
-    const int row = blockIdx.x / sizes.kv, key_head = blockIdx.x % sizes.kv, group = sizes.h / sizes.kv;
-    const int key = blockIdx.y * KEYS, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.y, key_head = blockIdx.x, group = sizes.h / sizes.kv;
+    const int key = blockIdx.z * KEYS, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = key + warp * 16 * M; // the warp's first key
     const Mask mask{starts, bounds, row, sizes.sq};
@@ -533,8 +532,8 @@ __device__ inline void backward_keys(
     copy_async_wait<0>();
     __syncthreads(); // If there was no query, keys and values may still be on their way.
     // Computed again, so as not to take registers in the loop.
-    const int block = renewed(blockIdx.x), own_again = renewed(blockIdx.y) * KEYS + warp * 16 * M;
-    const size_t to = sizes.key(block / sizes.kv, own_again, block % sizes.kv);
+    const int own_again = renewed(blockIdx.z) * KEYS + warp * 16 * M;
+    const size_t to = sizes.key(row, own_again, key_head);
     float scales[M][2];
 #pragma unroll
     for (int m = 0; m < M; m++) scales[m][0] = scales[m][1] = scale;
@@ -556,8 +555,8 @@ __device__ inline void backward_queries(
     bf16* const dy_tile = q_tile + QUERIES * W;
     bf16* const tiles = dy_tile + QUERIES * W;
 
-    const int row = blockIdx.x / sizes.h, head = blockIdx.x % sizes.h;
-    const int query = (gridDim.y - 1 - blockIdx.y) * QUERIES, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.y, head = blockIdx.x;
+    const int query = (gridDim.z - 1 - blockIdx.z) * QUERIES, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = query + warp * 16 * M; // the warp's first query
     const Mask mask{starts, bounds, row, sizes.sq};
@@ -761,8 +760,8 @@ __device__ inline void forward_f32(
     float* const k_tile = q_tile + R * ROW_F32<W>; // values too, after the keys
     float* const p_tile = k_tile + R * ROW_F32<W>;
 
-    const int row = blockIdx.x / sizes.h, head = blockIdx.x % sizes.h;
-    const int query = (gridDim.y - 1 - blockIdx.y) * R, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.y, head = blockIdx.x;
+    const int query = (gridDim.z - 1 - blockIdx.z) * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
     const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
     const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
@@ -839,8 +838,8 @@ __device__ inline void backward_keys_f32(
     float *const v_tile = k_tile + TILE, *const q_tile = v_tile + TILE, *const dy_tile = q_tile + TILE;
     float* const p_tile = dy_tile + TILE; // P^T, then dS^T
 
-    const int row = blockIdx.x / sizes.kv, key_head = blockIdx.x % sizes.kv, group = sizes.h / sizes.kv;
-    const int key = blockIdx.y * R, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.y, key_head = blockIdx.x, group = sizes.h / sizes.kv;
+    const int key = blockIdx.z * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
     const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
     const size_t own = sizes.key(row, key, key_head);
@@ -908,8 +907,8 @@ __device__ inline void backward_queries_f32(
     float *const dy_tile = q_tile + TILE, *const k_tile = dy_tile + TILE, *const v_tile = k_tile + TILE;
     float* const ds_tile = v_tile + TILE;
 
-    const int row = blockIdx.x / sizes.h, head = blockIdx.x % sizes.h;
-    const int query = (gridDim.y - 1 - blockIdx.y) * R, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.y, head = blockIdx.x;
+    const int query = (gridDim.z - 1 - blockIdx.z) * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
     const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
     const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
