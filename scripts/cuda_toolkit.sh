@@ -46,7 +46,9 @@ if [ "$(cat "$folder/.wheels" 2>/dev/null)" != "$WHEELS" ]; then
     mv "$new" "$folder"
 fi
 folder=$(cd "$folder" && pwd)
-"$root/scripts/emulated_gpu.sh" "$folder/lib/stubs" >/dev/null
+"$root/scripts/emulated_gpu.sh" >/dev/null
+rm -rf "$folder/lib/stubs"
+ln -s "${CARGO_TARGET_DIR:-$root/target}/emulated_gpu" "$folder/lib/stubs"
 
 export_line() { printf 'export %s=%q\n' "$1" "$2"; }
 export_line CUDA_HOME "$folder"
