@@ -38,8 +38,8 @@ LANES=('ops golden launches memcheck racecheck initcheck' 'curve_cpu f32_cpu' 'c
 LAST='curve cpu_to_gpu gpu_to_cpu generation'
 
 # Curves: the mean over all steps of the relative difference of losses, and the relative difference of the means of the
-# last 20. Both programs compute in bf16 in different orders, and experts are chosen by the last bits.
-CURVE_MEAN=0.02 CURVE_END=0.02
+# last 20. As a scale: runs in bf16 and in f32 on one CPU differ by 0.0033 and 0.0044.
+CURVE_MEAN=0.01 CURVE_END=0.01
 # In f32, runs from the same checkpoint: the largest relative difference of a step.
 RESUMED_MOST=0.002
 # A recorded step and one with an offloaded optimizer compute the same: the largest relative difference of a step.
