@@ -29,7 +29,9 @@ while [ $# -gt 0 ]; do
 done
 DIR=$(unpack "$folder") || { echo "error: no titan-gpu.tar.xz in ${folder:-.}: scripts/gpu_pack.sh makes it" >&2; exit 2; }
 python=${PYTHON:-python3}
-if [ "${TITAN_DEVICE:-}" = cpu ]; then titan_only=1; fi
+# Steps whose launches are made one by one, and those that are recorded once.
+titan_ways='launched recorded'
+if [ "${TITAN_DEVICE:-}" = cpu ]; then titan_only=1 titan_ways=launched; fi
 find_libraries "$DIR/bin/train_step"
 # What is compiled once, by the driver or by PyTorch, is found by later processes.
 caches=${TMPDIR:-/tmp}/titan-gpu-caches
@@ -69,7 +71,7 @@ measure() { # program, case, command...
     local why
     case ${status:-} in
         124 | 137) why="takes more than $((case_limit < left ? case_limit : left)) s" ;;
-        *) why=$(grep -h -A 1 'panicked\|^error\|Error' "$errors" | grep -v panicked | tail -n 1 | tr -d '"\\' | cut -c 1-200) ;;
+        *) why=$(grep -h -A 1 'panicked\|^error\|Error' "$errors" | grep -v 'panicked\|^-*$' | head -n 1 | tr -d '"\\' | cut -c 1-200) ;;
     esac
     say "$program $case: ${why:-exit ${status:-?}}"
     tail -n 5 "$errors" | cut -c 1-300 >&2
@@ -79,7 +81,10 @@ measure() { # program, case, command...
 say "$(card || uname -n); $(cat "$DIR/COMMIT" 2>/dev/null)"
 for round in $(seq "$rounds"); do
     for case in $cases; do
-        measure titan "$case" "$DIR/bin/train_step" --bench --json --case "$case" --param-dtype bfloat16 ${steps:+--steps "$steps"}
+        for way in $titan_ways; do
+            measure titan "$case" "$DIR/bin/train_step" --bench --json --case "$case" --param-dtype bfloat16 \
+                ${steps:+--steps "$steps"} $([ "$way" = launched ] || echo "--$way")
+        done
         [ -n "$titan_only" ] ||
             measure PyTorch "$case" "$python" "$here/bench_pytorch.py" --device cuda --case "$case" --way "$ways" ${steps:+--steps "$steps"}
     done
@@ -87,4 +92,4 @@ done
 say "$((SECONDS - begin)) s"
 echo
 echo "$(card || uname -n), $(date +%F)"
-"$python" "$here/gpu_table.py" "$results"
+"$python" "$here/gpu_table.py" "$results" || cat "$results"

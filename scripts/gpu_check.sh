@@ -38,8 +38,8 @@ LANES=('ops golden launches memcheck racecheck initcheck' 'curve_cpu f32_cpu' 'c
 LAST='curve cpu_to_gpu gpu_to_cpu generation'
 
 # Curves: the mean over all steps of the relative difference of losses, and the relative difference of the means of the
-# last 20. Both programs compute in bf16 in different orders, and experts are chosen by the last bits.
-CURVE_MEAN=0.02 CURVE_END=0.02
+# last 20. As a scale: runs in bf16 and in f32 on one CPU differ by 0.0033 and 0.0044.
+CURVE_MEAN=0.01 CURVE_END=0.01
 # In f32, runs from the same checkpoint: the largest relative difference of a step.
 RESUMED_MOST=0.002
 # A recorded step and one with an offloaded optimizer compute the same: the largest relative difference of a step.
@@ -147,20 +147,23 @@ agree() { # folder, folder, most, [first step]
     within "$most" "$3" || exit 1
 }
 
-# Tests, each in a process of its own: one that leaves the GPU unusable spoils no other.
+# Tests, each in a process of its own: one that leaves the GPU unusable spoils no other. After `stop_at` (seconds since
+# 1970), if set, none is begun.
 run_tests() { # executable, command before it, filters...
     local executable=$DIR/bin/$1 before=$2 names
     shift 2
     mkdir -p "$logs/$part"
     names=$("$executable" --list --format terse 2>/dev/null | sed -n 's/: test$//p')
     [ -n "$names" ] || fail "$executable lists no tests"
-    [ $# = 0 ] || names=$(for filter in "$@"; do grep -F -- "$filter" <<<"$names"; done | sort -u)
+    [ $# = 0 ] || names=$(for filter in "$@"; do grep -F -- "$filter" <<<"$names"; done | awk '!seen[$0]++')
+    [ -z "${without:-}" ] || names=$(grep -v -- "$without" <<<"$names")
     [ -n "$names" ] || pass_over "no such tests"
     wc -l <<<"$names" >"$logs/$part.planned"
     export executable before part logs
     # shellcheck disable=SC2016
     xargs -P "$at_once" -I {} bash -c '
         name=$1 log=$logs/$part/${1//::/.}.log begin=$(date +%s.%N)
+        [ "${begin%.*}" -lt "${stop_at:-9999999999}" ] || exit 0
         RAYON_NUM_THREADS=${threads_of_a_test:-2} timeout --foreground -k 5 "$test_limit" $before "$executable" --exact "$name" --show-output \
             >"$log" 2>&1
         status=$?
@@ -280,7 +283,7 @@ part_offload() {
     agree offload repeat_1 "$SAME_MOST"
 }
 
-# Sanitizers slow kernels down by far: a process for each test, as many as get done in time.
+# Sanitizers slow kernels down by far: as many tests as get done in time, the kernels that are most intricate first.
 sanitize() { # tool, arguments...
     local tool=$1 sanitizer
     shift
@@ -290,7 +293,12 @@ sanitize() { # tool, arguments...
     done
     [ -x "$sanitizer" ] || pass_over "there is no compute-sanitizer"
     [ "$gpu" != cpu ] || pass_over "needs a GPU"
-    run_tests lib_tests "$sanitizer --tool $tool --error-exitcode 9 --report-api-errors no --print-limit 10 $*" ops::
+    export stop_at=$((part_ends - 25))
+    without='::cpu::\|::host::\|::tiles\|::rows::\|thread' run_tests lib_tests \
+        "$sanitizer --tool $tool --error-exitcode 9 --report-api-errors no --print-limit 10 $*" \
+        ops::attention ops::moe ops::sort ops::cross_entropy ops::rms_norm ops::embedding ops::adamw ops::
+    # What took too long, or was not reached, has not failed.
+    ! grep -q '^exit ' "$logs/$part.tests"
     local status=$?
     if grep -rlq 'Device not supported' "$logs/$part"; then pass_over "compute-sanitizer refuses this device"; fi
     return $status
@@ -316,7 +324,8 @@ run_part() { # name
     if [ "$left" -lt 3 ]; then
         status=-1 result='not run'
     else
-        timeout -k 5 "$((limit < left ? limit : left))" bash "$self" --part "$name" >"$logs/$name.log" 2>&1
+        limit=$((limit < left ? limit : left))
+        part_ends=$(($(date +%s) + limit)) timeout -k 5 "$limit" bash "$self" --part "$name" >"$logs/$name.log" 2>&1
         status=$?
         case $status in
             0) result=passed ;;
