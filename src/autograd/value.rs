@@ -7,8 +7,13 @@ use crate::Result;
 use crate::ops;
 use crate::tools::profiler::{self, Category};
 
-/// A function from the gradient of an op's result to the gradients of its inputs, `None` where one has none.
-type Backward = Box<dyn FnOnce(Tensor) -> Result<Vec<Option<Tensor>>>>;
+/// From the gradient of an op's result.
+enum Backward {
+    /// To the gradients of its inputs, `None` where one has none.
+    Gradients(Box<dyn FnOnce(Tensor) -> Result<Vec<Option<Tensor>>>>),
+    /// To the gradient of its one input, added to what that has of other ops.
+    Sum(Box<dyn FnOnce(Tensor, Option<Tensor>) -> Result<Tensor>>),
+}
 
 /// The ops of one stage in the order they ran. Node 0 is the stage's input.
 #[derive(Default)]
@@ -42,7 +47,11 @@ impl Value {
     /// The input of a stage, with a new tape behind it.
     pub fn input(tensor: Tensor) -> Self {
         let tape = Tape::default();
-        tape.nodes.borrow_mut().push(Node { op: "input", inputs: vec![], backward: Box::new(|_| Ok(vec![])) });
+        tape.nodes.borrow_mut().push(Node {
+            op: "input",
+            inputs: vec![],
+            backward: Backward::Gradients(Box::new(|_| Ok(vec![]))),
+        });
         Self { tensor, source: Some((Rc::new(tape), 0)) }
     }
 
@@ -64,15 +73,27 @@ impl Value {
         inputs: [&Self; N],
         backward: impl FnOnce(Tensor) -> Result<[Option<Tensor>; N]> + 'static,
     ) -> Self {
+        Self::node(op, tensor, &inputs, Backward::Gradients(Box::new(move |grad| Ok(backward(grad)?.into()))))
+    }
+
+    /// As [`record`](Self::record), of an op with one input whose backward takes in, besides, what the input has of other ops
+    /// already, and returns the sum: where that is cheaper than to add afterwards.
+    pub fn record_sum(
+        op: &'static str,
+        tensor: Tensor,
+        input: &Self,
+        backward: impl FnOnce(Tensor, Option<Tensor>) -> Result<Tensor> + 'static,
+    ) -> Self {
+        Self::node(op, tensor, &[input], Backward::Sum(Box::new(backward)))
+    }
+
+    fn node(op: &'static str, tensor: Tensor, inputs: &[&Self], backward: Backward) -> Self {
         let Some((tape, _)) = inputs.iter().find_map(|input| input.source.as_ref()) else {
             return Self::constant(tensor);
         };
+        let inputs = inputs.iter().map(|input| input.source.as_ref().map(|(_, node)| *node)).collect();
         let mut nodes = tape.nodes.borrow_mut();
-        nodes.push(Node {
-            op,
-            inputs: inputs.iter().map(|input| input.source.as_ref().map(|(_, node)| *node)).collect(),
-            backward: Box::new(move |grad| Ok(backward(grad)?.into())),
-        });
+        nodes.push(Node { op, inputs, backward });
         Self { tensor, source: Some((tape.clone(), nodes.len() - 1)) }
     }
 
@@ -101,7 +122,15 @@ impl Value {
             }
             let Some(grad) = grads.pop().expect("one gradient slot per node") else { continue };
             let span = profiler::span_in(Category::Backward, node.op).shapes(&[grad.dims()]);
-            let input_grads = span.around(|| (node.backward)(grad))?;
+            let input_grads = match node.backward {
+                Backward::Gradients(backward) => span.around(|| backward(grad))?,
+                Backward::Sum(backward) => {
+                    let input = node.inputs[0].expect("an op without a tracked input is not recorded");
+                    let sum = grads[input].take();
+                    grads[input] = Some(span.around(|| backward(grad, sum))?);
+                    continue;
+                }
+            };
             for (input, grad) in node.inputs.into_iter().zip(input_grads) {
                 if let (Some(input), Some(grad)) = (input, grad) {
                     let sum = match grads[input].take() {
@@ -134,6 +163,20 @@ mod tests {
         let cube = multiply(&multiply(&x, &x)?, &x)?;
         let grad = cube.backward(Tensor::new(&[1f32, 10.], &Device::Cpu)?)?;
         assert_eq!(grad.to_vec1::<f32>()?, [12., 270.]);
+        Ok(())
+    }
+
+    #[test]
+    fn an_op_that_sums_adds_to_what_its_input_has_already() -> Result<()> {
+        let x = Value::input(Tensor::new(&[2f32, 3.], &Device::Cpu)?);
+        let doubled = Value::record_sum("double", (x.tensor() * 2.0)?, &x, |grad, sum| {
+            let grad = (grad * 2.0)?;
+            Ok(sum.map_or(Ok(grad.clone()), |sum| sum + grad)?)
+        });
+        // y = 2x · x · x, whose later factors give their gradients first.
+        let y = multiply(&multiply(&doubled, &x)?, &x)?;
+        let grad = y.backward(Tensor::new(&[1f32, 10.], &Device::Cpu)?)?;
+        assert_eq!(grad.to_vec1::<f32>()?, [24., 540.]);
         Ok(())
     }
 

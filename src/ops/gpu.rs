@@ -6,14 +6,16 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{LazyLock, PoisonError, RwLock};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use candle_core::cuda_backend::cudarc::driver::result;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     cuMemHostRegister_v2, cuMemHostUnregister, cuMemcpyDtoHAsync_v2, cuMemcpyHtoDAsync_v2,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
 use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
 use half::bf16;
@@ -146,6 +148,42 @@ pub fn count_launch() {
 /// Kernels by name, of each device.
 static KERNELS: LazyLock<RwLock<HashMap<DeviceId, HashMap<String, CudaFunction>>>> = LazyLock::new(RwLock::default);
 
+/// The modules that a device has loaded, by the names of their ops.
+static LOADED: LazyLock<RwLock<HashMap<(DeviceId, &'static str), Arc<CudaModule>>>> = LazyLock::new(RwLock::default);
+
+/// Loads the kernels of all ops, at the same time: where the driver has to compile them, that takes some seconds. `waiting`
+/// is called once if it takes more than one.
+pub fn load_all(device: &CudaDevice, waiting: impl FnOnce()) -> Result<()> {
+    let (sender, results) = mpsc::channel();
+    std::thread::scope(|scope| {
+        for (op, ptx) in MODULES {
+            let sender = sender.clone();
+            scope.spawn(move || {
+                // Who has gone has met another fault.
+                let _ = sender.send(load(device, op, ptx));
+            });
+        }
+        drop(sender);
+        let mut waiting = Some(waiting);
+        let since = Instant::now();
+        loop {
+            match results.recv_timeout(Duration::from_secs(1).saturating_sub(since.elapsed())) {
+                Ok(result) => drop(result?),
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => break,
+            }
+        }
+        waiting.take().expect("the loop ends once")();
+        results.iter().try_for_each(|result| result.map(drop))
+    })
+}
+
+fn load(device: &CudaDevice, op: &'static str, ptx: &str) -> Result<Arc<CudaModule>> {
+    let module = device.cuda_stream().context().load_module(ptx.into()).w()?;
+    let mut loaded = LOADED.write().unwrap_or_else(PoisonError::into_inner);
+    Ok(loaded.entry((device.id(), op)).or_insert(module).clone())
+}
+
 /// A kernel of `src/ops/<op>/kernel.cu`, for blocks with `shared` bytes of dynamic shared memory.
 pub fn kernel(device: &CudaDevice, op: &'static str, name: &str, shared: usize) -> Result<CudaFunction> {
     let known =
@@ -154,8 +192,16 @@ pub fn kernel(device: &CudaDevice, op: &'static str, name: &str, shared: usize) 
     let function = match found {
         Some(function) => function,
         None => {
-            let (_, ptx) = MODULES.iter().find(|(module, _)| *module == op).expect("an op names its own kernels");
-            let function = device.get_or_load_custom_func(name, op, ptx)?.into_cuda_function();
+            let loaded = LOADED.read().unwrap_or_else(PoisonError::into_inner).get(&(device.id(), op)).cloned();
+            let module = match loaded {
+                Some(module) => module,
+                None => {
+                    let (op, ptx) =
+                        MODULES.iter().find(|(module, _)| *module == op).expect("ops name their own kernels");
+                    load(device, op, ptx)?
+                }
+            };
+            let function = module.load_function(name).w()?;
             let mut kernels = KERNELS.write().unwrap_or_else(PoisonError::into_inner);
             kernels.entry(device.id()).or_default().insert(name.to_owned(), function.clone());
             function

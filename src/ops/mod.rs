@@ -54,6 +54,8 @@ pub use embedding::{embedding, embedding_backward};
 pub use glu::{Gate, glu};
 #[cfg(feature = "cuda")]
 pub use gpu::launches;
+#[cfg(feature = "cuda")]
+pub(crate) use gpu::load_all as load_kernels;
 pub(crate) use host::check_tokens;
 pub use layer_norm::layer_norm;
 pub use linear::{by_head, linear, logits};

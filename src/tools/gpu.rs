@@ -12,9 +12,10 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureMode_enum::CU
 use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute_enum, CUgraphInstantiate_flags, CUmemoryPool};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError, result};
 use candle_core::{CudaDevice, Device};
+use tracing::info;
 
 use super::device::{DeviceFacts, MemoryUse, gpu_peak_flops};
-use crate::ops::measured_gpu_peak_flops;
+use crate::ops::{load_kernels, measured_gpu_peak_flops};
 use crate::{Error, Result};
 
 /// What titan's kernels are compiled for at least.
@@ -62,6 +63,9 @@ fn open_anew(index: usize) -> Result<Device> {
         // What a step frees, the next takes again.
         set_attribute(index, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX).map_err(candle_core::Error::wrap)?;
     }
+    load_kernels(&device, || {
+        info!("The driver compiles titan's kernels for this GPU; it keeps them for the next time")
+    })?;
     Ok(Device::Cuda(device))
 }
 

@@ -2,7 +2,9 @@ use candle_core::{Device, Tensor};
 
 use super::Gate;
 use crate::Result;
+use crate::autograd::Parameter;
 use crate::ops::host::{Element, GRAIN, build, elements, exp, typed, vectorized};
+use crate::ops::linear;
 
 pub fn forward(gate: &Tensor, up: &Tensor, kind: Gate) -> Result<Tensor> {
     typed!(T = gate.dtype(); {
@@ -11,7 +13,19 @@ pub fn forward(gate: &Tensor, up: &Tensor, kind: Gate) -> Result<Tensor> {
     })
 }
 
-pub fn backward(gate: &Tensor, up: &Tensor, dy: &Tensor, kind: Gate) -> Result<(Tensor, Tensor)> {
+/// The gradients of `gate` and `up` through the layer of `weight`, whose own go to its accumulators.
+pub fn gradients_through(
+    gate: &Tensor,
+    up: &Tensor,
+    weight: &Parameter,
+    dy: &Tensor,
+    kind: Gate,
+) -> Result<(Tensor, Tensor)> {
+    let dhidden = linear::backward(&forward(gate, up, kind)?, weight, dy, None)?;
+    backward(gate, up, &dhidden, kind)
+}
+
+fn backward(gate: &Tensor, up: &Tensor, dy: &Tensor, kind: Gate) -> Result<(Tensor, Tensor)> {
     typed!(T = gate.dtype(); {
         let (dgate, dup) = gradients::<T>(&elements(gate)?, &elements(up)?, &elements(dy)?, kind);
         Ok((Tensor::from_vec(dgate, gate.shape(), &Device::Cpu)?, Tensor::from_vec(dup, up.shape(), &Device::Cpu)?))

@@ -52,9 +52,7 @@ pub fn glu(gate: &Value, up: &Value, weight: &Arc<Parameter>, kind: Gate) -> Res
     let y = linear::forward(&hidden, weight)?;
     let (saved_gate, saved_up, weight) = (gate.tensor().clone(), up.tensor().clone(), weight.clone());
     Ok(Value::record("glu", y, [gate, up], move |dy| {
-        let hidden = on_device!(saved_gate, forward(&saved_gate, &saved_up, kind))?;
-        let dhidden = linear::backward(&hidden, &weight, &dy)?;
-        let (dgate, dup) = on_device!(saved_gate, backward(&saved_gate, &saved_up, &dhidden, kind))?;
+        let (dgate, dup) = on_device!(saved_gate, gradients_through(&saved_gate, &saved_up, &weight, &dy, kind))?;
         Ok([Some(dgate), Some(dup)])
     }))
 }

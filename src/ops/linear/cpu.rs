@@ -4,6 +4,7 @@ use candle_core::{D, Device, Tensor};
 use rayon::prelude::*;
 
 use crate::Result;
+use crate::ops::add_tensors;
 use crate::ops::host::{Element, GRAIN, elements, softcapped, typed, update, vectorized};
 use crate::ops::matmul::{Dst, Mat, Operand, Product, add_product, product, wide_product};
 
@@ -11,9 +12,16 @@ pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     typed!(T = weight.dtype(); apply::<T, T>(x, weight, product))
 }
 
-/// The gradient of `x`; that of the weight is added to `grad`, if it is wanted.
-pub fn backward(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, dy: &Tensor) -> Result<Tensor> {
-    typed!(T = weight.dtype(); backward_in::<T>(x, weight, grad, dy))
+/// The gradient of `x`, added to `sum` if there is one; that of the weight is added to `grad`, if it is wanted.
+pub fn backward(
+    x: &Tensor,
+    weight: &Tensor,
+    grad: Option<&Tensor>,
+    dy: &Tensor,
+    sum: Option<&Tensor>,
+) -> Result<Tensor> {
+    let dx = typed!(T = weight.dtype(); backward_in::<T>(x, weight, grad, dy))?;
+    sum.map_or(Ok(dx.clone()), |sum| add_tensors(sum, &dx))
 }
 
 pub fn logits(x: &Tensor, weight: &Tensor, softcap: Option<f32>) -> Result<Tensor> {

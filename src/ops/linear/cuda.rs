@@ -1,27 +1,54 @@
 use std::ops::Range;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Shape, Tensor};
 
 use crate::Result;
 use crate::ops::gpu::{self, launch};
-use crate::ops::matmul::cuda::{Mat, Store, multiply, multiply_batch, product_with_transpose};
+use crate::ops::matmul::cuda::{Mat, Store, multiply, multiply_and_add, multiply_batch, product_with_transpose};
 
 pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     product_with_transpose(x, weight, weight.dtype())
 }
 
-/// As the host's, but `dx` is rounded once, to `x`'s dtype.
-pub fn backward(x: &Tensor, weight: &Tensor, grad: Option<&Tensor>, dy: &Tensor) -> Result<Tensor> {
-    let (outer, inner) = weight.dims2()?;
-    let device = gpu::device(x);
-    let rows = x.elem_count() / inner;
+/// As the host's, but rounded once, to `x`'s dtype.
+pub fn backward(
+    x: &Tensor,
+    weight: &Tensor,
+    grad: Option<&Tensor>,
+    dy: &Tensor,
+    sum: Option<&Tensor>,
+) -> Result<Tensor> {
     let dy = gpu::elements(dy, weight.dtype())?;
     if let Some(grad) = grad {
-        let x = gpu::elements(x, weight.dtype())?;
-        multiply(device, Mat::new(&dy, rows)?.t(), Mat::new(&x, rows)?, Mat::new(grad, outer)?, Store::Add(1.0))?;
+        weight_gradient(x, weight, grad, &dy)?;
     }
-    let dx = gpu::uninit(x.shape(), x.dtype(), device)?;
-    multiply(device, Mat::new(&dy, rows)?, Mat::new(weight, outer)?, Mat::new(&dx, rows)?, Store::Overwrite(1.0))?;
+    input_gradient(x.shape(), x.dtype(), weight, &dy, sum)
+}
+
+/// `grad += dyᵀ x`; `dy` is row-major, in the dtype of `weight`.
+pub fn weight_gradient(x: &Tensor, weight: &Tensor, grad: &Tensor, dy: &Tensor) -> Result<()> {
+    let (outer, inner) = weight.dims2()?;
+    let x = gpu::elements(x, weight.dtype())?;
+    let rows = x.elem_count() / inner;
+    multiply(gpu::device(dy), Mat::new(dy, rows)?.t(), Mat::new(&x, rows)?, Mat::new(grad, outer)?, Store::Add(1.0))
+}
+
+/// `dy weight`, and `sum` if there is one, in a shape and dtype; `dy` is as for [`weight_gradient`].
+pub fn input_gradient(
+    shape: &Shape,
+    dtype: DType,
+    weight: &Tensor,
+    dy: &Tensor,
+    sum: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (outer, inner) = weight.dims2()?;
+    let rows = shape.elem_count() / inner;
+    let dx = gpu::uninit(shape, dtype, gpu::device(dy))?;
+    let (dy, weight, dst) = (Mat::new(dy, rows)?, Mat::new(weight, outer)?, Mat::new(&dx, rows)?);
+    match sum.map(|sum| gpu::elements(sum, dtype)).transpose()? {
+        None => multiply(gpu::device(&dx), dy, weight, dst, Store::Overwrite(1.0))?,
+        Some(sum) => multiply_and_add(gpu::device(&dx), dy, weight, Mat::new(&sum, rows)?, dst)?,
+    }
     Ok(dx)
 }
 

@@ -3,7 +3,7 @@
 mod adapter;
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(in crate::ops) mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_adapter;
 
@@ -28,7 +28,7 @@ pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
     let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
     let y = forward(x.tensor(), weight)?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record("linear", y, [x], move |dy| Ok([Some(backward(&saved, &weight, &dy)?)])))
+    Ok(Value::record_sum("linear", y, x, move |dy, sum| backward(&saved, &weight, &dy, sum.as_ref())))
 }
 
 /// [`linear`] on bare tensors, for ops that contain one.
@@ -40,9 +40,10 @@ pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> 
     }
 }
 
-/// The gradient of `x` under `dy`; those of the weight and its adapter go to their accumulators.
-pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor) -> Result<Tensor> {
-    let dx = on_device!(x, backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy))?;
+/// The gradient of `x` under `dy`, added to `sum` if there is one; those of the weight and its adapter go to their
+/// accumulators.
+pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor, sum: Option<&Tensor>) -> Result<Tensor> {
+    let dx = on_device!(x, backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy, sum))?;
     match weight.adapter() {
         None => Ok(dx),
         Some(adapter) => add_tensors(&dx, &adapter::backward(x, &adapter, weight.fqn(), dy)?),

@@ -94,6 +94,25 @@ pub fn multiply(device: &CudaDevice, a: Mat, b: Mat, dst: Mat, store: Store) -> 
 
 /// As [`multiply`], for `batch` products at once.
 pub fn multiply_batch(device: &CudaDevice, a: Mat, b: Mat, dst: Mat, store: Store, batch: usize) -> Result<()> {
+    let (factor, add) = match store {
+        Store::Overwrite(factor) => (factor, 0.0),
+        Store::Add(factor) => (factor, 1.0),
+    };
+    run(device, a, b, dst, dst, [factor, add], batch)
+}
+
+/// `dst = a b + c`, where `c` lies in memory as `dst` does, but elsewhere.
+pub fn multiply_and_add(device: &CudaDevice, a: Mat, b: Mat, c: Mat, dst: Mat) -> Result<()> {
+    assert_eq!(
+        (c.dims(), c.dtype, c.row_stride),
+        (dst.dims(), dst.dtype, dst.row_stride),
+        "what a product is added to"
+    );
+    run(device, a, b, c, dst, [1.0, 1.0], 1)
+}
+
+/// `dst = factors[0] · a b + factors[1] · c`.
+fn run(device: &CudaDevice, a: Mat, b: Mat, c: Mat, dst: Mat, factors: [f32; 2], batch: usize) -> Result<()> {
     let ([m, k], [k_b, n]) = (a.dims(), b.dims());
     assert_eq!((k, [m, n], false), (k_b, dst.dims(), dst.transposed), "sizes of a product");
     assert_eq!(a.dtype, b.dtype, "operands of a product have one dtype");
@@ -102,11 +121,9 @@ pub fn multiply_batch(device: &CudaDevice, a: Mat, b: Mat, dst: Mat, store: Stor
         return Ok(());
     }
     // cuBLAS counts by columns, in which our rows are the columns of the transposes: dstᵀ = bᵀ aᵀ.
-    let (factor, add) = match store {
-        Store::Overwrite(factor) => (factor, 0f32),
-        Store::Add(factor) => (factor, 1.0),
-    };
-    let key = Key { first: Shape::of(&b), second: Shape::of(&a), dst: Shape::of(&dst), batch };
+    let [factor, add] = factors;
+    let alignment = c.alignment().min(dst.alignment());
+    let key = Key { first: Shape::of(&b), second: Shape::of(&a), dst: Shape { alignment, ..Shape::of(&dst) }, batch };
     with_library(device, |library| {
         let plan = library.plan(&key)?;
         gpu::count_launch();
@@ -126,7 +143,7 @@ pub fn multiply_batch(device: &CudaDevice, a: Mat, b: Mat, dst: Mat, store: Stor
                 plan.first,
                 pointer(a.address),
                 plan.second,
-                dst_pointer,
+                pointer(c.address),
                 plan.dst,
                 dst_pointer,
                 plan.dst,

@@ -56,6 +56,7 @@ impl Routing {
         Ok(Self { experts, slots, top_k })
     }
 
+    #[cfg(feature = "cuda")]
     fn n_experts(&self) -> usize {
         self.slots.offsets.elem_count() - 1
     }

@@ -108,12 +108,13 @@ pub fn backward(
     grad: Option<&Tensor>,
     rstd: &Tensor,
     dy: &Tensor,
+    sum: Option<&Tensor>,
 ) -> Result<Tensor> {
-    gradients(x, Some(weight), offset, grad, rstd, dy)
+    gradients(x, Some(weight), offset, grad, rstd, dy, sum)
 }
 
 pub fn backward_unit(x: &Tensor, rstd: &Tensor, dy: &Tensor) -> Result<Tensor> {
-    gradients(x, None, 0.0, None, rstd, dy)
+    gradients(x, None, 0.0, None, rstd, dy, None)
 }
 
 fn gradients(
@@ -123,19 +124,21 @@ fn gradients(
     grad: Option<&Tensor>,
     rstd: &Tensor,
     dy: &Tensor,
+    sum: Option<&Tensor>,
 ) -> Result<Tensor> {
     let (device, dtype) = (device(x), x.dtype());
     let (x, dy, dim) = (beside(x, dy.dtype())?, elements(dy, dy.dtype())?, x.dim(D::Minus1)?);
+    let sum = sum.map(|sum| elements(sum, x.dtype())).transpose()?;
     let rows = x.elem_count() / dim;
     let dx = uninit(x.shape(), x.dtype(), device)?;
-    let shape = Shape::new(rows, dim, &[&x, &dy, &dx, weight.unwrap_or(&x)])?;
+    let shape = Shape::new(rows, dim, &[&x, &dy, &dx, weight.unwrap_or(&x), sum.as_ref().unwrap_or(&x)])?;
     let partials = grad.map(|_| uninit((shape.parts(), dim), DType::F32, device)).transpose()?;
     let types = format!("{}_{}", suffix(x.dtype()), suffix(dy.dtype()));
     let kernel = format!("rms_norm_backward_{types}_{}", shape.name);
     launch!(
         device, "rms_norm", &kernel,
         grid: [shape.backward_blocks(), 1, 1], block: THREADS, shared: shape.backward_scratch_bytes();
-        &x, weight, is_bf16(weight), offset, rstd, &dy, &dx, partials.as_ref(), rows, dim,
+        &x, weight, is_bf16(weight), offset, rstd, &dy, sum.as_ref(), &dx, partials.as_ref(), rows, dim,
     );
     if let (Some(grad), Some(partials)) = (grad, &partials) {
         if !shape.keeps_rows() {

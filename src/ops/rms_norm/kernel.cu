@@ -1,10 +1,10 @@
 // RMSNorm, forward and backward.
 //   forward:   y = x * rstd * w,  rstd = 1 / sqrt(mean(x^2) + eps)
-//   backward:  dx = rstd * (w*dy - xhat * mean(w*dy*xhat)),  xhat = x * rstd,  w = offset + weight or 1
+//   backward:  dx = sum + rstd * (w*dy - xhat * mean(w*dy*xhat)),  xhat = x * rstd,  w = offset + weight or 1
 //   columns:   partials = sums over some of the rows of dy*xhat
-// Shapes     x, y, dy, dx (rows, dim); weight (dim) or null; rstd (rows); partials (parts, dim), backward: or null, parts =
+// Shapes     x, y, dy, dx (rows, dim), sum the same or null; weight (dim) or null; rstd (rows); partials (parts, dim), backward: or null, parts =
 //            grid. Contiguous.
-// Types      x, dx bf16 or f32; y, dy as x or bf16; weight bf16 or f32; rstd, partials and every sum f32.
+// Types      x, sum, dx bf16 or f32; y, dy as x or bf16; weight bf16 or f32; rstd, partials and every sum f32.
 // Launch     Rows in registers: _32_1, _32_4 a warp per row, 8 per block, dim <= 256, 1024; _256_2, _256_4 a block of 256 per
 //            row, dim <= 4096, 8192. forward: a row per warp or block. backward: rows in turns, shared max(8 x dim, 32) floats
 //            for warps, 32 floats for blocks.
@@ -44,8 +44,8 @@ __device__ inline void rms_norm_forward(const X* x, Weights weight, float offset
 }
 
 template <typename X, typename Y, int WIDTH, int K>
-__device__ inline void rms_norm_backward(const X* x, Weights weight, float offset, const float* rstd, const Y* dy, X* dx,
-                                         float* partials, int64_t rows, int64_t dim) {
+__device__ inline void rms_norm_backward(const X* x, Weights weight, float offset, const float* rstd, const Y* dy,
+                                         const X* sum_of_others, X* dx, float* partials, int64_t rows, int64_t dim) {
     SHARED(backward_scratch);
     float* scratch = reinterpret_cast<float*>(backward_scratch);
     const int64_t per_block = blockDim.x / WIDTH;
@@ -76,6 +76,13 @@ __device__ inline void rms_norm_backward(const X* x, Weights weight, float offse
         for (int k = 0; k < K; k++)
 #pragma unroll
             for (int i = 0; i < 8; i++) wdy[k][i] = r * (wdy[k][i] - xhat[k][i] * mean);
+        if (sum_of_others != nullptr) {
+            load_row<WIDTH, K>(xhat, sum_of_others + row * dim, dim);
+#pragma unroll
+            for (int k = 0; k < K; k++)
+#pragma unroll
+                for (int i = 0; i < 8; i++) wdy[k][i] += xhat[k][i];
+        }
         store_row<WIDTH, K>(dx + row * dim, wdy, dim);
     }
     if (partials != nullptr) store_columns<WIDTH, K>(partials + blockIdx.x * dim, dw, dim, scratch);
@@ -95,8 +102,8 @@ __device__ inline void rms_norm_forward_any(const X* x, Weights weight, float of
 }
 
 template <typename X, typename Y>
-__device__ inline void rms_norm_backward_any(const X* x, Weights weight, float offset, const float* rstd, const Y* dy, X* dx,
-                                             int64_t dim) {
+__device__ inline void rms_norm_backward_any(const X* x, Weights weight, float offset, const float* rstd, const Y* dy,
+                                             const X* sum_of_others, X* dx, int64_t dim) {
     SHARED(backward_any_scratch);
     x += blockIdx.x * dim;
     dy += blockIdx.x * dim;
@@ -105,7 +112,8 @@ __device__ inline void rms_norm_backward_any(const X* x, Weights weight, float o
     for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) sum += (offset + weight[i]) * (load(dy[i]) * (load(x[i]) * r));
     const float mean = block_sum(sum, reinterpret_cast<float*>(backward_any_scratch)) / dim;
     for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) {
-        dx[blockIdx.x * dim + i] = store<X>(r * ((offset + weight[i]) * load(dy[i]) - load(x[i]) * r * mean));
+        const float others = sum_of_others != nullptr ? load(sum_of_others[blockIdx.x * dim + i]) : 0.0f;
+        dx[blockIdx.x * dim + i] = store<X>(others + r * ((offset + weight[i]) * load(dy[i]) - load(x[i]) * r * mean));
     }
 }
 
@@ -115,8 +123,8 @@ __device__ inline void rms_norm_backward_any(const X* x, Weights weight, float o
         rms_norm_forward<X, Y, WIDTH, K>(x, {weight, is_bf16 != 0, 1.0f}, offset, eps, y, rstd, rows, dim);                    \
     }                                                                                                                          \
     KERNEL(rms_norm_backward_##T##_##WIDTH##_##K, const X* x, const void* weight, int32_t is_bf16, float offset,               \
-           const float* rstd, const Y* dy, X* dx, float* partials, int64_t rows, int64_t dim) {                                \
-        rms_norm_backward<X, Y, WIDTH, K>(x, {weight, is_bf16 != 0, 1.0f}, offset, rstd, dy, dx, partials, rows, dim);         \
+           const float* rstd, const Y* dy, const X* sum, X* dx, float* partials, int64_t rows, int64_t dim) {                  \
+        rms_norm_backward<X, Y, WIDTH, K>(x, {weight, is_bf16 != 0, 1.0f}, offset, rstd, dy, sum, dx, partials, rows, dim);    \
     }
 #define RMS_NORM(X, Y, T)                                                                                                      \
     ROWS(X, Y, T, 32, 1)                                                                                                       \
@@ -128,8 +136,8 @@ __device__ inline void rms_norm_backward_any(const X* x, Weights weight, float o
         rms_norm_forward_any<X, Y>(x, {weight, is_bf16 != 0, 1.0f}, offset, eps, y, rstd, dim);                                \
     }                                                                                                                          \
     KERNEL(rms_norm_backward_##T##_any, const X* x, const void* weight, int32_t is_bf16, float offset, const float* rstd,      \
-           const Y* dy, X* dx, float* partials, int64_t rows, int64_t dim) {                                                   \
-        rms_norm_backward_any<X, Y>(x, {weight, is_bf16 != 0, 1.0f}, offset, rstd, dy, dx, dim);                               \
+           const Y* dy, const X* sum, X* dx, float* partials, int64_t rows, int64_t dim) {                                     \
+        rms_norm_backward_any<X, Y>(x, {weight, is_bf16 != 0, 1.0f}, offset, rstd, dy, sum, dx, dim);                          \
     }                                                                                                                          \
     KERNEL(rms_norm_columns_##T, const X* x, const float* rstd, const Y* dy, float* partials, int64_t rows, int64_t dim) {     \
         SHARED(columns_scratch);                                                                                               \
