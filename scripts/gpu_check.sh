@@ -44,6 +44,7 @@ CURVE_MEAN=0.01 CURVE_END=0.01
 RESUMED_MOST=0.002
 # A recorded step and one with an offloaded optimizer compute the same: the largest relative difference of a step.
 SAME_MOST=0.0001
+MOST_LAUNCHES=420
 
 now() { date +%s.%N; }
 since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f", b - a }'; }
@@ -195,7 +196,16 @@ part_device() {
 
 part_ops() { run_tests lib_tests "" ops::; }
 part_golden() { run_tests golden ""; }
-part_launches() { run_tests lib_tests "" launches graph; }
+# The debug model with full recomputation: at most 60 in each of its 6 blocks, and some for what is around them.
+part_launches() {
+    [ "$gpu" != cpu ] || pass_over "needs a GPU"
+    local n
+    n=$(on_gpu "$DIR/bin/train_step" --bench --json --case colab --param-dtype bfloat16 --steps 3 --warm-up 2 |
+        tee /dev/stderr | sed -n 's/.*"launches":\([0-9]*\).*/\1/p')
+    [ -n "$n" ] || fail "no step was counted"
+    detail "$n launches in a step of the model of colab_a100.toml (limit $MOST_LAUNCHES)"
+    [ "$n" -le "$MOST_LAUNCHES" ]
+}
 part_end_to_end() {
     TITAN_DEVICE=$gpu threads_of_a_test=4 run_tests end_to_end "" stopped_and_killed recomputation_and_checkpoints \
         every_precision a_checkpoint_is_all golden_losses four_hundred_steps

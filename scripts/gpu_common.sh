@@ -11,7 +11,13 @@ unpack() { # folder
     fi
     unpacked=${TMPDIR:-/tmp}/titan-gpu.$(cksum <"$folder/titan-gpu.tar.xz" | tr ' ' -) || return 1
     if [ ! -e "$unpacked/unpacked" ]; then
-        mkdir -p "$unpacked" && xz -dc -T0 "$folder/titan-gpu.tar.xz" | tar -C "$unpacked" -x || return 1
+        mkdir -p "$unpacked" || return 1
+        if command -v xz >/dev/null; then
+            xz -dc -T0 "$folder/titan-gpu.tar.xz" | tar -C "$unpacked" -x || return 1
+        else
+            "${PYTHON:-python3}" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' \
+                "$folder/titan-gpu.tar.xz" "$unpacked" || return 1
+        fi
         local repository name
         repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
         for name in configs assets tests benches; do
@@ -43,7 +49,7 @@ PY
     for toolkit in "${CUDA_HOME:-/usr/local/cuda}/lib64" /usr/local/cuda/lib64; do
         [ -e "$toolkit/libcublasLt.so" ] && found=${found:+$found:}$toolkit && break
     done
-    export LD_LIBRARY_PATH=${found:+$found:}${LD_LIBRARY_PATH:-}
+    export LD_LIBRARY_PATH=$found${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 }
 
 missing_libraries() { # program
