@@ -439,7 +439,9 @@ trap 'exit 130' INT TERM
 wanted() { grep -qw "$1" <<<"$parts"; }
 echo "$(date +%T) in $DIR, logs in $logs, at most $limit s"
 run_part device
-if [ "$(cut -f 2 "$logs/device.row")" != passed ]; then
+# A GPU that was found and does not train is worth the other parts.
+if [ "$(cut -f 2 "$logs/device.row")" != passed ] && ! grep -q 'Device: .*(cuda:' "$logs/device.log"; then
+    tail -n 5 "$logs/device.log"
     echo "nothing else can run without a device"
     exit 1
 fi
