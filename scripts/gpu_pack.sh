@@ -20,7 +20,7 @@ trap 'rm -rf "$content"' EXIT
 mkdir "$content/bin"
 
 tests=(golden end_to_end)
-benches=(train_step)
+benches=(train_step gpu_ops)
 target_flags=(--bin titan --lib)
 for name in "${tests[@]}"; do target_flags+=(--test "$name"); done
 for name in "${benches[@]}"; do target_flags+=(--bench "$name"); done
