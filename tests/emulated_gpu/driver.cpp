@@ -151,7 +151,7 @@ int cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? SUCCESS : INVALID_DEVICE; }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = DEVICE_BYTES, SUCCESS; }
 int cuDeviceGetName(char* name, int bytes, int) {
-    snprintf(name, size_t(bytes), "Emulated GPU");
+    snprintf(name, size_t(bytes), "Emulated H100");
     return SUCCESS;
 }
 int cuDeviceGetUuid(char* uuid, int) { return memset(uuid, 1, 16), SUCCESS; }
