@@ -37,46 +37,49 @@ float rounded(float x, int compute) {
     return bits<float>((bits<unsigned>(x) + 0xfffu + ((bits<unsigned>(x) >> 13) & 1)) & ~0x1fffu);
 }
 
-// Element (i, j) of op(of) at [j * rows + i], where op(of) has `rows` rows.
-std::vector<float> unpack(const Matrix& of, int64_t batch, bool transposed, int64_t rows, int64_t cols, int compute) {
-    std::vector<float> all(size_t(rows * cols));
-    for (int64_t j = 0; j < of.cols; j++)
-        for (int64_t i = 0; i < of.rows; i++) {
-            const float x = rounded(get(of, batch * of.batch_stride + j * of.ld + i), compute);
-            all[size_t(transposed ? i * rows + j : j * rows + i)] = x;
+// Sums are made for as many rows and columns at a time.
+constexpr int64_t ROWS = 32, COLS = 4;
+
+// Element (i, l) of op(of), which is `n` by k, at [(i / width * k + l) * width + i % width]; zeros behind the last i.
+std::vector<float> panels(const Matrix& of, int64_t batch, bool transposed, int64_t n, int64_t k, int64_t width, int compute) {
+    std::vector<float> all(size_t((n + width - 1) / width * k * width));
+    for (int64_t column = 0; column < of.cols; column++)
+        for (int64_t row = 0; row < of.rows; row++) {
+            const int64_t i = transposed ? column : row, l = transposed ? row : column;
+            const float x = rounded(get(of, batch * of.batch_stride + column * of.ld + row), compute);
+            all[size_t((i / width * k + l) * width + i % width)] = x;
         }
     return all;
 }
 
-// c (m by n, by columns) += a b, with a (m by k) by columns, b (n by k) by columns.
-void accumulate(float* __restrict__ c, const float* __restrict__ a, const float* __restrict__ b, int64_t m, int64_t n, int64_t k) {
-    constexpr int64_t TILE = 256;
-    for (int64_t start = 0; start < m; start += TILE) {
-        const int64_t rows = std::min(TILE, m - start);
-        for (int64_t j = 0; j < n; j++) {
-            float sums[TILE] = {};
-            for (int64_t l = 0; l < k; l++) {
-                const float factor = b[l * n + j];
-                const float* column = a + l * m + start;
-                for (int64_t i = 0; i < rows; i++) sums[i] += column[i] * factor;
-            }
-            for (int64_t i = 0; i < rows; i++) c[j * m + start + i] += sums[i];
+void multiply_panels(float (&sums)[COLS][ROWS], const float* a, const float* b, int64_t k) {
+    typedef float Numbers __attribute__((vector_size(64), aligned(4)));
+    Numbers own[COLS][2] = {};
+    for (int64_t l = 0; l < k; l++, a += ROWS, b += COLS) {
+        const Numbers first = *reinterpret_cast<const Numbers*>(a), second = *reinterpret_cast<const Numbers*>(a + 16);
+        for (int64_t j = 0; j < COLS; j++) {
+            own[j][0] += first * b[j];
+            own[j][1] += second * b[j];
         }
     }
+    memcpy(sums, own, sizeof(own));
 }
 
 int run_product(const Product& of) {
     const int64_t m = of.d.rows, n = of.d.cols, k = of.transpose_a ? of.a.rows : of.a.cols;
     for (int64_t batch = 0; batch < of.batch; batch++) {
-        const std::vector<float> a = unpack(of.a, batch, of.transpose_a, m, k, of.compute);
-        const std::vector<float> b = unpack(of.b, batch, !of.transpose_b, n, k, of.compute);
-        std::vector<float> sums(size_t(m * n));
-        accumulate(sums.data(), a.data(), b.data(), m, n, k);
-        for (int64_t j = 0; j < n; j++)
-            for (int64_t i = 0; i < m; i++) {
-                float x = of.alpha * sums[size_t(j * m + i)];
-                if (of.beta != 0) x += of.beta * get(of.c, batch * of.c.batch_stride + j * of.c.ld + i);
-                put(of.d, batch * of.d.batch_stride + j * of.d.ld + i, x);
+        const std::vector<float> a = panels(of.a, batch, of.transpose_a, m, k, ROWS, of.compute);
+        const std::vector<float> b = panels(of.b, batch, !of.transpose_b, n, k, COLS, of.compute);
+        for (int64_t row = 0; row < m; row += ROWS)
+            for (int64_t column = 0; column < n; column += COLS) {
+                float sums[COLS][ROWS];
+                multiply_panels(sums, &a[size_t(row * k)], &b[size_t(column * k)], k);
+                for (int64_t j = column; j < std::min(column + COLS, n); j++)
+                    for (int64_t i = row; i < std::min(row + ROWS, m); i++) {
+                        float x = of.alpha * sums[j - column][i - row];
+                        if (of.beta != 0) x += of.beta * get(of.c, batch * of.c.batch_stride + j * of.c.ld + i);
+                        put(of.d, batch * of.d.batch_stride + j * of.d.ld + i, x);
+                    }
             }
     }
     return BLAS_SUCCESS;
