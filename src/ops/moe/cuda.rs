@@ -473,8 +473,9 @@ mod tests {
             let expected = products(Engine::Plain(DType::BF16))?;
             for engine in [Engine::Small, Engine::Large] {
                 for ((what, ours), (_, expected)) in products(engine)?.iter().zip(&expected) {
-                    // Sums of f32 in another order; rounded, they may fall on either side.
-                    let tolerance = if ours.dtype() == DType::F32 { 2e-6 } else { 8e-3 };
+                    // Sums of f32 in another order, which tensor cores cut where others round; stored as bf16, they may fall
+                    // on either side.
+                    let tolerance = if ours.dtype() == DType::F32 { 2e-5 } else { 8e-3 };
                     let expected = expected.to_device(&Device::Cpu)?;
                     assert_close(&format!("{what}, {engine:?}"), ours, &expected, tolerance)?;
                 }
