@@ -292,10 +292,10 @@ pub fn without_gradient(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask
             first_row as i32, rows as i32, sq, sk, h, kv, hd, k_batch, v_batch, first_key as i32, span as i32,
             plan.inner, plan.factor,
         );
-        // A block for each of those queries.
+        // A block for each of those queries. Its loop is compiled to read weights by fours, unused ones too.
         launch!(
             device, OP, &format!("attention_join_{}", suffix(q.dtype())),
-            grid: [rows, b * plan.kv, 1], block: 128, shared: splits * 4;
+            grid: [rows, b * plan.kv, 1], block: 128, shared: splits.next_multiple_of(4) * 4;
             &stats, &sums, plan.sinks.as_ref(), &y, first_row as i32, rows as i32, splits as i32, sq, sk, h, kv, hd,
         );
     }
