@@ -42,8 +42,8 @@ LAST='curve cpu_to_gpu gpu_to_cpu generation'
 CURVE_MEAN=0.01 CURVE_END=0.01
 # In f32, runs from the same checkpoint: the largest relative difference of a step.
 RESUMED_MOST=0.002
-# A recorded step and one with an offloaded optimizer compute the same: the largest relative difference of a step.
-SAME_MOST=0.0001
+# A recorded step launches the same kernels; the host's optimizer rounds on its own, which bf16 makes larger.
+RECORDED_MOST=0.0001 OFFLOADED_MOST=0.01
 MOST_LAUNCHES=420
 
 now() { date +%s.%N; }
@@ -283,14 +283,14 @@ part_repeat() {
 part_graphs() {
     on_gpu train graphs "${deterministic[@]}" --compile.enable || fail "training fails"
     grep -i 'graph\|record' "$logs/$part.log" | head -n 3
-    agree graphs repeat_1 "$SAME_MOST"
+    agree graphs repeat_1 "$RECORDED_MOST"
 }
 part_offload() {
     if ! on_gpu train offload "${deterministic[@]}" --training.enable_cpu_offload; then
         ! grep -q 'enable_cpu_offload' "$logs/$part.log" || pass_over "the key is refused"
         fail "training fails"
     fi
-    agree offload repeat_1 "$SAME_MOST"
+    agree offload repeat_1 "$OFFLOADED_MOST"
 }
 
 # Sanitizers slow kernels down by far: as many tests as get done in time, the kernels that are most intricate first.
