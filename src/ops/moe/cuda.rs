@@ -248,19 +248,9 @@ impl<'a> Layer<'a> {
         Ok(y)
     }
 
-    /// Gate, up, and what is made of them, for rows of `x` times the slots' weights if there are weights.
-    fn up_of_tokens(&self, x: &Tensor, weights: Option<&Tensor>) -> Result<[Tensor; 3]> {
-        let engine = self.engine(2 * self.hidden);
-        let fits = matches!(engine, Engine::Plain(_)) || by_eights(self.dim, &[x])?;
-        if x.dtype() == self.dtype && fits {
-            self.up(engine, x, Some(&self.routing.slots.order), weights)
-        } else {
-            self.up(engine, &self.gather(x, weights)?, None, None)
-        }
-    }
-
-    /// The same for rows of sorted slots, or where there is an `order`, for rows of tokens that are picked by it.
-    fn up(&self, engine: Engine, x: &Tensor, order: Option<&Tensor>, weights: Option<&Tensor>) -> Result<[Tensor; 3]> {
+    /// Gate, up, and what is made of them, for rows of tokens in the compute dtype, times the slots' weights if there are
+    /// weights.
+    fn up(&self, engine: Engine, x: &Tensor, weights: Option<&Tensor>) -> Result<[Tensor; 3]> {
         let new = || self.rows(self.hidden, self.dtype);
         let [gate, up, activated] = [new()?, new()?, new()?];
         let ((b1, low), (b3, _)) = (self.bias(0)?, self.bias(2)?);
@@ -268,7 +258,7 @@ impl<'a> Layer<'a> {
         launch!(
             self.device, "moe", &engine.kernel("up"),
             grid: self.grid(engine, 2 * self.hidden), block: engine.threads(), shared: engine.shared_bytes();
-            x, order, weights, self.routing.top_k as i32, &self.w1, &self.w3, b1.as_ref(), b3.as_ref(), low,
+            x, &self.routing.slots.order, weights, self.routing.top_k as i32, &self.w1, &self.w3, b1.as_ref(), b3.as_ref(), low,
             &self.tiles, self.dim as i32, self.hidden as i32, kind, limit, &gate, &up, &activated,
         );
         Ok([gate, up, activated])
@@ -360,7 +350,12 @@ pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Expert
     let (x, weights) = (elements(x, x.dtype())?, elements(weights, DType::F32)?);
     let (before, after) = weights_of(experts, &weights);
 
-    let [gate, up, activated] = layer.up_of_tokens(&x, before)?;
+    // Products pick rows of tokens themselves.
+    let low = elements(&x, layer.dtype)?;
+    let aligned = by_eights(layer.dim, &[&low])?;
+    let engine = if aligned { layer.engine(2 * layer.hidden) } else { Engine::Plain(layer.dtype) };
+    let [gate, up, activated] = layer.up(engine, &low, before)?;
+    drop(low);
     let result = layer.down(layer.engine(layer.dim), &activated)?;
     drop(activated);
     let y = layer.scatter_sum(&result, after, x.dtype(), None)?;
@@ -441,8 +436,10 @@ mod tests {
             };
             // Choices in an order that is not sorted.
             let mut choices: Vec<u32> = (0..).zip(counts).flat_map(|(e, n)| vec![e; n]).collect();
-            choices.rotate_left(200);
-            let routing = Routing::new(Tensor::from_vec(choices, (slots, 1), device)?, counts.len())?;
+            choices.rotate_left(201);
+            let routing = Routing::new(Tensor::from_vec(choices, (slots / 2, 2), device)?, counts.len())?;
+            let tokens = random_tensor("tokens", &[slots / 2, dim])?.to_dtype(DType::BF16)?.to_device(device)?;
+            let weights = random_tensor("weights", &[slots / 2, 2])?.to_device(device)?;
             let layer = Layer::new(&routing, &all)?;
             assert!(layer.aligned, "rows of multiples of 8");
             let random = |name, width: usize| -> Result<Tensor> {
@@ -452,7 +449,7 @@ mod tests {
             let (gate, up) = (random("gate", hidden)?, random("up", hidden)?);
             let given = Hidden { gate: gate.clone(), up: up.clone(), result: None };
             let products = |engine| -> Result<Vec<(&str, Tensor)>> {
-                let [y_gate, y_up, activated] = layer.up(engine, &input, None, None)?;
+                let [y_gate, y_up, activated] = layer.up(engine, &tokens, Some(&weights))?;
                 let result = layer.down(engine, &up)?;
                 let (dgate, dup, again) = layer.down_backward(engine, &dresult, &given, true)?;
                 let dinput = layer.up_backward(engine, &gate, &up)?;

@@ -301,9 +301,8 @@ struct Bias {
     }
 };
 
-// gate = x W1^T + b1, up = x W3^T + b3, activated = act(gate) up, for rows of x in the order of the sorted slots; unless
-// sorted is null, these are picked from the rows of tokens, and count as often as weights say, unless these are null.
-// w1, w3 (n_experts, hidden, dim).
+// gate = x W1^T + b1, up = x W3^T + b3, activated = act(gate) up, where x is the row of the slot's token, times the slot's
+// weight unless weights is null. w1, w3 (n_experts, hidden, dim).
 template <typename E, typename T>
 __device__ inline void expert_up(const T* x, const uint32_t* sorted, const float* weights, int top_k, const T* w1, const T* w3, const void* b1, const void* b3, int low,
                                  const RowTile* tiles, int dim, int hidden, int kind, float limit, T* gate, T* up,
@@ -315,8 +314,8 @@ __device__ inline void expert_up(const T* x, const uint32_t* sorted, const float
     __shared__ uint32_t places[E::ROWS];
     __shared__ float scales[E::ROWS];
     for (int i = threadIdx.x; i < rows; i += E::THREADS) {
-        const uint32_t slot = sorted != nullptr ? sorted[tile.first + i] : 0;
-        places[i] = sorted != nullptr ? slot / top_k : tile.first + i;
+        const uint32_t slot = sorted[tile.first + i];
+        places[i] = slot / top_k;
         scales[i] = weights != nullptr ? weights[slot] : 1.0f;
     }
     __syncthreads();
