@@ -41,6 +41,9 @@ done
 folder=${1:-${CARGO_TARGET_DIR:-$root/target}/$name}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
+# One at a time.
+exec 9>"$folder/.lock"
+flock 9
 CXX=${CXX:-g++}
 
 die() { printf 'emulated_gpu: %s\n' "$*" >&2; exit 1; }

@@ -44,15 +44,49 @@ int refuse(int result, const char* format, ...) {
     return result;
 }
 
+struct Graph;
+
+std::mutex graphs_lock;
+// Memory that steps of graphs allocate.
+std::map<void*, Graph*>& graph_memory() {
+    static std::map<void*, Graph*>& all = *new std::map<void*, Graph*>();
+    return all;
+}
+
 // What a stream does while it is captured, to be done again.
 struct Graph {
     std::vector<std::function<int()>> steps;
-    // Memory that a step allocates and another releases: its addresses stay, for all launches.
-    std::vector<void*> kept;
+    // By the address, which is the same in all launches: whether it is in use between launches.
+    std::map<void*, bool> memory;
+
+    void* add_memory(size_t bytes) {
+        void* made = allocate(bytes);
+        const std::lock_guard<std::mutex> guard(graphs_lock);
+        memory[made] = true;
+        graph_memory()[made] = this;
+        return made;
+    }
 
     ~Graph() {
-        for (void* address : kept) release(address);
+        for (const auto& [address, _] : memory) {
+            {
+                const std::lock_guard<std::mutex> guard(graphs_lock);
+                graph_memory().erase(address);
+            }
+            release(address);
+        }
     }
+};
+
+Graph* graph_with(void* address) {
+    const std::lock_guard<std::mutex> guard(graphs_lock);
+    const auto found = graph_memory().find(address);
+    return found == graph_memory().end() ? nullptr : found->second;
+}
+
+struct RunnableGraph {
+    std::shared_ptr<Graph> graph;
+    bool frees_on_launch;
 };
 
 struct Stream {
@@ -263,18 +297,24 @@ int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) {
     *address = 0;
     if (bytes == 0) return SUCCESS;
     if (allocated_bytes() + bytes > DEVICE_BYTES) return OUT_OF_MEMORY;
-    void* made = allocate(bytes);
+    Graph* const graph = stream_of(stream)->captured.get();
+    void* made = graph ? graph->add_memory(bytes) : allocate(bytes);
     if (!made) return OUT_OF_MEMORY;
     *address = reinterpret_cast<uint64_t>(made);
-    if (!is_capturing(stream)) return SUCCESS;
-    return perform(stream, [=] { return forget(made), int(SUCCESS); });
+    if (!graph) return SUCCESS;
+    return perform(stream, [=] { return graph->memory[made] = true, forget(made), int(SUCCESS); });
 }
 int cuMemFreeAsync(uint64_t address, void* stream) {
     if (address == 0) return SUCCESS;
     void* const released = reinterpret_cast<void*>(address);
-    if (!is_capturing(stream)) return release(released), SUCCESS;
-    stream_of(stream)->captured->kept.push_back(released);
-    return perform(stream, [=] { return forget(released), int(SUCCESS); });
+    Graph* const graph = graph_with(released);
+    if (!graph && is_capturing(stream)) {
+        return refuse(INVALID_VALUE, "a captured stream frees what no graph has allocated: %p, %s", released,
+                      describe(released).c_str());
+    }
+    if (!graph) return release(released), SUCCESS;
+    graph->memory[released] = false;
+    return perform(stream, [=] { return graph->memory[released] = false, forget(released), int(SUCCESS); });
 }
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
     return bytes ? cuMemAllocAsync(address, bytes, nullptr) : refuse(INVALID_VALUE, "an allocation of no bytes");
@@ -420,19 +460,24 @@ int cuStreamGetCaptureInfo_v2(void* stream, int* status, uint64_t* id, void**, c
 int cuStreamGetCaptureInfo_v3(void* stream, int* status, uint64_t* id, void**, const void**, const void**, size_t*) {
     return cuStreamGetCaptureInfo_v2(stream, status, id, nullptr, nullptr, nullptr);
 }
-int cuGraphInstantiateWithFlags(void** runnable, void* graph, unsigned long long) {
-    return *runnable = new std::shared_ptr<Graph>(*static_cast<std::shared_ptr<Graph>*>(graph)), SUCCESS;
+int cuGraphInstantiateWithFlags(void** runnable, void* graph, unsigned long long flags) {
+    // Nothing has run, so nothing is allocated.
+    auto& of = *static_cast<std::shared_ptr<Graph>*>(graph);
+    for (auto& [_, is_in_use] : of->memory) is_in_use = false;
+    return *runnable = new RunnableGraph{of, (flags & 1) != 0}, SUCCESS;
 }
 int cuGraphUpload(void*, void*) { return SUCCESS; }
 int cuGraphLaunch(void* runnable, void* stream) {
-    const std::shared_ptr<Graph> graph = *static_cast<std::shared_ptr<Graph>*>(runnable);
-    return perform(stream, [=] {
+    const auto [graph, frees_on_launch] = *static_cast<RunnableGraph*>(runnable);
+    return perform(stream, [graph = graph, frees_on_launch = frees_on_launch] {
+        for (const auto& [_, is_in_use] : graph->memory)
+            if (is_in_use && !frees_on_launch) return refuse(INVALID_VALUE, "a graph whose memory of the last launch is in use");
         for (const auto& step : graph->steps)
             if (const int result = step()) return result;
         return int(SUCCESS);
     });
 }
 int cuGraphDestroy(void* graph) { return delete static_cast<std::shared_ptr<Graph>*>(graph), SUCCESS; }
-int cuGraphExecDestroy(void* runnable) { return delete static_cast<std::shared_ptr<Graph>*>(runnable), SUCCESS; }
+int cuGraphExecDestroy(void* runnable) { return delete static_cast<RunnableGraph*>(runnable), SUCCESS; }
 
 } // extern "C"

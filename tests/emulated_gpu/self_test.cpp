@@ -311,6 +311,7 @@ void check_driver() {
     arguments[0] = &scratch;
     launch_increment(0);
     cuMemFreeAsync(scratch, stream);
+    check(cuMemFreeAsync(first, stream) == 1, "a graph that frees what it has not allocated");
     cuStreamEndCapture(stream, &graph);
     cuMemcpyDtoHAsync_v2(found, first, 16, stream);
     check(found[0] == 4 && found[3] == 4, "what is captured is not done");
