@@ -103,6 +103,9 @@ impl Bench {
     }
 
     fn line(&self, op: &str, shape: &str, work: Work, time_s: f64) {
+        if !self.in_earnest {
+            return println!("{op:<28} {shape:<28} runs");
+        }
         let (by_flops, by_bytes) = (work.flops as f64 / self.flops, work.bytes as f64 / self.bytes);
         let floor_s = by_flops.max(by_bytes);
         let bound = if by_flops > by_bytes { "arithmetic" } else { "memory" };
