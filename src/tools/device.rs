@@ -289,6 +289,20 @@ mod tests {
     }
 
     #[test]
+    fn the_first_gpu_is_chosen_else_the_cpu_and_the_log_says_why() {
+        let choice = Choice::of_machine();
+        match gpu(0) {
+            Ok(_) => assert!(choice.device.is_cuda() && choice.to_string() == "the first GPU"),
+            Err(error) => {
+                eprintln!("on the CPU: {error}");
+                assert!(choice.device.is_cpu() && choice.facts().unwrap().gpu.is_none());
+                let why = if cfg!(feature = "cuda") { "GPU 0 cannot be used" } else { "without the `cuda` feature" };
+                assert!(choice.to_string().contains(why), "{choice}");
+            }
+        }
+    }
+
+    #[test]
     fn fields_of_proc_files_are_read_in_bytes() {
         let status = "VmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n";
         assert_eq!(kib_field(status, "VmRSS"), Some(1 << 20));

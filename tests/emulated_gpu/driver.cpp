@@ -22,6 +22,7 @@ enum Result {
     SUCCESS = 0,
     INVALID_VALUE = 1,
     OUT_OF_MEMORY = 2,
+    NO_DEVICE = 100,
     INVALID_DEVICE = 101,
     NOT_FOUND = 500,
     OUT_OF_RESOURCES = 701,
@@ -177,6 +178,9 @@ extern "C" {
 // ---------------------------------------------------------------------------------------------------- device and context
 
 int cuInit(unsigned) {
+    // TITAN_EMULATED_GPUS=0: as on a machine that has the libraries, and no GPU.
+    const char* gpus = getenv("TITAN_EMULATED_GPUS");
+    if (gpus != nullptr && strcmp(gpus, "0") == 0) return NO_DEVICE;
     catch_faults();
     return SUCCESS;
 }
@@ -244,6 +248,7 @@ int cuGetErrorName(int error, const char** name) {
         {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
         {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
         {34, "CUDA_ERROR_STUB_LIBRARY"},
+        {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
         {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"},
         {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
         {OUT_OF_RESOURCES, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"},
