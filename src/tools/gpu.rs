@@ -4,12 +4,17 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
+use candle_core::cuda_backend::cudarc::driver::sys::CUgraphMem_attribute_enum::{
+    self, CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH, CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT, CU_GRAPH_MEM_ATTR_USED_MEM_HIGH,
+};
 use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::{
-    self, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
-    CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+    self, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH,
+    CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
 };
 use candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute_enum, CUgraphInstantiate_flags, CUmemoryPool};
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUdevice_attribute_enum, CUgraphInstantiate_flags, CUmemoryPool, cuDeviceGetGraphMemAttribute,
+};
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError, result};
 use candle_core::{CudaDevice, Device};
 use tracing::info;
@@ -83,13 +88,18 @@ pub fn facts(index: usize) -> Result<DeviceFacts> {
     Ok(DeviceFacts { name, cores, total_memory_bytes, peak_flops, gpu: Some(index) })
 }
 
-/// What the pool of GPU `index` has handed out, and what it holds; 0 where the driver does not say.
+/// What the pool of GPU `index` has handed out, and what it holds, with what recorded steps take on top; 0 where the driver
+/// does not say.
 pub fn memory_use(index: usize) -> MemoryUse {
     let get = |attribute| attribute_of(index, attribute).unwrap_or(0);
+    let of_graphs = |attribute| graph_attribute_of(index, attribute).unwrap_or(0);
+    let used = get(CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
+    let with_graphs = used + of_graphs(CU_GRAPH_MEM_ATTR_USED_MEM_HIGH);
+    let reserved = get(CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT) + of_graphs(CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH);
     MemoryUse {
-        current_bytes: get(CU_MEMPOOL_ATTR_USED_MEM_CURRENT),
-        peak_bytes: get(CU_MEMPOOL_ATTR_USED_MEM_HIGH),
-        peak_reserved_bytes: get(CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
+        current_bytes: used + of_graphs(CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT),
+        peak_bytes: get(CU_MEMPOOL_ATTR_USED_MEM_HIGH).max(with_graphs),
+        peak_reserved_bytes: get(CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH).max(reserved),
     }
 }
 
@@ -103,6 +113,13 @@ fn attribute_of(index: usize, attribute: CUmemPool_attribute_enum) -> Result<u64
     let mut value = 0u64;
     // SAFETY: the pool lives, and the attributes that are asked for are 64 bits wide.
     unsafe { result::mem_pool::get_attribute(pool(index)?, attribute, (&raw mut value).cast::<c_void>())? };
+    Ok(value)
+}
+
+fn graph_attribute_of(index: usize, attribute: CUgraphMem_attribute_enum) -> Result<u64, DriverError> {
+    let (device, mut value) = (result::device::get(index as i32)?, 0u64);
+    // SAFETY: the device exists, and these attributes are 64 bits wide.
+    unsafe { cuDeviceGetGraphMemAttribute(device, attribute, (&raw mut value).cast::<c_void>()) }.result()?;
     Ok(value)
 }
 

@@ -76,6 +76,13 @@ impl Trainer {
         let (device, facts) = (choice.device.clone(), choice.facts()?);
         info!("Device: {facts}; {choice}");
         profiler::wait_for(&device);
+        let keys = [
+            ("compile.enable", config.compile.enable),
+            ("training.enable_cpu_offload", config.training.enable_cpu_offload),
+        ];
+        for (key, _) in keys.iter().filter(|(_, is_on)| *is_on && device.is_cpu()) {
+            info!("`{key}` has no effect on a CPU");
+        }
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         // From here on the dump folder is this process's.
