@@ -148,8 +148,10 @@ pub fn count_launch() {
 /// Kernels by name, of each device.
 static KERNELS: LazyLock<RwLock<HashMap<DeviceId, HashMap<String, CudaFunction>>>> = LazyLock::new(RwLock::default);
 
+type Modules = HashMap<(DeviceId, &'static str), Arc<CudaModule>>;
+
 /// The modules that a device has loaded, by the names of their ops.
-static LOADED: LazyLock<RwLock<HashMap<(DeviceId, &'static str), Arc<CudaModule>>>> = LazyLock::new(RwLock::default);
+static LOADED: LazyLock<RwLock<Modules>> = LazyLock::new(RwLock::default);
 
 /// Loads the kernels of all ops, at the same time: where the driver has to compile them, that takes some seconds. `waiting`
 /// is called once if it takes more than one.

@@ -15,7 +15,7 @@ pub fn rotate(x: &Tensor, table: &RopeTable, direction: f32) -> Result<Tensor> {
     let aligned = |widths| by_eights(widths, &[&x, &y, cos, sin]);
     let (layout, n, groups) = match layout {
         RopeLayout::Pairs => {
-            let n = if aligned(hd | 2 * half)? { 8 } else { 2 };
+            let n = if aligned(hd | (2 * half))? { 8 } else { 2 };
             ("pairs", n, x.elem_count() / n)
         }
         RopeLayout::Halves => {
