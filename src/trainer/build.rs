@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::memory::{self, Classes};
 use super::profile::StepProfiler;
-use super::{Trainer, continuation};
+use super::{Trainer, continuation, convert};
 use crate::autograd::Precision;
 use crate::components::checkpoint::{Assets, CheckpointManager, Weights, holds_hugging_face, read_config};
 use crate::components::loss_guard::LossGuard;
@@ -76,6 +76,7 @@ impl Trainer {
         let (device, facts) = (choice.device.clone(), choice.facts()?);
         info!("Device: {facts}; {choice}");
         profiler::wait_for(&device);
+        convert::check(&loaded, &device)?;
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         // From here on the dump folder is this process's.
@@ -108,6 +109,7 @@ impl Trainer {
 
         let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
         model.adapt(&config.model.lora, seed)?;
+        convert::convert(&model, &config);
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
         memory::check(&model, precision, &config, &facts)?;
