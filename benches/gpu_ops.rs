@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use titan::autograd::{Init, Parameter, Precision, StageBuilder, Value};
+use titan::autograd::{Float8, Init, Parameter, Precision, Scaling, StageBuilder, Value};
 use titan::models::args::{RopeArgs, RopeLayout, ScoreFunc, Stretch};
 use titan::ops::{self, Adam, AdamSteps, AttentionMask, Experts, Gate, RopeTable, Router, Scores, StepRules};
 use titan::tools::device::{self, Choice};
@@ -240,6 +240,19 @@ impl Bench {
             ];
             let shape = format!("{name}: {} x {inner} -> {outer}", b * s);
             self.both(op, &shape, work, (&[b, s, inner], BF16), |x| ops::linear(x, &weight).unwrap());
+
+            // In half the time by arithmetic; what it takes to cast is the rest.
+            let lack = device::lack_of_float8(&self.device).unwrap();
+            if self.in_earnest && lack.is_some() {
+                continue;
+            }
+            for (recipe, scaling) in [("tensorwise", Scaling::Tensorwise), ("rowwise", Scaling::Rowwise)] {
+                let weight = self.parameter(&[outer, inner]);
+                weight.set_float8(Float8 { scaling, emulate: lack.is_some() });
+                let work = work.map(|work| Work { flops: work.flops / 2, ..work });
+                let op = format!("{op} float8 {recipe}");
+                self.both(&op, &shape, work, (&[b, s, inner], BF16), |x| ops::linear(x, &weight).unwrap());
+            }
         }
         let (up, weight) =
             (Value::constant(self.tensor(&[b, s, hidden_dim], BF16)), self.parameter(&[dim, hidden_dim]));

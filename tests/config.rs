@@ -179,7 +179,24 @@ const MISTAKES: &[Mistake] = &[
         &["cannot be 4", "without tensor parallelism", "leave it at 1"],
     ),
     file("[parallelism]\ndata_parallel_shard_degree = 8", &["cannot be 8", "titan trains on one device so far"]),
-    file("[model]\nconverters = [\"float8\"]", &["`model.converters` cannot be [\"float8\"]", "float8"]),
+    file(
+        "[model]\nconverters = [\"float8\", \"quantize.linear.mx\"]",
+        &[
+            "`model.converters` cannot have \"quantize.linear.mx\"",
+            "job.toml:2:14",
+            "titan does not compute in MX formats yet",
+            "allowed: \"quantize.linear.float8\", \"float8\"",
+        ],
+    ),
+    file(
+        "[model]\nconverters = [\"quantize.grouped_mm.float8\"]",
+        &["cannot have \"quantize.grouped_mm.float8\"", "titan does not quantize routed experts yet"],
+    ),
+    file("[model]\nconverters = [\"float_8\"]", &["cannot have \"float_8\"", "did you mean \"float8\"?"]),
+    file(
+        "[quantize.linear.float8]\nrecipe_name = \"row_wise\"",
+        &["did you mean \"rowwise\"?", "\"tensorwise\", \"rowwise\", \"rowwise_with_gw_hp\""],
+    ),
     file("[metrics]\nenable_wandb = true", &["`metrics.enable_wandb` cannot be true", "`wandb sync`"]),
     file(
         "[activation_checkpoint]\nmode = \"memory_budget\"",
@@ -367,6 +384,26 @@ fn colab_a100_is_accepted_and_what_has_no_effect_is_named_once() {
         assert_eq!(notice.matches(&format!("`{key}`")).count(), 1, "{notice}");
     }
     assert!(!notice.contains("training.steps"), "{notice}");
+}
+
+#[test]
+fn float8_is_accepted_and_its_keys_have_an_effect_only_with_its_converter() {
+    let job = "[quantize.linear.float8]\nrecipe_name = \"rowwise\"\nfilter_fqns = [\"output\"]\nemulate = true\n\
+               enable_fsdp_float8_all_gather = true";
+    for name in ["quantize.linear.float8", "float8"] {
+        let loaded = load(job, &format!("--model.converters={name}")).unwrap();
+        assert!(loaded.config.model.converts_to_float8());
+        assert_eq!(loaded.config.quantize.linear.float8.recipe_name, Some(config::Float8Recipe::Rowwise));
+        let expected =
+            "no effect: `quantize.linear.float8.enable_fsdp_float8_all_gather` (titan trains on one device so far)";
+        assert_eq!(loaded.notices, [expected]);
+    }
+    let loaded = load(job, "").unwrap();
+    assert!(!loaded.config.model.converts_to_float8());
+    let [notice] = loaded.notices.as_slice() else { panic!("{:?}", loaded.notices) };
+    for part in ["`quantize.linear.float8.recipe_name`", "`model.converters` does not name"] {
+        assert!(notice.contains(part), "{notice}");
+    }
 }
 
 #[test]

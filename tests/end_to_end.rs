@@ -328,11 +328,18 @@ initial_load_path = "{folder}/init.safetensors"
 /// The losses of 400 steps on Shakespeare, and PyTorch's in float32.
 fn shakespeare_losses(mixed_precision_param: &str) -> (Vec<f64>, Vec<f64>) {
     let case = golden_json("curve_shakespeare.json");
+    let losses = train_on_shakespeare(&case, &[&format!("--training.mixed_precision_param={mixed_precision_param}")]);
+    let expected: Vec<f64> = case["loss"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect();
+    assert_eq!(losses.len(), expected.len());
+    (losses, expected)
+}
+
+fn train_on_shakespeare(case: &Json, flags: &[&str]) -> Vec<f64> {
     let folder = tempfile::tempdir().unwrap();
     let schedule = &case["lr_schedule"];
     let job = golden_job(
         folder.path(),
-        &case,
+        case,
         &format!(
             r#"
 [lr_scheduler]
@@ -346,7 +353,6 @@ local_batch_size = {batch}
 seq_len = {seq_len}
 steps = {steps}
 max_norm = {max_norm}
-mixed_precision_param = "{mixed_precision_param}"
 [checkpoint]
 enable = true
 initial_load_path = "{init}"
@@ -362,11 +368,8 @@ initial_load_path = "{init}"
             init = golden("curve_shakespeare.init.safetensors").display(),
         ),
     );
-    succeed(&mut train(&job, 2));
-    let losses = losses(&folder.path().join("outputs"));
-    let expected: Vec<f64> = case["loss"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect();
-    assert_eq!(losses.len(), expected.len());
-    (losses.into_values().collect(), expected)
+    succeed(train(&job, 2).args(flags));
+    losses(&folder.path().join("outputs")).into_values().collect()
 }
 
 #[test]
@@ -387,6 +390,42 @@ fn four_hundred_steps_in_bfloat16_stay_within_a_hundredth_of_pytorchs_in_float32
     for (step, (loss, expected)) in (1..).zip(losses.iter().zip(&expected)) {
         assert!((loss / expected - 1.0).abs() <= 0.01, "step {step}: {loss}, expected {expected}");
     }
+}
+
+#[test]
+fn two_hundred_steps_in_emulated_float8_stay_within_a_fiftieth_of_those_in_bfloat16() {
+    let case = golden_json("curve_shakespeare.json");
+    let in_bfloat16 = train_on_shakespeare(&case, &["--training.steps=200"]);
+    for recipe in ["tensorwise", "rowwise"] {
+        let recipe_name = format!("--quantize.linear.float8.recipe_name={recipe}");
+        let losses = train_on_shakespeare(
+            &case,
+            &[
+                "--training.steps=200",
+                "--model.converters=quantize.linear.float8",
+                "--quantize.linear.float8.emulate",
+                &recipe_name,
+            ],
+        );
+        assert_eq!(losses.len(), 200);
+        assert_ne!(losses, in_bfloat16, "nothing is converted");
+        for (step, (loss, expected)) in (1..).zip(losses.iter().zip(&in_bfloat16)) {
+            assert!((loss / expected - 1.0).abs() <= 0.02, "{recipe}, step {step}: {loss}, in bfloat16 {expected}");
+        }
+    }
+}
+
+#[test]
+fn float8_is_refused_where_the_device_has_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut titan = train(&small_job(folder.path()), 1);
+    let output = titan.env("TITAN_DEVICE", "cpu").args(["--model.converters", "float8"]).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["8.9", "the CPU", "--model.converters", "quantize.linear.float8.emulate = true"] {
+        assert!(message.contains(part), "no {part:?} in {message}");
+    }
+    assert!(!folder.path().join("outputs").exists());
 }
 
 #[test]

@@ -6,9 +6,11 @@
 //! parameter's accumulator, so that no dense gradient is ever allocated, zeroed or summed.
 
 mod adapter;
+mod float8;
 mod parameter;
 mod value;
 
 pub use adapter::{Adapter, Dropout};
+pub use float8::{Float8, Scaling};
 pub use parameter::{Init, Parameter, Precision, StageBuffers, StageBuilder};
 pub use value::Value;

@@ -2,7 +2,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::Adapter;
+use super::{Adapter, Float8};
 use crate::Result;
 
 /// The distribution of a parameter's initial values.
@@ -92,6 +92,7 @@ impl StageBuilder {
             offset: self.numel,
             buffers: self.buffers.clone(),
             adapter: RwLock::default(),
+            float8: OnceLock::new(),
         });
         self.numel += parameter.numel();
         self.parameters.push(parameter.clone());
@@ -150,6 +151,7 @@ pub struct Parameter {
     offset: usize,
     buffers: Arc<OnceLock<StageBuffers>>,
     adapter: RwLock<Option<Arc<Adapter>>>,
+    float8: OnceLock<Float8>,
 }
 
 impl Parameter {
@@ -194,6 +196,17 @@ impl Parameter {
 
     pub fn set_adapter(&self, adapter: Option<Arc<Adapter>>) {
         *self.adapter.write().unwrap_or_else(PoisonError::into_inner) = adapter;
+    }
+
+    /// How products with this weight are computed in 8-bit floats, if they are.
+    pub fn float8(&self) -> Option<Float8> {
+        self.float8.get().copied()
+    }
+
+    /// From here on, products with this weight are computed in 8-bit floats. Both of its sizes are multiples of 16.
+    pub fn set_float8(&self, float8: Float8) {
+        assert!(self.shape.len() == 2 && self.shape.iter().all(|size| size.is_multiple_of(16)), "{:?}", self.shape);
+        self.float8.set(float8).expect("a weight is converted once");
     }
 
     /// Where backward adds the gradient, f32; `None` for a frozen weight, whose gradient need not be computed.

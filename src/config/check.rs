@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use super::JobConfig;
 use super::activation_checkpoint::AcMode;
 use super::diagnostic::{Fault, nearest};
+use super::model::FLOAT8_CONVERTERS;
+use super::schema::{GROUPED, MX};
 use crate::data::datasets::NAMES as DATASETS;
 use crate::models::args::DecoderArgs;
 use crate::models::{self, Clash};
@@ -27,6 +29,7 @@ pub(super) fn job(config: &JobConfig) -> Vec<Fault> {
         faults.extend(dataset_name("validation", &config.validation.dataset));
         faults.extend(dataset_path("validation", &config.validation.dataset, config.validation.dataset_path.is_some()));
     }
+    faults.extend(converters(config));
     faults.extend(lora(config));
     faults.extend(parallelism(config));
     faults.extend(activation_checkpoint(config));
@@ -112,6 +115,21 @@ fn dataset_path(section: &str, dataset: &str, has_path: bool) -> Option<Fault> {
             &[&format!("{section}.dataset"), &format!("{section}.dataset_path")],
         )
         .note("a file, a folder or a glob, such as \"data/*.txt\"")
+    })
+}
+
+/// Converters that are not there, yet or at all.
+fn converters(config: &JobConfig) -> impl Iterator<Item = Fault> {
+    let key = "model.converters";
+    let unknown = config.model.converters.iter().filter(|name| !FLOAT8_CONVERTERS.contains(&name.as_str()));
+    unknown.map(move |name| {
+        let hint = match name.as_str() {
+            "quantize.linear.mx" | "mx" => Some(MX.to_owned()),
+            "quantize.grouped_mm.float8" | "quantize.grouped_mm.mx" => Some(GROUPED.to_owned()),
+            _ => nearest(name, FLOAT8_CONVERTERS).map(|name| format!("did you mean {name:?}?")),
+        };
+        let fault = Fault::new(format!("`{key}` cannot have {name:?}"), &[key]).hint(hint);
+        fault.note(format!("allowed: {}", quoted(&FLOAT8_CONVERTERS)))
     })
 }
 

@@ -186,7 +186,7 @@ fn resolve(document: Option<Document>, overrides: &[Override]) -> Result<Loaded>
         return Err(diagnostic::report(faults, document.as_ref(), &origins));
     }
 
-    let mut notices = Vec::from_iter(without_effect(&origins));
+    let mut notices = Vec::from_iter(without_effect(&origins, &config));
     if let Some(path) = config.model.tokenizer_path.take() {
         notices.push("`model.tokenizer_path` is deprecated: its value was taken for `model.hf_assets_path`".to_owned());
         config.model.hf_assets_path = path;
@@ -201,10 +201,12 @@ fn resolve(document: Option<Document>, overrides: &[Override]) -> Result<Loaded>
 }
 
 /// One line that names the keys that were set in vain, by reason.
-fn without_effect(origins: &Origins) -> Option<String> {
+fn without_effect(origins: &Origins, config: &JobConfig) -> Option<String> {
+    let is_idle = |path: &str| path.starts_with("quantize.linear.float8.") && !config.model.converts_to_float8();
     let mut by_reason = BTreeMap::<&str, Vec<String>>::new();
     for path in origins.keys() {
-        if let Some(reason) = schema::find(path).and_then(|key| key.no_effect.as_deref()) {
+        let own_reason = schema::find(path).and_then(|key| key.no_effect.as_deref());
+        if let Some(reason) = own_reason.or(is_idle(path).then_some(schema::NO_FLOAT8)) {
             by_reason.entry(reason).or_default().push(format!("`{path}`"));
         }
     }

@@ -10,6 +10,9 @@ use crate::models::args::DecoderArgs;
 use crate::models::lora::Lora;
 use crate::{Error, Result};
 
+/// The names of the one converter that there is.
+pub(super) const FLOAT8_CONVERTERS: [&str; 2] = ["quantize.linear.float8", "float8"];
+
 /// Which model, and the files that come with it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -24,8 +27,8 @@ pub struct Model {
     pub hf_assets_path: PathBuf,
     /// Deprecated name of `hf_assets_path`, which wins over it.
     pub tokenizer_path: Option<PathBuf>,
-    /// Changes to the model before training: "float8", "mx".
-    #[schemars(extend("x-not-yet" = "titan does not convert models to float8 or MX yet"))]
+    /// Changes to the model before training: "quantize.linear.float8", or "float8" for short, computes its linear layers in 8-bit
+    /// floats, as `[quantize.linear.float8]` says.
     pub converters: Vec<String>,
     /// Log the model after its conversion.
     #[schemars(extend("x-no-effect" = TORCH))]
@@ -47,6 +50,13 @@ impl Default for Model {
             args: ModelArgs::default(),
             lora: Lora::default(),
         }
+    }
+}
+
+impl Model {
+    /// Whether linear layers are to compute in 8-bit floats.
+    pub fn converts_to_float8(&self) -> bool {
+        self.converters.iter().any(|name| FLOAT8_CONVERTERS.contains(&name.as_str()))
     }
 }
 

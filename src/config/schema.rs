@@ -16,11 +16,13 @@ use serde_json::{Map, Value, json};
 use super::JobConfig;
 
 pub(super) const FAULT_TOLERANCE: &str = "fault tolerance is off";
+pub(super) const GROUPED: &str = "titan does not quantize routed experts yet";
 pub(super) const MEMORY_BUDGET: &str = "the mode \"memory_budget\" is off";
+pub(super) const MX: &str = "titan does not compute in MX formats yet";
 pub(super) const ONE_DEVICE: &str = "titan trains on one device so far";
 pub(super) const PYTHON: &str = "it concerns Python";
 pub(super) const PYTHON_CODE: &str = "titan runs no Python";
-pub(super) const QUANTIZE: &str = "without `model.converters` nothing is quantized";
+pub(super) const NO_FLOAT8: &str = "`model.converters` does not name \"quantize.linear.float8\"";
 pub(super) const TORCH: &str = "it concerns PyTorch's inner workings";
 
 /// A key of a table.

@@ -23,6 +23,7 @@ mod bias;
 mod copy;
 mod cross_entropy;
 mod embedding;
+mod float8;
 mod glu;
 #[cfg(feature = "cuda")]
 mod gpu;

@@ -60,6 +60,15 @@ pub fn gpu(index: usize) -> Result<Device> {
     Err(Error::Device(format!("GPU {index} cannot be used: titan was built without the `cuda` feature")))
 }
 
+/// Why `device` cannot multiply matrices of 8-bit floats; `None` if it can.
+pub fn lack_of_float8(device: &Device) -> Result<Option<String>> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => super::gpu::lack_of_float8(device),
+        _ => Ok(Some("this run is on the CPU".into())),
+    }
+}
+
 /// The device that computes, and why it is this one.
 #[derive(Debug)]
 pub struct Choice {

@@ -26,6 +26,9 @@ use crate::{Error, Result};
 /// What titan's kernels are compiled for at least.
 const LEAST_CAPABILITY: (i32, i32) = (8, 0);
 
+/// What has tensor cores for 8-bit floats.
+const FLOAT8_CAPABILITY: (i32, i32) = (8, 9);
+
 /// GPU number `index`, the same for all that ask: candle takes a device that is opened twice for two.
 ///
 /// # Errors
@@ -50,11 +53,7 @@ fn plain(error: &Error) -> String {
 fn open_anew(index: usize) -> Result<Device> {
     let device = CudaDevice::new_with_stream(index)?;
     let context = device.cuda_stream().context().clone();
-    let capability = |attribute| context.attribute(attribute).map_err(candle_core::Error::wrap);
-    let found = (
-        capability(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-        capability(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-    );
+    let found = capability(&device)?;
     if found < LEAST_CAPABILITY {
         return Err(Error::Device(format!(
             "its compute capability is {}.{}, and titan's kernels need {}.{}",
@@ -72,6 +71,22 @@ fn open_anew(index: usize) -> Result<Device> {
         info!("The driver compiles titan's kernels for this GPU; it keeps them for the next time")
     })?;
     Ok(Device::Cuda(device))
+}
+
+/// Major and minor.
+fn capability(device: &CudaDevice) -> Result<(i32, i32)> {
+    let context = device.cuda_stream().context().clone();
+    let of = |attribute| context.attribute(attribute).map_err(candle_core::Error::wrap);
+    Ok((
+        of(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        of(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    ))
+}
+
+/// Why a GPU cannot multiply matrices of 8-bit floats; `None` if it can.
+pub fn lack_of_float8(device: &CudaDevice) -> Result<Option<String>> {
+    let found = capability(device)?;
+    Ok((found < FLOAT8_CAPABILITY).then(|| format!("this GPU's is {}.{}", found.0, found.1)))
 }
 
 /// The name, memory and peak of an open GPU. A peak that no data sheet gives is measured, which takes a moment.

@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::memory::{self, Classes};
 use super::profile::StepProfiler;
-use super::{Trainer, continuation};
+use super::{Trainer, continuation, convert};
 use crate::autograd::Precision;
 use crate::components::checkpoint::{Assets, CheckpointManager, Weights, holds_hugging_face, read_config};
 use crate::components::loss_guard::LossGuard;
@@ -83,6 +83,7 @@ impl Trainer {
         for (key, _) in keys.iter().filter(|(_, is_on)| *is_on && device.is_cpu()) {
             info!("`{key}` has no effect on a CPU");
         }
+        convert::check(&loaded, &device)?;
         let mut checkpoints =
             CheckpointManager::open(config.checkpoint.clone(), &config.job.dump_folder, text.assets(&config, &args))?;
         // From here on the dump folder is this process's.
@@ -115,6 +116,7 @@ impl Trainer {
 
         let mut model = Decoder::new(&args, text.vocabulary.eos_id)?;
         model.adapt(&config.model.lora, seed)?;
+        convert::convert(&model, &config);
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
         memory::check(&model, precision, &config, &facts)?;

@@ -47,6 +47,10 @@ fn effect(key: &str, config: &JobConfig) -> Effect {
         "data.text_field" | "data.messages_field" | "data.prompt_field" | "data.completion_field" => {
             Effect::OtherNumbers
         }
+        "model.converters"
+        | "quantize.linear.float8.recipe_name"
+        | "quantize.linear.float8.filter_fqns"
+        | "quantize.linear.float8.emulate" => Effect::OtherNumbers,
         "model.lora.alpha" | "model.lora.dropout" | "debug.moe_force_load_balance" => Effect::OtherNumbers,
         _ => Effect::None,
     }

@@ -2,6 +2,7 @@
 
 mod build;
 mod continuation;
+mod convert;
 mod memory;
 mod profile;
 #[cfg(feature = "cuda")]

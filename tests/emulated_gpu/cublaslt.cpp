@@ -1,4 +1,4 @@
-// cuBLASLt on the emulated device, as far as titan calls it: products of bf16 and f32 matrices with sums of f32.
+// cuBLASLt on the emulated device, as far as titan calls it: products of bf16, f32 and 8-bit float matrices with sums of f32.
 #include "blas.h"
 
 #include <string.h>
@@ -18,9 +18,24 @@ int refuse(int result, const char* why) {
     return result;
 }
 
-size_t bytes_of(int dtype) { return dtype == R_16BF ? 2 : dtype == R_32F ? 4 : 8; }
+bool is_float8(int dtype) { return dtype == R_8F_E4M3 || dtype == R_8F_E5M2; }
+
+size_t bytes_of(int dtype) { return is_float8(dtype) ? 1 : dtype == R_16BF ? 2 : dtype == R_32F ? 4 : 8; }
+
+// An 8-bit float, whose exponent has so many bits.
+float float8(unsigned char code, int exponent_bits) {
+    const int mantissa_bits = 7 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+    const int exponent = code >> mantissa_bits & ((1 << exponent_bits) - 1), mantissa = code & ((1 << mantissa_bits) - 1);
+    const float fraction = float(mantissa) / float(1 << mantissa_bits);
+    float x = exponent ? ldexpf(1 + fraction, exponent - bias) : ldexpf(fraction, 1 - bias);
+    // e4m3 has one NaN and no infinity; e5m2 is as IEEE has it.
+    if (exponent_bits == 4 && (code & 0x7f) == 0x7f) x = NAN;
+    if (exponent_bits == 5 && exponent == 31) x = mantissa ? NAN : INFINITY;
+    return code & 0x80 ? -x : x;
+}
 
 float get(const Matrix& of, int64_t index) {
+    if (is_float8(of.dtype)) return float8(static_cast<unsigned char*>(of.address)[index], of.dtype == R_8F_E4M3 ? 4 : 5);
     if (of.dtype == R_16BF) return float(static_cast<__nv_bfloat16*>(of.address)[index]);
     return static_cast<float*>(of.address)[index];
 }
@@ -77,6 +92,8 @@ int run_product(const Product& of) {
                 for (int64_t j = column; j < std::min(column + COLS, n); j++)
                     for (int64_t i = row; i < std::min(row + ROWS, m); i++) {
                         float x = of.alpha * sums[j - column][i - row];
+                        if (of.a_scales) x *= of.a_scales[of.scale_by_line ? i : 0];
+                        if (of.b_scales) x *= of.b_scales[of.scale_by_line ? j : 0];
                         if (of.beta != 0) x += of.beta * get(of.c, batch * of.c.batch_stride + j * of.c.ld + i);
                         put(of.d, batch * of.d.batch_stride + j * of.d.ld + i, x);
                     }
@@ -96,11 +113,32 @@ std::string fault_of(const Matrix& of, const char* name, int64_t batch) {
     return std::string(name) + " has " + std::to_string(bytes) + " bytes, and its address is " + describe(of.address);
 }
 
+// What tensor cores ask of 8-bit floats.
+std::string fault_of_float8(const Product& of) {
+    if (of.a.dtype == R_8F_E5M2 && of.b.dtype == R_8F_E5M2) return "not both can be e5m2";
+    if (of.c.dtype != of.d.dtype || (of.d.dtype != R_32F && of.d.dtype != R_16BF)) return "8-bit floats give f32 or bf16";
+    if (!of.transpose_a || of.transpose_b) return "8-bit floats are summed over columns of both operands as they are stored";
+    if (of.compute != COMPUTE_32F || of.batch != 1) return "8-bit floats are summed as f32, one product at a time";
+    for (const Matrix& matrix : {of.a, of.b, of.d}) {
+        if (matrix.ld * int64_t(bytes_of(matrix.dtype)) % 16) return "8-bit floats come in columns of a multiple of 16 bytes";
+        if (reinterpret_cast<uintptr_t>(matrix.address) % 16) return "8-bit floats are aligned to 16 bytes";
+    }
+    if (of.a.rows % 16) return "8-bit floats are summed 16 at a time";
+    for (const auto& [scales, n] : {std::pair(of.a_scales, of.d.rows), std::pair(of.b_scales, of.d.cols)})
+        if (scales && !is_allocated(scales, sizeof(float) * size_t(of.scale_by_line ? n : 1))) return "scales are not there";
+    if (of.scale_by_line && (!of.a_scales || !of.b_scales)) return "scales by line are needed for both operands";
+    return "";
+}
+
 } // namespace
 
 int multiply(const Product& of, void* stream) {
     const int inputs = of.a.dtype, outputs = of.d.dtype;
-    if (of.a.dtype != of.b.dtype || of.c.dtype != of.d.dtype || (inputs != R_16BF && inputs != R_32F) ||
+    const bool of_float8 = is_float8(of.a.dtype) && is_float8(of.b.dtype);
+    if (of_float8) {
+        const std::string fault = fault_of_float8(of);
+        if (!fault.empty()) return refuse(BLAS_NOT_SUPPORTED, fault.c_str());
+    } else if (of.a.dtype != of.b.dtype || of.c.dtype != of.d.dtype || (inputs != R_16BF && inputs != R_32F) ||
         (outputs != R_32F && (outputs != R_16BF || inputs != R_16BF)))
         return refuse(BLAS_NOT_SUPPORTED, "no such mixture of dtypes");
     const int64_t m = of.transpose_a ? of.a.cols : of.a.rows, k = of.transpose_a ? of.a.rows : of.a.cols;
@@ -223,6 +261,13 @@ int cublasLtMatmulPreferenceSetAttribute(Attributes* preference, int attribute, 
 int cublasLtMatmulAlgoGetHeuristic(void*, MatmulDesc* desc, Layout* a, Layout* b, Layout* c, Layout* d, Attributes* preference,
                                    int wanted, Heuristic* found, int* n_found) {
     if (!desc || !a || !b || !c || !d || !preference || !found || wanted < 1) return BLAS_INVALID_VALUE;
+    if (is_float8(a->dtype)) {
+        // Less aligned there is none.
+        for (int i = 0; i < 4; i++)
+            if (preference->get<uint32_t>(5 + i, 256) < 16) return *n_found = 0, BLAS_SUCCESS;
+        if (desc->attributes.get<int>(3, 0) == 0 || desc->attributes.get<int>(4, 0) != 0 || a->rows % 16)
+            return *n_found = 0, BLAS_SUCCESS;
+    }
     memset(found, 0, sizeof(*found));
     found->algorithm.mark = MARK;
     for (int i = 0; i < 4; i++) found->algorithm.alignment[i] = preference->get<uint32_t>(5 + i, 256);
@@ -264,6 +309,12 @@ int cublasLtMatmul(void* library, MatmulDesc* desc, const void* alpha, const voi
     product.c = c_layout->at(c);
     product.d = d_layout->at(d);
     product.batch = batch;
+    const int a_mode = desc->attributes.get<int>(31, 0), b_mode = desc->attributes.get<int>(32, 0);
+    if (a_mode != b_mode || (a_mode != 0 && a_mode != 3))
+        return refuse(BLAS_NOT_SUPPORTED, "scales are one for all, or one for each row and column");
+    product.a_scales = desc->attributes.get<const float*>(17, nullptr);
+    product.b_scales = desc->attributes.get<const float*>(18, nullptr);
+    product.scale_by_line = a_mode == 3;
     return multiply(product, stream);
 }
 

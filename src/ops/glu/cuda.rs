@@ -25,7 +25,7 @@ pub fn gradients_through(
     dy: &Tensor,
     kind: Gate,
 ) -> Result<(Tensor, Tensor)> {
-    if weight.adapter().is_some() {
+    if weight.adapter().is_some() || weight.float8().is_some() {
         let dhidden = linear::backward(&forward(gate, up, kind)?, weight, dy, None)?;
         return gradients(gate, up, &dhidden, kind, None);
     }

@@ -14,13 +14,14 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
-use crate::ops::add_tensors;
+use crate::ops::{add_tensors, float8};
 use crate::tools::profiler;
 
 /// `y = x Wᵀ`, computed and returned in the compute dtype of `weight`, with f32 sums.
 ///
 /// Backward returns `dx = dy W` and adds `dW = dyᵀ x` to the parameter's accumulator, if it has one. Where the weight has an
-/// [`Adapter`](crate::autograd::Adapter), its share is part of both.
+/// [`Adapter`](crate::autograd::Adapter), its share is part of both. Where it has a [`Float8`](crate::autograd::Float8), the
+/// three products, but not those of the adapter, are of 8-bit floats.
 ///
 /// # Shapes
 /// `x`: `(…, in)`. `weight`: `(out, in)`. Returns `(…, out)`.
@@ -33,7 +34,10 @@ pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
 
 /// [`linear`] on bare tensors, for ops that contain one.
 pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> {
-    let y = on_device!(x, forward(x, &weight.compute()?))?;
+    let y = match weight.float8() {
+        None => on_device!(x, forward(x, &weight.compute()?))?,
+        Some(how) => float8::forward(x, &weight.compute()?, how)?,
+    };
     match weight.adapter() {
         None => Ok(y),
         Some(adapter) => add_tensors(&y, &adapter::forward(x, &adapter, weight.fqn())?),
@@ -43,7 +47,11 @@ pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> 
 /// The gradient of `x` under `dy`, added to `sum` if there is one; those of the weight and its adapter go to their
 /// accumulators.
 pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor, sum: Option<&Tensor>) -> Result<Tensor> {
-    let dx = on_device!(x, backward(x, &weight.compute()?, weight.accumulator()?.as_ref(), dy, sum))?;
+    let (values, grad) = (weight.compute()?, weight.accumulator()?);
+    let dx = match weight.float8() {
+        None => on_device!(x, backward(x, &values, grad.as_ref(), dy, sum))?,
+        Some(how) => float8::backward(x, &values, grad.as_ref(), dy, sum, how)?,
+    };
     match weight.adapter() {
         None => Ok(dx),
         Some(adapter) => add_tensors(&dx, &adapter::backward(x, &adapter, weight.fqn(), dy)?),

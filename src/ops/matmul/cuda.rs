@@ -1,7 +1,7 @@
 //! Matrix products on a GPU, through cuBLASLt.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cublaslt::sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
@@ -17,7 +17,8 @@ use candle_core::cuda_backend::cudarc::cublaslt::sys::cublasLtMatrixLayoutAttrib
     CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
 };
 use candle_core::cuda_backend::cudarc::cublaslt::sys::{
-    cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cudaDataType_t,
+    cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasStatus_t,
+    cudaDataType_t,
 };
 use candle_core::cuda_backend::cudarc::cublaslt::{result, result::CublasError};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
@@ -34,7 +35,7 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 #[derive(Clone, Copy, Debug)]
 pub struct Mat {
     address: u64,
-    dtype: DType,
+    numbers: cudaDataType_t,
     /// As it is stored.
     rows: usize,
     cols: usize,
@@ -42,6 +43,13 @@ pub struct Mat {
     /// Elements from one matrix of a batch to the next.
     batch_stride: usize,
     transposed: bool,
+}
+
+/// What the bytes of a matrix of 8-bit floats are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codes {
+    E4m3,
+    E5m2,
 }
 
 impl Mat {
@@ -53,11 +61,36 @@ impl Mat {
 
     /// `(rows, cols)` from element `start` of a contiguous tensor on, whose rows begin `row_stride` elements apart.
     pub fn strided(tensor: &Tensor, start: usize, rows: usize, cols: usize, row_stride: usize) -> Result<Self> {
+        let numbers = match tensor.dtype() {
+            DType::BF16 => cudaDataType_t::CUDA_R_16BF,
+            DType::F32 => cudaDataType_t::CUDA_R_32F,
+            other => unreachable!("activations and weights are f32 or bf16, not {other:?}"),
+        };
+        Self::of(tensor, numbers, start, [rows, cols], row_stride)
+    }
+
+    /// A contiguous tensor of bytes as `rows` rows of 8-bit floats.
+    pub fn of_codes(tensor: &Tensor, rows: usize, codes: Codes) -> Result<Self> {
+        assert_eq!(tensor.dtype(), DType::U8, "8-bit floats are bytes");
+        let numbers = match codes {
+            Codes::E4m3 => cudaDataType_t::CUDA_R_8F_E4M3,
+            Codes::E5m2 => cudaDataType_t::CUDA_R_8F_E5M2,
+        };
+        let cols = tensor.elem_count() / rows.max(1);
+        Self::of(tensor, numbers, 0, [rows, cols], cols)
+    }
+
+    fn of(
+        tensor: &Tensor,
+        numbers: cudaDataType_t,
+        start: usize,
+        [rows, cols]: [usize; 2],
+        row_stride: usize,
+    ) -> Result<Self> {
         let end = start + rows.saturating_sub(1) * row_stride + cols;
         assert!(rows == 0 || end <= tensor.elem_count(), "matrix outside its tensor");
-        let dtype = tensor.dtype();
-        let address = gpu::address(tensor)? + (start * dtype.size_in_bytes()) as u64;
-        Ok(Self { address, dtype, rows, cols, row_stride, batch_stride: 0, transposed: false })
+        let address = gpu::address(tensor)? + (start * tensor.dtype().size_in_bytes()) as u64;
+        Ok(Self { address, numbers, rows, cols, row_stride, batch_stride: 0, transposed: false })
     }
 
     /// The first of a batch of matrices that begin `stride` elements apart; the caller answers for the others.
@@ -98,34 +131,93 @@ pub fn multiply_batch(device: &CudaDevice, a: Mat, b: Mat, dst: Mat, store: Stor
         Store::Overwrite(factor) => (factor, 0.0),
         Store::Add(factor) => (factor, 1.0),
     };
-    run(device, a, b, dst, dst, [factor, add], batch)
+    let done = run(device, a, b, dst, dst, [factor, add], batch, None)?;
+    assert!(done, "products of f32 and bf16 are done, or there was an error");
+    Ok(())
 }
 
 /// `dst = a b + c`, where `c` lies in memory as `dst` does, but elsewhere.
 pub fn multiply_and_add(device: &CudaDevice, a: Mat, b: Mat, c: Mat, dst: Mat) -> Result<()> {
     assert_eq!(
-        (c.dims(), c.dtype, c.row_stride),
-        (dst.dims(), dst.dtype, dst.row_stride),
+        (c.dims(), c.numbers, c.row_stride),
+        (dst.dims(), dst.numbers, dst.row_stride),
         "what a product is added to"
     );
-    run(device, a, b, c, dst, [1.0, 1.0], 1)
+    run(device, a, b, c, dst, [1.0, 1.0], 1, None)?;
+    Ok(())
 }
 
-/// `dst = factors[0] · a b + factors[1] · c`.
-fn run(device: &CudaDevice, a: Mat, b: Mat, c: Mat, dst: Mat, factors: [f32; 2], batch: usize) -> Result<()> {
+/// A product of 8-bit floats: `dst = a b`, and `c` if there is one, which lies in memory as `dst` does. Sums go over the rows
+/// of `a` and those of the transpose of `b`.
+pub struct Float8Product<'a> {
+    pub a: Mat,
+    pub b: Mat,
+    pub c: Option<Mat>,
+    pub dst: Mat,
+    pub scales: Option<Scales<'a>>,
+    /// Sums may lose some of their last bits, and take less time.
+    pub fast: bool,
+}
+
+/// What the rows of `a` and the columns of `b` are multiplied by, f32.
+pub struct Scales<'a> {
+    pub a: &'a Tensor,
+    pub b: &'a Tensor,
+    /// Each by its own, else all by the first.
+    pub by_line: bool,
+}
+
+/// False where the library has no such product on this device, for these sizes and addresses: then nothing is done.
+pub fn multiply_float8(device: &CudaDevice, product: Float8Product) -> Result<bool> {
+    let Float8Product { a, b, c, dst, scales, fast } = product;
+    let kind = match &scales {
+        None => ScaleKind::None,
+        Some(Scales { by_line: false, .. }) => ScaleKind::One,
+        Some(Scales { a: of_rows, b: of_columns, .. }) => {
+            assert_eq!([of_rows.elem_count(), of_columns.elem_count()], dst.dims(), "a scale for each line");
+            ScaleKind::EachLine
+        }
+    };
+    let address = |of: &Tensor| gpu::address(of);
+    let addresses = scales.map(|scales| Ok::<_, crate::Error>([address(scales.a)?, address(scales.b)?])).transpose()?;
+    let float8 = Some((Float8Kind { scales: kind, fast }, addresses.unwrap_or_default()));
+    let add = if c.is_some() { 1.0 } else { 0.0 };
+    run(device, a, b, c.unwrap_or(dst), dst, [1.0, add], 1, float8)
+}
+
+/// `dst = factors[0] · a b + factors[1] · c`. `float8`: of what kind, and the addresses of the scales of `a` and `b`.
+#[expect(clippy::too_many_arguments, reason = "those of a product")]
+fn run(
+    device: &CudaDevice,
+    a: Mat,
+    b: Mat,
+    c: Mat,
+    dst: Mat,
+    factors: [f32; 2],
+    batch: usize,
+    float8: Option<(Float8Kind, [u64; 2])>,
+) -> Result<bool> {
     let ([m, k], [k_b, n]) = (a.dims(), b.dims());
     assert_eq!((k, [m, n], false), (k_b, dst.dims(), dst.transposed), "sizes of a product");
-    assert_eq!(a.dtype, b.dtype, "operands of a product have one dtype");
+    assert!(float8.is_some() || a.numbers == b.numbers, "operands of a product have one dtype");
     assert!(k > 0, "products of nothing are not asked for");
     if m * n * batch == 0 {
-        return Ok(());
+        return Ok(true);
     }
     // cuBLAS counts by columns, in which our rows are the columns of the transposes: dstᵀ = bᵀ aᵀ.
     let [factor, add] = factors;
     let alignment = c.alignment().min(dst.alignment());
-    let key = Key { first: Shape::of(&b), second: Shape::of(&a), dst: Shape { alignment, ..Shape::of(&dst) }, batch };
+    let (kind, scales) = float8.unzip();
+    let [of_a, of_b] = scales.unwrap_or_default();
+    let key = Key {
+        first: Shape::of(&b),
+        second: Shape::of(&a),
+        dst: Shape { alignment, ..Shape::of(&dst) },
+        batch,
+        float8: kind,
+    };
     with_library(device, |library| {
-        let plan = library.plan(&key)?;
+        let Some(plan) = library.plan(&key, [of_b, of_a])? else { return Ok(false) };
         gpu::count_launch();
         let stream = device.cuda_stream();
         let pointer = |address: u64| address as *const c_void;
@@ -151,8 +243,9 @@ fn run(device: &CudaDevice, a: Mat, b: Mat, c: Mat, dst: Mat, factors: [f32; 2],
                 workspace,
                 WORKSPACE_BYTES,
                 stream.cu_stream().cast(),
-            )
+            )?
         }
+        Ok(true)
     })
 }
 
@@ -163,11 +256,25 @@ struct Key {
     second: Shape,
     dst: Shape,
     batch: usize,
+    float8: Option<Float8Kind>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Float8Kind {
+    scales: ScaleKind,
+    fast: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum ScaleKind {
+    None,
+    One,
+    EachLine,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Shape {
-    dtype: DType,
+    numbers: cudaDataType_t,
     rows: usize,
     cols: usize,
     row_stride: usize,
@@ -178,8 +285,8 @@ struct Shape {
 
 impl Shape {
     fn of(mat: &Mat) -> Self {
-        let Mat { dtype, rows, cols, row_stride, batch_stride, transposed, .. } = *mat;
-        Self { dtype, rows, cols, row_stride, batch_stride, transposed, alignment: mat.alignment() }
+        let Mat { numbers, rows, cols, row_stride, batch_stride, transposed, .. } = *mat;
+        Self { numbers, rows, cols, row_stride, batch_stride, transposed, alignment: mat.alignment() }
     }
 }
 
@@ -187,7 +294,8 @@ impl Shape {
 struct Library {
     handle: cublasLtHandle_t,
     workspace: CudaSlice<u8>,
-    plans: HashMap<Key, Plan>,
+    /// `None`: of 8-bit floats, and there is no algorithm.
+    plans: HashMap<Key, Option<Plan>>,
 }
 
 // SAFETY: the library's objects may be used from any thread, by one at a time: they are behind a mutex.
@@ -206,7 +314,7 @@ struct Plan {
 /// Kept until the process ends.
 static LIBRARIES: LazyLock<Mutex<HashMap<DeviceId, Library>>> = LazyLock::new(Mutex::default);
 
-fn with_library(device: &CudaDevice, body: impl FnOnce(&mut Library) -> Result<(), CublasError>) -> Result<()> {
+fn with_library<R>(device: &CudaDevice, body: impl FnOnce(&mut Library) -> Result<R, CublasError>) -> Result<R> {
     let fault = |error: CublasError| candle_core::Error::Msg(format!("cuBLASLt: {error}")).bt();
     let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
     let library = match libraries.entry(device.id()) {
@@ -223,10 +331,26 @@ fn with_library(device: &CudaDevice, body: impl FnOnce(&mut Library) -> Result<(
 }
 
 impl Library {
-    fn plan(&mut self, key: &Key) -> Result<Plan, CublasError> {
-        if let Some(plan) = self.plans.get(key) {
-            return Ok(*plan);
+    /// The way to do a product, with the addresses of its scales; `None` where it is of 8-bit floats and there is no way.
+    fn plan(&mut self, key: &Key, scales: [u64; 2]) -> Result<Option<Plan>, CublasError> {
+        let plan = match self.plans.get(key) {
+            Some(plan) => *plan,
+            None => {
+                let plan = match self.new_plan(key, scales) {
+                    Err(_) if key.float8.is_some() => None,
+                    plan => Some(plan?),
+                };
+                self.plans.insert(key.clone(), plan);
+                plan
+            }
+        };
+        if let (Some(plan), Some(kind)) = (&plan, key.float8) {
+            set_scales(plan.product, kind.scales, scales)?;
         }
+        Ok(plan)
+    }
+
+    fn new_plan(&self, key: &Key, scales: [u64; 2]) -> Result<Plan, CublasError> {
         let product = result::create_matmul_desc(CUBLAS_COMPUTE_32F, cudaDataType_t::CUDA_R_32F)?;
         for (attribute, is_transposed) in
             [(CUBLASLT_MATMUL_DESC_TRANSA, key.first.transposed), (CUBLASLT_MATMUL_DESC_TRANSB, key.second.transposed)]
@@ -236,6 +360,14 @@ impl Library {
             unsafe {
                 result::set_matmul_desc_attribute(product, attribute, (&raw const value).cast(), size_of_val(&value))?
             };
+        }
+        if let Some(kind) = key.float8 {
+            set_attribute(product, FAST_ACCUM, i8::from(kind.fast))?;
+            if kind.scales == ScaleKind::EachLine {
+                set_attribute(product, A_SCALE_MODE, SCALE_OUTER_VEC_32F)?;
+                set_attribute(product, B_SCALE_MODE, SCALE_OUTER_VEC_32F)?;
+            }
+            set_scales(product, kind.scales, scales)?;
         }
         let (first, second, dst) =
             (layout(&key.first, key.batch)?, layout(&key.second, key.batch)?, layout(&key.dst, key.batch)?);
@@ -264,20 +396,52 @@ impl Library {
             result::destroy_matmul_pref(preference)?;
             chosen?
         };
-        let plan = Plan { product, first, second, dst, algorithm: chosen.algo };
-        self.plans.insert(key.clone(), plan);
-        Ok(plan)
+        Ok(Plan { product, first, second, dst, algorithm: chosen.algo })
     }
+}
+
+/// Attributes of a product by their numbers: those of the library's 12.9 are not all known to cudarc where titan is built
+/// with an older CUDA, and the library that it runs with may be newer.
+const A_SCALE_POINTER: c_int = 17;
+const B_SCALE_POINTER: c_int = 18;
+const FAST_ACCUM: c_int = 25;
+const A_SCALE_MODE: c_int = 31;
+const B_SCALE_MODE: c_int = 32;
+
+/// The mode of a scale for each row of one operand and each column of the other.
+const SCALE_OUTER_VEC_32F: i32 = 3;
+
+unsafe extern "C" {
+    /// As cudarc has it, but for the type of `attribute` and of the result.
+    fn cublasLtMatmulDescSetAttribute(
+        product: cublasLtMatmulDesc_t,
+        attribute: c_int,
+        value: *const c_void,
+        bytes: usize,
+    ) -> c_int;
+}
+
+/// `Err` where the library does not know the attribute, or the value.
+fn set_attribute<T: Copy>(product: cublasLtMatmulDesc_t, attribute: c_int, value: T) -> Result<(), CublasError> {
+    // SAFETY: the descriptor is alive, and callers give the attributes above values of their sizes.
+    let status =
+        unsafe { cublasLtMatmulDescSetAttribute(product, attribute, (&raw const value).cast(), size_of::<T>()) };
+    if status == 0 { Ok(()) } else { Err(CublasError(cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE)) }
+}
+
+/// `scales`: addresses, of the library's first operand and of its second.
+fn set_scales(product: cublasLtMatmulDesc_t, kind: ScaleKind, scales: [u64; 2]) -> Result<(), CublasError> {
+    if kind == ScaleKind::None {
+        return Ok(());
+    }
+    set_attribute(product, A_SCALE_POINTER, scales[0])?;
+    set_attribute(product, B_SCALE_POINTER, scales[1])
 }
 
 /// Our rows are the library's columns.
 fn layout(shape: &Shape, batch: usize) -> Result<cublasLtMatrixLayout_t, CublasError> {
-    let dtype = match shape.dtype {
-        DType::BF16 => cudaDataType_t::CUDA_R_16BF,
-        DType::F32 => cudaDataType_t::CUDA_R_32F,
-        other => unreachable!("activations and weights are f32 or bf16, not {other:?}"),
-    };
-    let layout = result::create_matrix_layout(dtype, shape.cols as u64, shape.rows as u64, shape.row_stride as i64)?;
+    let layout =
+        result::create_matrix_layout(shape.numbers, shape.cols as u64, shape.rows as u64, shape.row_stride as i64)?;
     if batch > 1 {
         let (count, stride) = (batch as i32, shape.batch_stride as i64);
         // SAFETY: the layout is alive, and the attributes are numbers of 4 and 8 bytes.
