@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::Cast;
 use crate::Result;
 use crate::autograd::Float8;
-use crate::ops::add_tensors;
+use crate::ops::add::add_within;
 use crate::ops::host::{Element, GRAIN, build, convert, elements, typed, update, vectorized};
 use crate::ops::matmul::{Mat, Operand, add_product, wide_product};
 
@@ -22,7 +22,7 @@ pub fn backward(
     how: Float8,
 ) -> Result<Tensor> {
     let dx = typed!(T = weight.dtype(); backward_in::<T>(x, weight, grad, dy, how))?;
-    sum.map_or(Ok(dx.clone()), |sum| add_tensors(sum, &dx))
+    sum.map_or(Ok(dx.clone()), |sum| add_within(sum, &dx))
 }
 
 fn forward_in<T: Element>(x: &Tensor, weight: &Tensor, [of_x, of_weight]: [Cast; 2]) -> Result<Tensor> {

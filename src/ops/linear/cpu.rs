@@ -4,7 +4,7 @@ use candle_core::{D, Device, Tensor};
 use rayon::prelude::*;
 
 use crate::Result;
-use crate::ops::add_tensors;
+use crate::ops::add::add_within;
 use crate::ops::host::{Element, GRAIN, elements, softcapped, typed, update, vectorized};
 use crate::ops::matmul::{Dst, Mat, Operand, Product, add_product, product, wide_product};
 
@@ -21,7 +21,7 @@ pub fn backward(
     sum: Option<&Tensor>,
 ) -> Result<Tensor> {
     let dx = typed!(T = weight.dtype(); backward_in::<T>(x, weight, grad, dy))?;
-    sum.map_or(Ok(dx.clone()), |sum| add_tensors(sum, &dx))
+    sum.map_or(Ok(dx.clone()), |sum| add_within(sum, &dx))
 }
 
 pub fn logits(x: &Tensor, weight: &Tensor, softcap: Option<f32>) -> Result<Tensor> {

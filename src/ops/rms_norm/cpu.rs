@@ -1,7 +1,7 @@
 use candle_core::{D, DType, Device, Tensor};
 
 use crate::Result;
-use crate::ops::add_tensors;
+use crate::ops::add::add_within;
 use crate::ops::host::{Element, GRAIN, build, dot, elements, floats, sum_of, typed, update_if, vectorized};
 
 /// Elements per task of a sum over rows: whole rows, and enough of them that their sum of weight gradients is small
@@ -56,7 +56,7 @@ pub fn backward(
     let dx = typed!(X = x.dtype(), Y = dy.dtype(); {
         gradients::<X, Y>(x, &shifted(weight, offset)?, grad, rstd, dy)
     })?;
-    sum.map_or(Ok(dx.clone()), |sum| add_tensors(sum, &dx))
+    sum.map_or(Ok(dx.clone()), |sum| add_within(sum, &dx))
 }
 
 pub fn backward_unit(x: &Tensor, rstd: &Tensor, dy: &Tensor) -> Result<Tensor> {
