@@ -19,7 +19,7 @@ bool is_on = false;
 
 std::atomic<uint32_t> last_time{1};
 
-// The last accesses to a byte. Readers are many: of them it keeps the last, and whether there were others.
+// The last accesses to two bytes. Readers are many: of them it keeps the last, and whether there were others.
 struct Cell {
     uint32_t write_time, read_time;
     uint32_t write_at, read_at; // Code, relative to where the kernel's library begins.
@@ -32,7 +32,7 @@ constexpr uint16_t OTHER_LANES = 1 << 11; // Of the same warp.
 constexpr uint16_t OTHER_WARPS = 1 << 12;
 constexpr uint16_t OTHER_BLOCKS = 1 << 13;
 
-constexpr size_t BYTES_PER_CELL = 1;
+constexpr size_t BYTES_PER_CELL = 2;
 
 Cell* reserve_cells(size_t bytes) {
     const size_t size = (bytes / BYTES_PER_CELL + 1) * sizeof(Cell);
