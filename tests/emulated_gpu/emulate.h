@@ -69,11 +69,15 @@ inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; 
 
 namespace emulated {
 
-struct Thread;
+struct Identity {
+    uint3 index;
+    unsigned number, lane, warp;
+    unsigned* n_syncs; // How often the warp came to __syncwarp in this block.
+};
 
 // Where an OS thread is in a launch.
 struct Here {
-    const uint3* thread; // Of the fiber that runs.
+    const Identity* thread; // Of the fiber that runs; null if there is none.
     uint3 block, block_dim, grid_dim;
     unsigned char* shared; // Dynamic shared memory.
 };
@@ -92,7 +96,7 @@ const Meeting& meet(unsigned mask, const char* what, unsigned long long brought,
 // Waits for all threads of the block that still run. Returns how many of them brought true.
 int barrier(const char* what, bool brought, int line);
 
-unsigned lane();
+inline unsigned lane() { return here.thread->lane; }
 [[noreturn]] void fail(const char* what, const void* address);
 bool is_shared(const void* address, size_t bytes);
 // For races.cpp.
@@ -147,7 +151,7 @@ template <typename To, typename From> inline To bits(From from) {
 
 } // namespace emulated
 
-#define threadIdx (*emulated::here.thread)
+#define threadIdx (emulated::here.thread->index)
 #define blockIdx (static_cast<const uint3&>(emulated::here.block))
 #define blockDim (static_cast<const uint3&>(emulated::here.block_dim))
 #define gridDim (static_cast<const uint3&>(emulated::here.grid_dim))

@@ -64,9 +64,7 @@ struct Copy {
 
 } // namespace
 
-struct Thread {
-    uint3 index;
-    unsigned number, lane, warp;
+struct Thread : Identity {
     void* stack_pointer;
     // What it waits for, if it does; `caller` is the address behind the call.
     const char* waits_for;
@@ -350,7 +348,7 @@ void Machine::wait() {
     if (!warps[warp].runnable) runnable_warps &= ~(1u << warp);
     if (next == self) return;
     running = next;
-    here.thread = &next->index;
+    here.thread = next;
     emulated_switch(&self->stack_pointer, next->stack_pointer);
 }
 
@@ -453,10 +451,6 @@ int barrier(const char* what, bool brought, int line) {
     return machine->n_brought[number % 2];
 }
 
-unsigned lane() { return machine->running->lane; }
-
-int running_thread() { return machine && machine->running ? int(machine->running->number) : -1; }
-unsigned syncs_of_warp(unsigned warp) { return machine->warps[warp].n_syncs; }
 const unsigned char* library_of_kernel() { return machine->library; }
 const SharedMemory& shared_memory() { return machine->shared; }
 
@@ -501,8 +495,8 @@ void copy_async(void* to, const void* from, bool valid) {
     const unsigned long long nothing[2] = {NOTHING, NOTHING};
     memcpy(to, nothing, 16);
     Thread& self = *machine->running;
-    check_access(Access::Write, to, 16, self.number, call_of(caller));
-    if (valid) check_access(Access::Read, from, 16, self.number, call_of(caller));
+    check_access(Access::Write, to, 16, self, call_of(caller));
+    if (valid) check_access(Access::Read, from, 16, self, call_of(caller));
     self.copies.push_back({to, from, valid, self.n_groups});
 }
 
@@ -517,7 +511,7 @@ void copy_async_wait(int n_under_way) {
         const Copy& copy = self.copies[n_done];
         if (copy.valid) memcpy(copy.to, copy.from, 16);
         else memset(copy.to, 0, 16);
-        check_access(Access::Write, copy.to, 16, self.number, call_of(caller));
+        check_access(Access::Write, copy.to, 16, self, call_of(caller));
     }
     self.copies.erase(self.copies.begin(), self.copies.begin() + long(n_done));
 }
@@ -566,7 +560,7 @@ void ldmatrix(Meeting& meeting, bool transposed) {
         const void* row = operands(lane)->row;
         const Thread& thread = machine->threads[machine->running->warp * 32 + unsigned(lane)];
         check_row(row, "ldmatrix", thread.caller);
-        check_access(Access::Read, row, 16, thread.number, call_of(thread.caller));
+        check_access(Access::Read, row, 16, thread, call_of(thread.caller));
         memcpy(matrices[lane / 8][lane % 8], row, 16);
     }
     for (int lane = 0; lane < 32; lane++)
@@ -679,7 +673,7 @@ void run_block(unsigned n_threads) {
     m.warps[warp].runnable &= ~(1u << lane);
     if (!m.warps[warp].runnable) m.runnable_warps &= ~(1u << warp);
     m.running = &m.threads[warp * 32 + lane];
-    here.thread = &m.running->index;
+    here.thread = m.running;
     emulated_switch(&m.launcher, m.running->stack_pointer);
     m.running = nullptr;
 }
@@ -748,6 +742,7 @@ std::string run(const Launch& launch) {
         thread.number = i;
         thread.lane = i % 32;
         thread.warp = i / 32;
+        thread.n_syncs = &m.warps[i / 32].n_syncs;
     }
     const size_t n_blocks = size_t(launch.grid.x) * launch.grid.y * launch.grid.z;
     std::vector<size_t> blocks(n_blocks);

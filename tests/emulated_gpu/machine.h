@@ -35,10 +35,6 @@ struct SharedMemory {
 const SharedMemory& shared_memory();
 void fill_with_nothing(unsigned char* start, size_t bytes);
 
-// The thread of its block that runs now, or -1.
-int running_thread();
-// How often a warp came to __syncwarp in this block.
-unsigned syncs_of_warp(unsigned warp);
 const unsigned char* library_of_kernel();
 
 // Adds to a text.

@@ -46,9 +46,16 @@ Cell* device_cells() {
     return all;
 }
 
+// Memory that kernels share, and what is known of it.
+struct Area {
+    const unsigned char* start;
+    size_t bytes;
+    Cell* cells;
+};
 // Of one OS thread.
-__thread Cell *dynamic_cells, *static_cells;
-__thread size_t n_static_bytes;
+__thread Area device_area, dynamic_area, static_area;
+__thread size_t n_static_bytes; // That there are cells for.
+__thread const unsigned char* library; // Of the kernel.
 
 enum class Order { Before, SameThread, SameWarp, SameBlock, OtherBlock };
 
@@ -68,26 +75,28 @@ const char* name_of(Access access) {
     return access == Access::Read ? "reads" : access == Access::Write ? "writes" : "atomically changes";
 }
 
-[[noreturn]] void race(Access access, const void* address, unsigned thread, const void* at, Access before, uint16_t who,
+[[noreturn]] void race(Access access, const void* address, const Identity& thread, const void* at, Access before, uint16_t who,
                        uint32_t where, bool is_other_block) {
     std::string text;
-    say(text, "a race: thread %u %s %p, %s\n", thread, name_of(access), address, describe(address).c_str());
+    say(text, "a race: thread %u %s %p, %s\n", thread.number, name_of(access), address, describe(address).c_str());
     say(text, "  at  %s\n", place(at).c_str());
     say(text, "  thread %u of %s %s it, and nothing orders the two\n  at  %s\n", unsigned(who & THREAD),
-        is_other_block ? "another block" : "the block", name_of(before), place(library_of_kernel() + where).c_str());
+        is_other_block ? "another block" : "the block", name_of(before), place(library + where).c_str());
     die_in_kernel(text);
 }
 
-void check_cell(Cell& cell, Access access, const void* address, unsigned thread, uint16_t sync, bool is_shared_memory,
-                const void* at) {
-    const uint32_t where = uint32_t(static_cast<const unsigned char*>(at) - library_of_kernel());
+__attribute__((noinline)) void check_cell(Cell& cell, Access access, const void* address, const Identity& identity,
+                                          bool is_shared_memory, const void* at) {
+    const unsigned thread = identity.number;
+    const uint16_t sync = uint16_t(*identity.n_syncs);
+    const uint32_t where = uint32_t(static_cast<const unsigned char*>(at) - library);
     const uint32_t now = time_of_block.now;
     if (cell.write_time >= time_of_block.launch) {
         const Order order = order_of(cell.write_time, cell.writer, cell.write_sync, thread, sync, is_shared_memory);
         const bool are_atomic = access == Access::Atomic && (cell.writer & ATOMIC);
         const bool is_other = order > Order::SameThread || (order == Order::SameThread && (cell.writer & OTHER_LANES));
         if (is_other && !are_atomic)
-            race(access, address, thread, at, cell.writer & ATOMIC ? Access::Atomic : Access::Write, cell.writer, cell.write_at,
+            race(access, address, identity, at, cell.writer & ATOMIC ? Access::Atomic : Access::Write, cell.writer, cell.write_at,
                  order == Order::OtherBlock);
     }
     const bool was_read = cell.read_time >= time_of_block.launch;
@@ -98,7 +107,7 @@ void check_cell(Cell& cell, Access access, const void* address, unsigned thread,
         const bool by_other_warp = cell.read_time == now && (cell.reader & OTHER_WARPS);
         const bool by_other_lane = order == Order::SameThread && (cell.reader & OTHER_LANES);
         if (order > Order::SameThread || by_other_block || by_other_warp || by_other_lane)
-            race(access, address, thread, at, Access::Read, cell.reader, cell.read_at, by_other_block || order == Order::OtherBlock);
+            race(access, address, identity, at, Access::Read, cell.reader, cell.read_at, by_other_block || order == Order::OtherBlock);
         uint16_t flags = access == Access::Atomic ? ATOMIC : 0;
         if (access == Access::Atomic && cell.write_time == now && (cell.writer & THREAD) != thread) flags |= OTHER_LANES;
         if (access == Access::Atomic && cell.write_time == now) flags |= cell.writer & OTHER_LANES;
@@ -125,17 +134,44 @@ void check_cell(Cell& cell, Access access, const void* address, unsigned thread,
     cell.read_sync = sync;
 }
 
+inline __attribute__((always_inline)) void check_each(Access access, const void* address, size_t bytes, const Identity& thread, const void* at) {
+    const unsigned char* const start = static_cast<const unsigned char*>(address);
+    const auto holds = [=](const Area& area) { return size_t(start - area.start) < area.bytes; };
+    const Area* const area = holds(dynamic_area)  ? &dynamic_area
+                             : holds(device_area) ? &device_area
+                             : holds(static_area) ? &static_area
+                                                  : nullptr;
+    if (!area) return;
+    const size_t offset = size_t(start - area->start);
+    for (size_t i = offset / BYTES_PER_CELL; i <= (offset + bytes - 1) / BYTES_PER_CELL; i++) {
+        Cell& cell = area->cells[i];
+        // Read before in this phase, by this thread or by so many that no other may be added: nothing has been written since,
+        // or that would have been a race.
+        if (access == Access::Read && cell.read_time == time_of_block.now &&
+            ((cell.reader & OTHER_WARPS) ||
+             ((cell.reader & THREAD) == thread.number && cell.read_sync == uint16_t(*thread.n_syncs))))
+            continue;
+        check_cell(cell, access, address, thread, area != &device_area, at);
+    }
+}
+
 } // namespace
 
 bool races_are_found() { return is_on; }
 
 void start_launch() {
     if (!is_on) return;
-    if (!dynamic_cells) dynamic_cells = reserve_cells(shared_memory().dynamic_span);
-    if (n_static_bytes < shared_memory().static_bytes) {
-        if (static_cells) munmap(static_cells, (n_static_bytes / BYTES_PER_CELL + 1) * sizeof(Cell));
-        n_static_bytes = shared_memory().static_bytes;
-        static_cells = reserve_cells(n_static_bytes);
+    const SharedMemory& shared = shared_memory();
+    library = library_of_kernel();
+    device_area = {device_start, DEVICE_SPAN, device_cells()};
+    Cell* const cells = dynamic_area.cells ? dynamic_area.cells : reserve_cells(shared.dynamic_span);
+    dynamic_area = {shared.dynamic_start, shared.dynamic_span, cells};
+    static_area.start = shared.static_start;
+    static_area.bytes = shared.static_bytes;
+    if (n_static_bytes < shared.static_bytes) {
+        if (static_area.cells) munmap(static_area.cells, (n_static_bytes / BYTES_PER_CELL + 1) * sizeof(Cell));
+        n_static_bytes = shared.static_bytes;
+        static_area.cells = reserve_cells(n_static_bytes);
     }
     time_of_block.launch = last_time.fetch_add(1) + 1;
 }
@@ -147,29 +183,8 @@ void start_block() {
 
 void pass_barrier() { time_of_block.now = last_time.fetch_add(1) + 1; }
 
-void check_access(Access access, const void* address, size_t bytes, unsigned thread, const void* at) {
-    if (!is_on) return;
-    const unsigned char* const start = static_cast<const unsigned char*>(address);
-    const SharedMemory& shared = shared_memory();
-    Cell* cells;
-    size_t offset;
-    bool is_shared_memory = true;
-    if (size_t(start - device_start) < DEVICE_SPAN) {
-        cells = device_cells();
-        offset = size_t(start - device_start);
-        is_shared_memory = false;
-    } else if (size_t(start - shared.dynamic_start) < shared.dynamic_span) {
-        cells = dynamic_cells;
-        offset = size_t(start - shared.dynamic_start);
-    } else if (size_t(start - shared.static_start) < shared.static_bytes) {
-        cells = static_cells;
-        offset = size_t(start - shared.static_start);
-    } else {
-        return;
-    }
-    const uint16_t sync = uint16_t(syncs_of_warp(thread / 32));
-    for (size_t i = offset / BYTES_PER_CELL; i <= (offset + bytes - 1) / BYTES_PER_CELL; i++)
-        check_cell(cells[i], access, address, thread, sync, is_shared_memory, at);
+void check_access(Access access, const void* address, size_t bytes, const Identity& thread, const void* at) {
+    if (is_on) check_each(access, address, bytes, thread, at);
 }
 
 void forget_accesses(const void* start, size_t bytes) {
@@ -188,9 +203,8 @@ using namespace emulated;
 
 namespace {
 
-inline void on_access(Access access, const void* address, size_t bytes, void* returns_to) {
-    const int thread = running_thread();
-    if (thread >= 0) check_access(access, address, bytes, unsigned(thread), static_cast<char*>(returns_to) - 1);
+inline __attribute__((always_inline)) void on_access(Access access, const void* address, size_t bytes, void* returns_to) {
+    if (here.thread) check_each(access, address, bytes, *here.thread, static_cast<char*>(returns_to) - 1);
 }
 
 } // namespace

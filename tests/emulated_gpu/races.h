@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "emulate.h"
+
 namespace emulated {
 
 // Numbers that only grow: what now counts as the present, and when the block and the launch began. The present changes at
@@ -23,7 +25,7 @@ bool races_are_found();
 enum class Access { Read, Write, Atomic };
 
 // One access by a thread of the block that runs; `at` is an address of code.
-void check_access(Access access, const void* address, size_t bytes, unsigned thread, const void* at);
+void check_access(Access access, const void* address, size_t bytes, const Identity& thread, const void* at);
 // That memory is used for other things now.
 void forget_accesses(const void* start, size_t bytes);
 
