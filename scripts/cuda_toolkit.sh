@@ -48,7 +48,7 @@ fi
 folder=$(cd "$folder" && pwd)
 "$root/scripts/emulated_gpu.sh" >/dev/null
 rm -rf "$folder/lib/stubs"
-ln -s "${CARGO_TARGET_DIR:-$root/target}/emulated_gpu" "$folder/lib/stubs"
+ln -s "$(cd "${CARGO_TARGET_DIR:-$root/target}/emulated_gpu" && pwd)" "$folder/lib/stubs"
 
 export_line() { printf 'export %s=%q\n' "$1" "$2"; }
 export_line CUDA_HOME "$folder"
