@@ -19,42 +19,72 @@ bool is_on = false;
 
 std::atomic<uint32_t> last_time{1};
 
-// The last accesses to two bytes. Readers are many: of them it keeps the last, and whether there were others.
+// The last accesses to some bytes. Readers are many: of them it keeps the last, and whether there were others.
 struct Cell {
     uint32_t write_time, read_time;
     uint32_t write_at, read_at; // Code, relative to where the kernel's library begins.
     uint16_t writer, reader;    // Threads, and flags.
     uint16_t write_sync, read_sync; // How often their warp had come to __syncwarp.
 };
+
+constexpr size_t WORD_BYTES = 4;
+
+// Of a word that was accessed whole; once it is accessed in parts, until the launch ends, its bytes have cells of their own.
+struct WordCell : Cell {
+    uint32_t split_time;
+};
+
 constexpr uint16_t THREAD = 1023;
 constexpr uint16_t ATOMIC = 1 << 10;
 constexpr uint16_t OTHER_LANES = 1 << 11; // Of the same warp.
 constexpr uint16_t OTHER_WARPS = 1 << 12;
 constexpr uint16_t OTHER_BLOCKS = 1 << 13;
 
-constexpr size_t BYTES_PER_CELL = 2;
+// Memory that kernels share, and what is known of it.
+struct Area {
+    const unsigned char* start; // A multiple of a word's bytes.
+    size_t n_bytes;
+    WordCell* words;
+    Cell* bytes;
+    size_t n_reserved; // Bytes that there are cells for.
 
-Cell* reserve_cells(size_t bytes) {
-    const size_t size = (bytes / BYTES_PER_CELL + 1) * sizeof(Cell);
-    void* cells = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return cells == MAP_FAILED ? nullptr : static_cast<Cell*>(cells);
-}
+    void reserve(const unsigned char* from, size_t n) {
+        const uintptr_t lost = reinterpret_cast<uintptr_t>(from) % WORD_BYTES;
+        start = from - lost;
+        n_bytes = n + lost;
+        if (n_bytes <= n_reserved) return;
+        if (n_reserved) {
+            munmap(words, n_words() * sizeof(WordCell));
+            munmap(bytes, n_words() * WORD_BYTES * sizeof(Cell));
+        }
+        n_reserved = n_bytes;
+        words = static_cast<WordCell*>(zeros(n_words() * sizeof(WordCell)));
+        bytes = static_cast<Cell*>(zeros(n_words() * WORD_BYTES * sizeof(Cell)));
+    }
 
-Cell* device_cells() {
-    static Cell* const all = reserve_cells(DEVICE_SPAN);
-    if (!all) die("no addresses to keep accesses to the emulated device\n");
+  private:
+    size_t n_words() const { return n_reserved / WORD_BYTES + 1; }
+
+    // That take memory where they are written.
+    static void* zeros(size_t n) {
+        void* made = mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (made == MAP_FAILED) die("no addresses to keep accesses to memory\n");
+        return made;
+    }
+};
+
+Area& device_area() {
+    static Area& all = *[] {
+        Area* made = new Area();
+        made->reserve(device_start, DEVICE_SPAN);
+        return made;
+    }();
     return all;
 }
 
-// Memory that kernels share, and what is known of it.
-struct Area {
-    const unsigned char* start;
-    size_t bytes;
-    Cell* cells;
-};
 // Of one OS thread.
-__thread Area device_area, dynamic_area, static_area;
-__thread size_t n_static_bytes; // That there are cells for.
+__thread Area dynamic_area, static_area;
+__thread const Area* areas[3]; // With the one that is the same for all.
 __thread const unsigned char* library; // Of the kernel.
 
 enum class Order { Before, SameThread, SameWarp, SameBlock, OtherBlock };
@@ -134,24 +164,36 @@ __attribute__((noinline)) void check_cell(Cell& cell, Access access, const void*
     cell.read_sync = sync;
 }
 
-inline __attribute__((always_inline)) void check_each(Access access, const void* address, size_t bytes, const Identity& thread, const void* at) {
+inline __attribute__((always_inline)) void check_each(Access access, const void* address, size_t n, const Identity& thread,
+                                                     const void* at) {
     const unsigned char* const start = static_cast<const unsigned char*>(address);
-    const auto holds = [=](const Area& area) { return size_t(start - area.start) < area.bytes; };
-    const Area* const area = holds(dynamic_area)  ? &dynamic_area
-                             : holds(device_area) ? &device_area
-                             : holds(static_area) ? &static_area
-                                                  : nullptr;
+    const Area* area = nullptr;
+    for (const Area* candidate : areas)
+        if (size_t(start - candidate->start) < candidate->n_bytes) area = candidate;
     if (!area) return;
-    const size_t offset = size_t(start - area->start);
-    for (size_t i = offset / BYTES_PER_CELL; i <= (offset + bytes - 1) / BYTES_PER_CELL; i++) {
-        Cell& cell = area->cells[i];
+    const auto check = [&](Cell& cell) {
         // Read before in this phase, by this thread or by so many that no other may be added: nothing has been written since,
         // or that would have been a race.
         if (access == Access::Read && cell.read_time == time_of_block.now &&
             ((cell.reader & OTHER_WARPS) ||
              ((cell.reader & THREAD) == thread.number && cell.read_sync == uint16_t(*thread.n_syncs))))
+            return;
+        check_cell(cell, access, address, thread, area != areas[0], at);
+    };
+    const size_t first = size_t(start - area->start), end = first + n;
+    for (size_t word = first / WORD_BYTES; word * WORD_BYTES < end; word++) {
+        WordCell& whole = area->words[word];
+        const size_t from = word * WORD_BYTES, to = from + WORD_BYTES;
+        const bool is_split = whole.split_time >= time_of_block.launch;
+        if (!is_split && first <= from && to <= end) {
+            check(whole);
             continue;
-        check_cell(cell, access, address, thread, area != &device_area, at);
+        }
+        if (!is_split) {
+            for (size_t byte = from; byte < to; byte++) area->bytes[byte] = whole;
+            whole.split_time = time_of_block.now;
+        }
+        for (size_t byte = first > from ? first : from; byte < to && byte < end; byte++) check(area->bytes[byte]);
     }
 }
 
@@ -163,16 +205,11 @@ void start_launch() {
     if (!is_on) return;
     const SharedMemory& shared = shared_memory();
     library = library_of_kernel();
-    device_area = {device_start, DEVICE_SPAN, device_cells()};
-    Cell* const cells = dynamic_area.cells ? dynamic_area.cells : reserve_cells(shared.dynamic_span);
-    dynamic_area = {shared.dynamic_start, shared.dynamic_span, cells};
-    static_area.start = shared.static_start;
-    static_area.bytes = shared.static_bytes;
-    if (n_static_bytes < shared.static_bytes) {
-        if (static_area.cells) munmap(static_area.cells, (n_static_bytes / BYTES_PER_CELL + 1) * sizeof(Cell));
-        n_static_bytes = shared.static_bytes;
-        static_area.cells = reserve_cells(n_static_bytes);
-    }
+    dynamic_area.reserve(shared.dynamic_start, shared.dynamic_span);
+    static_area.reserve(shared.static_start, shared.static_bytes);
+    areas[0] = &device_area();
+    areas[1] = &dynamic_area;
+    areas[2] = &static_area;
     time_of_block.launch = last_time.fetch_add(1) + 1;
 }
 
@@ -189,8 +226,14 @@ void check_access(Access access, const void* address, size_t bytes, const Identi
 
 void forget_accesses(const void* start, size_t bytes) {
     if (!is_on) return;
-    Cell* const first = device_cells() + size_t(static_cast<const unsigned char*>(start) - device_start) / BYTES_PER_CELL;
-    madvise(first, bytes / BYTES_PER_CELL * sizeof(Cell), MADV_DONTNEED);
+    // The pages of cells that these are in: around them, nothing is accessed.
+    const auto drop = [](void* from, size_t n) {
+        const uintptr_t first = reinterpret_cast<uintptr_t>(from) & ~uintptr_t(4095);
+        madvise(reinterpret_cast<void*>(first), reinterpret_cast<uintptr_t>(from) + n - first, MADV_DONTNEED);
+    };
+    const size_t word = size_t(static_cast<const unsigned char*>(start) - device_start) / WORD_BYTES, n = bytes / WORD_BYTES;
+    drop(device_area().words + word, n * sizeof(WordCell));
+    drop(device_area().bytes + word * WORD_BYTES, n * WORD_BYTES * sizeof(Cell));
 }
 
 void fence() { time_of_block.has_fenced = true; }
@@ -210,7 +253,7 @@ inline __attribute__((always_inline)) void on_access(Access access, const void* 
 } // namespace
 
 void emulated::atomic_access(const void* address, size_t bytes) {
-    on_access(Access::Atomic, address, bytes, __builtin_return_address(0));
+    if (is_on) on_access(Access::Atomic, address, bytes, __builtin_return_address(0));
 }
 
 #define ACCESS(name, access, bytes) \

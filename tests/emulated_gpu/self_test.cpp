@@ -273,8 +273,9 @@ void check_order() {
     const char* kinds[] = {
         "", "reads that a warp does not wait for", "", "writes that a block does not wait for", "", "sums without atomics",
         "", "what another block reads", "", "a copy that only its own thread has waited for", "", "a sum that others add to",
+        "", "a byte of a word that another writes",
     };
-    for (int which = 0; which < 12; which++) {
+    for (int which = 0; which < 14; which++) {
         const auto body = [&] {
             Array<float> x(64, random_number), y(193, [](size_t) { return 0.0f; });
             launch("test_order", 2, 64, 1024, which, x.at, y.at);

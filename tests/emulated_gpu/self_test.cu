@@ -186,6 +186,15 @@ KERNEL(test_order, int which, float* x, float* y) {
         break;
     }
     case 11: atomicAdd(&shared[0], 1.0f), y[i + 64 * block] = shared[0]; break;
+    case 12: // Words, and their bytes.
+        reinterpret_cast<unsigned char*>(shared)[i] = i;
+        __syncthreads();
+        y[i + 64 * block] = shared[i / 4];
+        break;
+    case 13:
+        shared[i] = 0;
+        reinterpret_cast<unsigned char*>(shared)[(4 * i + 7) % 256] = i;
+        break;
     }
 }
 
