@@ -2,7 +2,7 @@ use candle_core::{CudaDevice, DType, Tensor};
 
 use super::{Cast, Format};
 use crate::Result;
-use crate::autograd::Float8;
+use crate::autograd::{Float8, Scaling};
 use crate::ops::gpu::{self, THREADS, blocks, by_eights, device, elements, launch, suffix, uninit};
 use crate::ops::linear::cuda::weight_gradient;
 use crate::ops::matmul::cuda::{Codes, Float8Product, Mat, Scales, Store, multiply, multiply_float8};
@@ -27,7 +27,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, how: Float8) -> Result<Tensor> {
     let x = Quantized::by_rows(&x, [rows, inner], of_x, how)?;
     let weight = Quantized::by_rows(weight, [outer, inner], of_weight, how)?;
     let y = uninit(shape, dtype, device)?;
-    // As torchao: sums of the forward product are the fastest that there are, those of gradients only if each line has a scale.
+    // As torchao has it: sums of the forward product are the fastest that there are, those of gradients with "rowwise" alone.
     product(&x, &weight, None, &y, true)?;
     Ok(y)
 }
@@ -46,7 +46,7 @@ pub fn backward(
     let rows = dy.elem_count() / outer;
     let [of_dy, of_weight] = how.scaling.input_gradient();
     let for_weight = grad.zip(how.scaling.weight_gradient());
-    let fast = for_weight.is_some_and(|(_, [of_dy, _])| of_dy.by_line);
+    let fast = how.scaling == Scaling::Rowwise;
 
     let of_columns = for_weight.map(|(_, [of_dy, _])| of_dy);
     let [dy_rows, dy_columns] = cast(&dy, [rows, outer], [Some(of_dy), of_columns], how)?;

@@ -82,10 +82,12 @@ pub fn by_head(x: &Tensor, weight: &Parameter, rows: Range<usize>, transposed: b
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
+    use candle_core::{DType, Device};
 
     use super::*;
+    use crate::autograd::{Adapter, Dropout, Float8, Scaling};
     use crate::ops::testing::{Case, assert_close, devices, parameters_on, random_tensor};
+    use crate::ops::{self, Gate};
 
     #[test]
     fn each_head_is_multiplied_by_its_own_rows() -> Result<()> {
@@ -122,6 +124,52 @@ mod tests {
                         |t, p| Ok(t[0].broadcast_matmul(&p[0].t()?)?),
                     )?;
             }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_weight_in_float8_is_multiplied_in_float8_and_its_adapter_is_not() -> Result<()> {
+        let values = [random_tensor("w", &[32, 48])?, random_tensor("a", &[4, 48])?, random_tensor("b", &[32, 4])?];
+        let (x, up) = (random_tensor("x", &[1, 20, 48])?, random_tensor("up", &[1, 20, 48])?);
+        let dy = random_tensor("dy", &[1, 20, 32])?;
+        let how = Float8 { scaling: Scaling::Rowwise, emulate: true };
+        for device in devices() {
+            let [x, up, dy] = [x.to_device(device)?, up.to_device(device)?, dy.to_device(device)?];
+            let weight = || -> Result<_> {
+                let parameters = parameters_on(device, &values, DType::F32)?;
+                parameters[0].set_float8(how);
+                Ok(parameters)
+            };
+            let plain = values[0].to_device(device)?;
+            let grad = (&plain * 0.0)?;
+            let expected = float8::forward(&x, &plain, how)?;
+            let expected_dx = float8::backward(&x, &plain, Some(&grad), &dy, None, how)?.to_device(&Device::Cpu)?;
+            let grad = grad.to_device(&Device::Cpu)?;
+
+            let parameters = weight()?;
+            let y = linear(&Value::input(x.clone()), &parameters[0])?;
+            assert_close("y", y.tensor(), &expected.to_device(&Device::Cpu)?, 0.0)?;
+            assert_close("dx", &y.backward(dy.clone())?, &expected_dx, 0.0)?;
+            assert_close("dW", &parameters[0].grad()?, &grad, 0.0)?;
+
+            // Where the gate is 1, the other branch goes through the layer as it is.
+            let gate = Value::constant((&x * 0.0)?.affine(1.0, 1.0)?);
+            let parameters = weight()?;
+            let y = ops::glu(&gate, &Value::input(x.clone()), &parameters[0], Gate::Relu)?;
+            assert_close("y of a gate", y.tensor(), &expected.to_device(&Device::Cpu)?, 0.0)?;
+            assert_close("dx of a gate", &y.backward(dy.clone())?, &expected_dx, 0.0)?;
+            assert_close("dW of a gate", &parameters[0].grad()?, &grad, 0.0)?;
+
+            let parameters = weight()?;
+            let dropout = Arc::new(Dropout::new(0.0, 0));
+            let (a, b) = (parameters[1].clone(), parameters[2].clone());
+            parameters[0].set_adapter(Some(Arc::new(Adapter { a, b, scale: 0.5, dropout })));
+            let of_adapter = up.broadcast_matmul(&values[1].to_device(device)?.t()?)?;
+            let of_adapter = (of_adapter.broadcast_matmul(&values[2].to_device(device)?.t()?)? * 0.5)?;
+            let expected = (float8::forward(&up, &plain, how)? + of_adapter)?.to_device(&Device::Cpu)?;
+            let y = linear(&Value::constant(up), &parameters[0])?;
+            assert_close("y with an adapter", y.tensor(), &expected, 2e-6)?;
         }
         Ok(())
     }
