@@ -27,6 +27,7 @@ use titan::models::decoder::Sequence;
 use titan::models::{self, Decoder};
 use titan::ops::{self, Adam, StepRules};
 use titan::tools::device::{self, Choice, GIB};
+use titan::tools::profiler::{self, Category, Table};
 use titan::tools::{memory, random};
 
 #[global_allocator]
@@ -56,6 +57,9 @@ struct Options {
     /// As many as there are cores, if not given.
     #[arg(long)]
     threads: Option<usize>,
+    /// Say where the time of the timed steps goes.
+    #[arg(long)]
+    profile: bool,
     /// A line of JSON for each run.
     #[arg(long)]
     json: bool,
@@ -216,8 +220,13 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, choice: &Choice, optio
                 recorded = Some((rows, context, repeat, launches().zip(before).map_or(0, |(now, then)| now - then)));
             }
             device::synchronize(device).unwrap();
+            if options.profile {
+                profiler::wait_for(device);
+                profiler::start();
+            }
             (begin, launched) = (Instant::now(), launches());
         }
+        let _span = profiler::span_in(Category::Step, format_args!("step {i}"));
         let start = Instant::now();
         let rows = MicroBatch::new(window(0), window(1));
         optimizer.prepare(&rules).unwrap();
@@ -232,7 +241,7 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, choice: &Choice, optio
                 enqueue(&model, &rows, &context, recompute, &optimizer).unwrap();
             }
         }
-        let outcome = optimizer.finish().unwrap();
+        let outcome = profiler::span_in(Category::Optimizer, "finish").around(|| optimizer.finish()).unwrap();
         assert!(outcome.applied, "step {i}: {outcome:?}");
         losses.push(outcome.loss);
         model.expert_loads().values().for_each(|load| load.rebalance(true).unwrap());
@@ -242,6 +251,9 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, choice: &Choice, optio
     let mean_s = begin.elapsed().as_secs_f64() / f64::from(steps);
     let in_recording = recorded.map_or(0, |(.., n)| n) as f64;
     let launches = launches().zip(launched).map(|(now, then)| in_recording + (now - then) as f64 / f64::from(steps));
+    if options.profile {
+        eprintln!("{}", Table::of(&profiler::stop()));
+    }
     let timed = &mut elapsed_s[warm_up as usize..];
     timed.sort_by(f64::total_cmp);
     let step_s = if device.is_cpu() { timed[timed.len() / 2] } else { mean_s };
@@ -273,7 +285,7 @@ fn enqueue(
     optimizer: &Optimizer,
 ) -> Result<()> {
     let loss = engine::forward_backward_in(model, rows, context, 1.0, recompute)?;
-    optimizer.enqueue(model.stages(), &loss)
+    profiler::span_in(Category::Optimizer, "optimizer").around(|| optimizer.enqueue(model.stages(), &loss))
 }
 
 /// What repeats the launches of `body`.

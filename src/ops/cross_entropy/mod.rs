@@ -19,8 +19,8 @@ pub const IGNORE_INDEX: u32 = u32::MAX;
 ///
 /// `1/N · Σ (logsumexp(logits) - logits[target])` over the `N` targets other than [`IGNORE_INDEX`]; 0 if there are none.
 /// On the host, the rows of the others are left out before anything is computed. Logits are computed for some rows at a
-/// time, so that at most 128 MiB of them exist, 512 on a GPU; they are rounded to the compute dtype of `weight`, the rest
-/// is f32.
+/// time, so that at most 512 MiB of them exist, or of their exponentials; they are rounded to the compute dtype of `weight`,
+/// the rest is f32.
 ///
 /// `softcap`: the logits are `softcap · tanh(logits / softcap)`.
 ///

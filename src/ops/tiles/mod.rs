@@ -300,13 +300,11 @@ pub struct Tiles<T = bf16> {
     data: Vec<T>,
     steps: usize,
     parts: usize,
-    /// Whether the tiles of a step follow one another, instead of those of a row.
-    by_step: bool,
 }
 
 impl<T> Default for Tiles<T> {
     fn default() -> Self {
-        Self { data: Vec::new(), steps: 0, parts: 1, by_step: false }
+        Self { data: Vec::new(), steps: 0, parts: 1 }
     }
 }
 
@@ -320,7 +318,7 @@ impl<T: Number> Tiles<T> {
     /// The processor has AVX-512.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub unsafe fn pack(&mut self, matrix: &Mat<T>, rows: usize, columns: usize, packing: Packing) {
-        (self.steps, self.parts, self.by_step) = (columns.div_ceil(T::STEP), 1, false);
+        (self.steps, self.parts) = (columns.div_ceil(T::STEP), 1);
         let len = rows * self.steps * Tiles::<T>::LEN;
         self.data.clear();
         self.data.reserve(len);
@@ -334,23 +332,14 @@ impl<T: Number> Tiles<T> {
 
     /// `rows` of tiles, to be written before they are read.
     pub fn resize(&mut self, rows: usize, steps: usize, parts: usize) {
-        (self.steps, self.parts, self.by_step) = (steps, parts, false);
+        (self.steps, self.parts) = (steps, parts);
         self.data.resize(rows * steps * parts * Tiles::<T>::LEN, T::default());
-    }
-
-    /// As [`Tiles::resize`], with the tiles of a step one after another.
-    pub fn resize_by_step(&mut self, rows: usize, steps: usize, parts: usize) {
-        self.resize(rows, steps, parts);
-        self.by_step = true;
     }
 
     /// Numbers from one row of tiles to the next, and from one step to the next.
     pub fn strides(&self) -> (usize, usize) {
         let tile = self.parts * Self::LEN;
-        match self.by_step {
-            true => (tile, self.rows() * tile),
-            false => (self.steps * tile, tile),
-        }
+        (self.steps * tile, tile)
     }
 
     pub fn rows(&self) -> usize {
@@ -424,8 +413,7 @@ pub fn pack_all<S: Source>(matrices: Vec<(Mat<S>, Packing)>) -> Vec<Tiles> {
     let mut tasks = Vec::new();
     for (matrix, packing) in &matrices {
         let (rows, steps) = (matrix.rows.div_ceil(TILE), matrix.cols.div_ceil(STEP));
-        let mut tiles =
-            Tiles { data: Vec::with_capacity(rows * steps * step_len), steps, parts: S::PARTS, by_step: false };
+        let mut tiles = Tiles { data: Vec::with_capacity(rows * steps * step_len), steps, parts: S::PARTS };
         let to = Shared(tiles.data.as_mut_ptr());
         packed.push(tiles);
         for row in (0..rows).step_by(ROWS) {
