@@ -91,16 +91,11 @@ impl Job {
     /// Asserts that every loss ever logged, those of steps that were done again too, and the last checkpoint are those of
     /// the undisturbed run.
     pub fn assert_came_to(&self, outcome: &Outcome) {
-        self.assert_ended_as(outcome);
-        let steps: BTreeMap<_, _> = self.losses().into_iter().collect();
-        assert_eq!(steps, outcome.losses, "every step was logged");
-    }
-
-    /// The same where lines of `metrics.jsonl`, which is never synced, may be gone.
-    pub fn assert_ended_as(&self, outcome: &Outcome) {
         for (step, loss) in self.losses() {
             assert_eq!(outcome.losses.get(&step), Some(&loss), "the loss of step {step}");
         }
+        let steps: BTreeMap<_, _> = self.losses().into_iter().collect();
+        assert_eq!(steps, outcome.losses, "every step was logged");
         let found = files(&self.step(self.last_step()));
         assert!(found.keys().eq(outcome.last_step.keys()), "{:?}", found.keys());
         for (name, bytes) in found {
