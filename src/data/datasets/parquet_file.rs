@@ -218,7 +218,7 @@ mod tests {
             check(&header(DICTIONARY_PAGE, 1000, MAX_DICTIONARY + 1, checksum), MAX_PAGE_BYTES).unwrap_err();
         }
         check(b"", MAX_PAGE_BYTES).unwrap_err();
-        check(&[NEXT_I32; 20], MAX_PAGE_BYTES).unwrap_err();
+        check(&[NEXT_I32; 3], MAX_PAGE_BYTES).unwrap_err();
         check(&[0xff; 20], MAX_PAGE_BYTES).unwrap_err();
     }
 }
