@@ -19,7 +19,7 @@ use tracing::{info, warn};
 use crate::components::checkpoint::{CheckpointManager, Progress, State, TrainState, Why};
 use crate::components::loss_guard::LossGuard;
 use crate::components::lr_scheduler::LrScheduler;
-use crate::components::metrics::{self, MetricsLogger, StepRecord};
+use crate::components::metrics::{MetricsLogger, StepRecord};
 use crate::components::optimizer::Optimizer;
 use crate::components::validate::Validator;
 use crate::config::JobConfig;
@@ -190,8 +190,6 @@ impl Trainer {
     fn save(&mut self, why: Why) -> Result<()> {
         if self.checkpoints.saves() {
             self.check_weights()?;
-            // A run that goes on from here does not write them again.
-            metrics::sync(&self.config.job.dump_folder);
         }
         let (step, n_tokens_seen, seed) = (self.step, self.n_tokens_seen, self.seed);
         let progress = Progress {

@@ -5,20 +5,27 @@ use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value as Json;
 
 use crate::binary::{repo, succeed, titan};
 
-/// Looks again after a nap, for longer than anything should take. Naps are counted, not time: a machine that sleeps, or
-/// stops the drill and its runs, fails none.
-fn wait_for<T>(mut look: impl FnMut() -> Option<T>, fault: impl FnOnce() -> String) -> T {
-    const NAP: Duration = Duration::from_millis(2);
-    for _ in 0..60_000 {
+/// Lets a moment pass, and says how long it was: no longer than a busy machine makes it, if somebody stopped the drill and
+/// its runs meanwhile.
+pub fn nap() -> Duration {
+    let start = Instant::now();
+    std::thread::sleep(Duration::from_millis(1));
+    start.elapsed().min(Duration::from_millis(50))
+}
+
+/// Looks again after a nap, for longer than anything should take, and says how long that was.
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>, fault: impl FnOnce() -> String) -> (T, Duration) {
+    let mut waited = Duration::ZERO;
+    while waited < Duration::from_secs(120) {
         match look() {
-            Some(found) => return found,
-            None => std::thread::sleep(NAP),
+            Some(found) => return (found, waited),
+            None => waited += nap(),
         }
     }
     panic!("{}", fault());
@@ -136,6 +143,8 @@ pub struct Ended {
     /// `None`: by a signal.
     pub code: Option<i32>,
     pub signal: Option<i32>,
+    /// How long that was waited for.
+    pub waited: Duration,
     pub log: String,
 }
 
@@ -173,11 +182,11 @@ impl Run {
     }
 
     pub fn wait(mut self) -> Ended {
-        let status = wait_for(
+        let (status, waited) = wait_for(
             || self.child.try_wait().unwrap(),
             || format!("does not end:\n{}", fs::read_to_string(&self.log).unwrap()),
         );
-        Ended { code: status.code(), signal: status.signal(), log: self.log() }
+        Ended { code: status.code(), signal: status.signal(), waited, log: self.log() }
     }
 }
 

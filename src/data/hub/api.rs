@@ -48,7 +48,7 @@ pub enum Fault {
     Network(reqwest::Error),
     #[error("the answer breaks off: {}", chain(.0))]
     BrokenOff(io::Error),
-    #[error("status {} from {}: {}", .0.status, .0.url, .0.message)]
+    #[error("status {} from {}{}{}", .0.status, .0.url, if .0.message.is_empty() { "" } else { ": " }, .0.message)]
     Refused(Box<Refusal>),
     /// An answer that no hub gives.
     #[error("{0}")]
