@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -151,6 +151,14 @@ pub struct Ended {
 impl Run {
     /// Standard error goes to the file `log`: a pipe that is not read would stop the run.
     pub fn start(mut command: Command, log: &Path) -> Self {
+        let heed_ctrl_c = || {
+            // SAFETY: a system call, which is all that there may be between fork and exec.
+            unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+            Ok(())
+        };
+        // A drill that a shell runs in the background was told to ignore it, and hands that on.
+        // SAFETY: see there.
+        unsafe { command.pre_exec(heed_ctrl_c) };
         let child = command.stdout(Stdio::null()).stderr(File::create(log).unwrap()).spawn().unwrap();
         Self { child, log: log.to_owned() }
     }
