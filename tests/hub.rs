@@ -47,8 +47,8 @@ fn hub(server: &HubServer, cache: &TempDir) -> Hub {
 fn options(server: &HubServer, cache: &TempDir) -> HubOptions {
     HubOptions {
         token: Some("secret".into()),
-        endpoint: Some(server.url.clone()),
-        cache_dir: Some(cache.path().into()),
+        endpoint: server.url.clone(),
+        cache_dir: cache.path().into(),
         offline: false,
         first_wait: Duration::from_millis(1),
     }
@@ -179,7 +179,7 @@ fn damage_is_found_and_nothing_of_it_is_kept() {
     for file in [SHARD, "en/c4-validation.00000-of-00001.json.gz"] {
         let (server, cache) = (server(), TempDir::new().unwrap());
         let place = if file == SHARD { "storage:" } else { "/resolve/" };
-        server.fail(place, Fault::Garbled, 2);
+        server.fail(place, Fault::Garbled, 1);
         let repo = c4(&server, &cache);
         let message = refusal(repo.fetch(file));
         assert!(message.contains("damaged") && message.contains(file), "{message}");
@@ -253,7 +253,7 @@ fn a_hub_that_is_down_leaves_what_is_in_the_cache() {
 fn a_hub_that_cannot_be_reached_says_how_to_do_without() {
     let cache = TempDir::new().unwrap();
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let options = HubOptions { endpoint: Some(format!("http://{nobody}")), ..options(&server(), &cache) };
+    let options = HubOptions { endpoint: format!("http://{nobody}"), ..options(&server(), &cache) };
     let message = refusal(Hub::new(options).unwrap().repo(RepoKind::Dataset, DATA, None).unwrap().list("*"));
     assert!(message.contains(&nobody.to_string()) && message.contains("HF_HUB_OFFLINE=1"), "{message}");
     assert!(message.to_lowercase().contains("connection refused"), "{message}");

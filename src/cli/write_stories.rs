@@ -1,10 +1,10 @@
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use crate::data::stories;
+use crate::tools::files::NewFile;
 use crate::{Error, Result};
 
 /// Write simple English stories, the text that titan ships.
@@ -29,8 +29,8 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn write(args: &Args) -> std::io::Result<()> {
-    let mut out = open(&args.output)?;
+fn write(args: &Args) -> io::Result<()> {
+    let mut out = Output::create(&args.output)?;
     for index in 0..args.count {
         writeln!(out, "{}", json!({ "text": stories::document(args.seed, index) }))?;
     }
@@ -39,32 +39,33 @@ fn write(args: &Args) -> std::io::Result<()> {
 
 /// A file that may be packed, as small as it gets.
 enum Output {
-    Plain(BufWriter<File>),
-    Gzip(flate2::write::GzEncoder<File>),
-    Zstd(zstd::Encoder<'static, File>),
-}
-
-fn open(path: &Path) -> std::io::Result<Output> {
-    let file = File::create(path)?;
-    Ok(match path.extension().and_then(|e| e.to_str()) {
-        Some("gz") => Output::Gzip(flate2::write::GzEncoder::new(file, flate2::Compression::best())),
-        Some("zst") => Output::Zstd(zstd::Encoder::new(file, 19)?),
-        _ => Output::Plain(BufWriter::new(file)),
-    })
+    Plain(BufWriter<NewFile>),
+    Gzip(flate2::write::GzEncoder<NewFile>),
+    Zstd(zstd::Encoder<'static, NewFile>),
 }
 
 impl Output {
-    fn finish(self) -> std::io::Result<()> {
-        match self {
-            Self::Plain(mut out) => out.flush(),
-            Self::Gzip(out) => out.finish().map(drop),
-            Self::Zstd(out) => out.finish().map(drop),
-        }
+    fn create(path: &Path) -> io::Result<Self> {
+        let file = NewFile::create(path)?;
+        Ok(match path.extension().and_then(|e| e.to_str()) {
+            Some("gz") => Self::Gzip(flate2::write::GzEncoder::new(file, flate2::Compression::best())),
+            Some("zst") => Self::Zstd(zstd::Encoder::new(file, 19)?),
+            _ => Self::Plain(BufWriter::new(file)),
+        })
+    }
+
+    fn finish(self) -> io::Result<()> {
+        let file = match self {
+            Self::Plain(out) => out.into_inner()?,
+            Self::Gzip(out) => out.finish()?,
+            Self::Zstd(out) => out.finish()?,
+        };
+        file.keep()
     }
 }
 
 impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Plain(out) => out.write(bytes),
             Self::Gzip(out) => out.write(bytes),
@@ -72,7 +73,7 @@ impl Write for Output {
         }
     }
 
-    fn flush(&mut self) -> std::io::Result<()> {
+    fn flush(&mut self) -> io::Result<()> {
         match self {
             Self::Plain(out) => out.flush(),
             Self::Gzip(out) => out.flush(),

@@ -3,10 +3,9 @@
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use tempfile::NamedTempFile;
-
 use crate::data::datasets::{Dtype, Position, Sidecar};
 use crate::data::pipeline::{Plan, Tokenized};
+use crate::tools::files::NewFile;
 use crate::{Error, Result};
 
 /// Writes `NAME-00000.bin`, `NAME-00001.bin`, ... into a folder, each with its [`Sidecar`]. A shard appears when it is
@@ -18,7 +17,7 @@ pub struct ShardWriter {
     dtype: Dtype,
     shard_tokens: u64,
     n_shards: usize,
-    current: Option<(BufWriter<NamedTempFile>, u64)>,
+    current: Option<(BufWriter<NewFile>, u64)>,
 }
 
 impl ShardWriter {
@@ -56,7 +55,11 @@ impl ShardWriter {
     pub fn write(&mut self, tokens: &[u32]) -> Result<()> {
         let (mut file, n_tokens) = match self.current.take() {
             Some(current) => current,
-            None => (BufWriter::with_capacity(1 << 20, temporary(&self.folder)?), 0),
+            None => {
+                let path = self.path(self.n_shards);
+                let file = NewFile::create(&path).map_err(Error::io("cannot write", path))?;
+                (BufWriter::with_capacity(1 << 20, file), 0)
+            }
         };
         let bytes: Vec<u8> = match self.dtype {
             Dtype::U16 => tokens.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect(),
@@ -79,13 +82,14 @@ impl ShardWriter {
     fn close_shard(&mut self) -> Result<()> {
         let Some((file, _)) = self.current.take() else { return Ok(()) };
         let path = self.path(self.n_shards);
-        let file = file.into_inner().map_err(|error| Error::io("cannot write", &path)(error.into_error()))?;
-        // The sidecar first, so that a shard never stands without it.
-        let mut sidecar = temporary(&self.folder)?;
-        serde_json::to_writer(&mut sidecar, &self.sidecar)
-            .map_err(|error| Error::io("cannot write", &path)(error.into()))?;
-        persist(sidecar, &Sidecar::path(&path))?;
-        persist(file, &path)?;
+        let keep = || {
+            // The sidecar first, so that a shard never stands without it.
+            let mut sidecar = NewFile::create(&Sidecar::path(&path))?;
+            serde_json::to_writer(&mut sidecar, &self.sidecar)?;
+            sidecar.keep()?;
+            file.into_inner()?.keep()
+        };
+        keep().map_err(Error::io("cannot write", &path))?;
         self.n_shards += 1;
         Ok(())
     }
@@ -113,18 +117,4 @@ pub fn tokenize(plan: &Plan, mut writer: ShardWriter, mut progress: impl FnMut(&
     }
     counts.shards = writer.finish()?;
     Ok(counts)
-}
-
-/// A file that is removed unless it is persisted, readable as any other.
-fn temporary(folder: &Path) -> Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
-    builder.tempfile_in(folder).map_err(Error::io("cannot write to", folder))
-}
-
-fn persist(file: NamedTempFile, path: &Path) -> Result<()> {
-    file.as_file().sync_all().map_err(Error::io("cannot write", path))?;
-    file.persist(path).map_err(|error| Error::io("cannot write", path)(error.error))?;
-    Ok(())
 }

@@ -1,8 +1,11 @@
-//! Files that somebody else wrote: read within bounds, and never outside of their folder.
+//! Files that somebody else wrote: read within bounds, and never outside of their folder. Files of our own: whole, or not
+//! there.
 
 use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Write};
 use std::path::{Component, Path, PathBuf};
+
+use tempfile::NamedTempFile;
 
 /// Values in a JSON file at most. Parsed, a value takes up to some hundred bytes, however few it has in the file; the
 /// largest tokenizers have two millions.
@@ -69,6 +72,53 @@ pub fn is_plain(path: &str) -> bool {
         && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
+/// Writes a file that is whole or, whatever happens, as it was before.
+pub fn write(path: &Path, content: &mut impl Read) -> io::Result<()> {
+    let mut file = NewFile::create(path)?;
+    io::copy(content, &mut file)?;
+    file.keep()
+}
+
+/// A file that takes its name, from whatever had it, when it is [kept](Self::keep). Until then it lies beside it under
+/// another one, and is removed when dropped.
+pub struct NewFile {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl NewFile {
+    /// # Errors
+    /// With [`ErrorKind::InvalidInput`] where `path` is a folder or a device, which a file cannot replace.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+            return Err(refuse("it is no file"));
+        }
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut builder = tempfile::Builder::new();
+        // Readable for whom any other new file is.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        Ok(Self { file: builder.tempfile_in(folder)?, path: path.to_owned() })
+    }
+
+    /// Waits until the file is on the disk, and gives it its name.
+    pub fn keep(self) -> io::Result<()> {
+        self.file.as_file().sync_all()?;
+        self.file.persist(self.path)?;
+        Ok(())
+    }
+}
+
+impl Write for NewFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
 fn refuse(why: impl Into<String>) -> io::Error {
     io::Error::new(ErrorKind::InvalidInput, why.into())
 }
@@ -92,6 +142,23 @@ mod tests {
         for (text, is_good) in [(format!("[{}0]", "0,".repeat(4_000_000)), false), (" ".repeat(9_000_000), true)] {
             fs::write(&path, text).unwrap();
             assert_eq!(read_json(&path, 1 << 30).is_ok(), is_good);
+        }
+    }
+
+    #[test]
+    fn a_new_file_takes_its_name_when_it_is_kept_and_never_a_devices() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        fs::write(&path, "old").unwrap();
+        let mut file = NewFile::create(&path).unwrap();
+        file.write_all(b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        file.keep().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        drop(NewFile::create(&path).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        for other in [Path::new("/dev/null"), folder.path()] {
+            assert!(NewFile::create(other).is_err());
         }
     }
 

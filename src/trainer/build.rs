@@ -26,7 +26,7 @@ use crate::models::hf;
 use crate::models::{self, Decoder};
 use crate::ops::Adam;
 use crate::tools::device::{Choice, DeviceFacts};
-use crate::tools::profiler;
+use crate::tools::{files, profiler};
 use crate::{Error, Result};
 
 /// What the metrics need to know of a run.
@@ -91,7 +91,7 @@ impl Trainer {
             let path = config.job.dump_folder.join(file);
             let folder = path.parent().unwrap_or(&config.job.dump_folder);
             std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-            std::fs::write(&path, config.to_toml()).map_err(Error::io("write", &path))?;
+            files::write(&path, &mut config.to_toml().as_bytes()).map_err(Error::io("write", &path))?;
         }
         let adapts = config.model.lora.rank.is_some();
         let base = adapts.then(|| checkpoints.open_base()).transpose()?;

@@ -38,6 +38,12 @@ pub enum Fault {
     Short,
     /// More bytes come than were asked for.
     Long,
+    /// Bytes without an end come.
+    Endless,
+    /// A listing goes on where it began.
+    Again,
+    /// A listing goes on at another host.
+    GoesOnElsewhere,
     /// A redirect to where it came from.
     Circle,
     /// A redirect to another host.
@@ -192,12 +198,23 @@ fn answer(name: &str, url: &str, mut stream: TcpStream, state: &Mutex<State>) ->
         }
         Some(Fault::Short) if request.method == "GET" => drop(response.body.pop()),
         Some(Fault::Long) if request.method == "GET" => response.body.extend([0; 100]),
-        Some(Fault::Garbled | Fault::Short | Fault::Long | Fault::Circle | Fault::Elsewhere) | None => {}
+        Some(Fault::Again) => response = response.with("Link", format!("<{url}{path}>; rel=\"next\"")),
+        Some(Fault::GoesOnElsewhere) => {
+            let elsewhere = state.lock().unwrap().storage_url.clone();
+            response = response.with("Link", format!("<{elsewhere}{path}>; rel=\"next\""));
+        }
+        _ => {}
     }
 
     let mut head = format!("HTTP/1.1 {} X\r\nConnection: close\r\n", response.status);
     for (header, value) in &response.headers {
         head += &format!("{header}: {value}\r\n");
+    }
+    if let Some(Fault::Endless) = fault {
+        stream.write_all((head + "\r\n").as_bytes())?;
+        loop {
+            stream.write_all(&[b' '; 1 << 16])?;
+        }
     }
     head += &format!("Content-Length: {}\r\n\r\n", response.body.len());
     stream.write_all(head.as_bytes())?;

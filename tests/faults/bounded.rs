@@ -6,7 +6,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::common::nap;
 
 /// What no hostile file may bring a process to.
 const MOST_BYTES: u64 = 1_500_000_000;
@@ -27,7 +29,7 @@ pub fn examine(command: &mut Command) -> Verdict {
     let mut log = tempfile::NamedTempFile::new().unwrap();
     let output = log.as_file_mut().try_clone().unwrap();
     let mut child = command.stdout(Stdio::null()).stderr(output).env("RUST_BACKTRACE", "1").spawn().unwrap();
-    let start = Instant::now();
+    let mut waited = Duration::ZERO;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break Ok(status);
@@ -36,12 +38,12 @@ pub fn examine(command: &mut Command) -> Verdict {
         let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB"));
         let peak: u64 = peak.map_or(0, |kib| kib.trim().parse::<u64>().unwrap() * 1024);
-        if peak > MOST_BYTES || start.elapsed() > LONGEST {
+        if peak > MOST_BYTES || waited > LONGEST {
             child.kill().unwrap();
             child.wait().unwrap();
-            break Err(format!("{:.1} GB after {:.0?}", peak as f64 / 1e9, start.elapsed()));
+            break Err(format!("{:.1} GB after {:.0?}", peak as f64 / 1e9, waited));
         }
-        std::thread::sleep(Duration::from_millis(1));
+        waited += nap();
     };
     let stderr = String::from_utf8_lossy(&fs::read(log.path()).unwrap()).into_owned();
     let shown = &stderr[..stderr.floor_char_boundary(2000)];

@@ -2,23 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value as Json;
 
 use crate::binary::{repo, succeed, titan};
 
-/// Looks again after a nap, for longer than anything should take. Naps are counted, not time: a machine that sleeps, or
-/// stops the drill and its runs, fails none.
-fn wait_for<T>(mut look: impl FnMut() -> Option<T>, fault: impl FnOnce() -> String) -> T {
-    const NAP: Duration = Duration::from_millis(2);
-    for _ in 0..60_000 {
+/// Lets a moment pass, and says how long it was: no longer than a busy machine makes it, if somebody stopped the drill and
+/// its runs meanwhile.
+pub fn nap() -> Duration {
+    let start = Instant::now();
+    std::thread::sleep(Duration::from_millis(1));
+    start.elapsed().min(Duration::from_millis(50))
+}
+
+/// Looks again after a nap, for longer than anything should take, and says how long that was.
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>, fault: impl FnOnce() -> String) -> (T, Duration) {
+    let mut waited = Duration::ZERO;
+    while waited < Duration::from_secs(120) {
         match look() {
-            Some(found) => return found,
-            None => std::thread::sleep(NAP),
+            Some(found) => return (found, waited),
+            None => waited += nap(),
         }
     }
     panic!("{}", fault());
@@ -91,16 +98,11 @@ impl Job {
     /// Asserts that every loss ever logged, those of steps that were done again too, and the last checkpoint are those of
     /// the undisturbed run.
     pub fn assert_came_to(&self, outcome: &Outcome) {
-        self.assert_ended_as(outcome);
-        let steps: BTreeMap<_, _> = self.losses().into_iter().collect();
-        assert_eq!(steps, outcome.losses, "every step was logged");
-    }
-
-    /// The same where lines of `metrics.jsonl`, which is never synced, may be gone.
-    pub fn assert_ended_as(&self, outcome: &Outcome) {
         for (step, loss) in self.losses() {
             assert_eq!(outcome.losses.get(&step), Some(&loss), "the loss of step {step}");
         }
+        let steps: BTreeMap<_, _> = self.losses().into_iter().collect();
+        assert_eq!(steps, outcome.losses, "every step was logged");
         let found = files(&self.step(self.last_step()));
         assert!(found.keys().eq(outcome.last_step.keys()), "{:?}", found.keys());
         for (name, bytes) in found {
@@ -141,12 +143,22 @@ pub struct Ended {
     /// `None`: by a signal.
     pub code: Option<i32>,
     pub signal: Option<i32>,
+    /// How long that was waited for.
+    pub waited: Duration,
     pub log: String,
 }
 
 impl Run {
     /// Standard error goes to the file `log`: a pipe that is not read would stop the run.
     pub fn start(mut command: Command, log: &Path) -> Self {
+        let heed_ctrl_c = || {
+            // SAFETY: a system call, which is all that there may be between fork and exec.
+            unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+            Ok(())
+        };
+        // A drill that a shell runs in the background was told to ignore it, and hands that on.
+        // SAFETY: see there.
+        unsafe { command.pre_exec(heed_ctrl_c) };
         let child = command.stdout(Stdio::null()).stderr(File::create(log).unwrap()).spawn().unwrap();
         Self { child, log: log.to_owned() }
     }
@@ -178,11 +190,11 @@ impl Run {
     }
 
     pub fn wait(mut self) -> Ended {
-        let status = wait_for(
+        let (status, waited) = wait_for(
             || self.child.try_wait().unwrap(),
             || format!("does not end:\n{}", fs::read_to_string(&self.log).unwrap()),
         );
-        Ended { code: status.code(), signal: status.signal(), log: self.log() }
+        Ended { code: status.code(), signal: status.signal(), waited, log: self.log() }
     }
 }
 

@@ -9,7 +9,7 @@ use titan::data::hub::{Hub, HubOptions, RepoKind};
 use titan::data::remote::RemoteFiles;
 
 use crate::binary::titan;
-use crate::bounded::examine;
+use crate::bounded::{Verdict, examine};
 use crate::common::{files, held};
 use crate::hub_server::{Fault, HubServer, Kind, LARGE};
 
@@ -27,8 +27,8 @@ fn server() -> HubServer {
 fn fetch(server: &HubServer, cache: &Path, file: &str) -> titan::Result<PathBuf> {
     let options = HubOptions {
         token: Some("secret".into()),
-        endpoint: Some(server.url.clone()),
-        cache_dir: Some(cache.into()),
+        endpoint: server.url.clone(),
+        cache_dir: cache.into(),
         offline: false,
         first_wait: Duration::from_millis(1),
     };
@@ -63,6 +63,7 @@ fn every_fault_of_a_hub_is_waited_out_or_explained_and_leaves_no_half_file() {
         (Fault::Garbled, false),
         (Fault::Short, false),
         (Fault::Long, false),
+        (Fault::Endless, false),
         (Fault::Circle, false),
         (Fault::Elsewhere, false),
     ];
@@ -105,6 +106,39 @@ fn every_fault_of_a_hub_is_waited_out_or_explained_and_leaves_no_half_file() {
     held("faults of the hub: retried or explained; no half file, no token elsewhere", format!("{n} of {n}"));
 }
 
+/// Downloads all files of a model into `home`.
+fn download_tokenizer(server: &HubServer, home: &TempDir) -> Verdict {
+    let mut titan = titan(&["download-tokenizer", "--repo-id", "acme/evil", "--all"]);
+    titan.current_dir(home).env("HF_ENDPOINT", &server.url).env("HF_HOME", home.path().join("cache"));
+    for variable in ["HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"] {
+        titan.env_remove(variable);
+    }
+    examine(titan.env("HF_TOKEN", "secret"))
+}
+
+#[test]
+fn a_listing_without_an_end_is_given_up() {
+    for (fault, words) in [(Fault::Endless, "where it should end"), (Fault::Again, "list of files does not end")] {
+        let (server, home) = (HubServer::start(), TempDir::new().unwrap());
+        server.add_file(Kind::Model, "acme/evil", "tokenizer.json", "{}");
+        server.fail("/tree/", fault, usize::MAX);
+        download_tokenizer(&server, &home).assert_refused(1, &[&server.url, "acme/evil", words]);
+    }
+    held("a listing of the hub without an end: refused, under 1.5 GB and 40 s", "2 of 2");
+}
+
+#[test]
+fn a_listing_that_goes_on_elsewhere_does_so_without_the_token() {
+    let (server, home) = (HubServer::start(), TempDir::new().unwrap());
+    server.add_file(Kind::Model, "acme/evil", "tokenizer.json", "{}");
+    server.fail("/tree/", Fault::GoesOnElsewhere, 1);
+    download_tokenizer(&server, &home);
+    let (storage, hub): (Vec<_>, Vec<_>) =
+        server.requests().into_iter().partition(|request| request.path.starts_with("storage:"));
+    assert!(!storage.is_empty() && storage.iter().all(|request| request.authorization.is_none()), "{storage:?}");
+    assert!(hub.iter().all(|request| request.authorization.as_deref() == Some("Bearer secret")), "{hub:?}");
+}
+
 #[test]
 fn names_that_a_hub_lists_stay_in_their_folder() {
     let names = [
@@ -119,12 +153,7 @@ fn names_that_a_hub_lists_stay_in_their_folder() {
     for name in names {
         let (server, home) = (HubServer::start(), TempDir::new().unwrap());
         server.add_file(Kind::Model, "acme/evil", name, "{}");
-        let mut titan = titan(&["download-tokenizer", "--repo-id", "acme/evil", "--all"]);
-        titan.current_dir(&home).env("HF_ENDPOINT", &server.url).env("HF_HOME", home.path().join("cache"));
-        for variable in ["HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"] {
-            titan.env_remove(variable);
-        }
-        examine(&mut titan).assert_refused(1, &["is refused"]);
+        download_tokenizer(&server, &home).assert_refused(1, &["is refused"]);
         assert!(final_files(home.path()).is_empty(), "{name}: {:?}", final_files(home.path()));
         assert!(!Path::new("/tmp/titan-evil.json").exists());
     }

@@ -5,6 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parquet::basic::{Compression, GzipLevel, ZstdLevel};
+use parquet::data_type::{ByteArray, ByteArrayType};
 use titan::data::DatasetSpec;
 use titan::data::datasets::{self, Position, Stop};
 
@@ -60,19 +62,21 @@ fn bomb(head: &[u8], byte: u8, n: usize, tail: &[u8]) -> Vec<u8> {
 
 /// One column `text`, compressed, in one row group.
 fn parquet(texts: &[Vec<u8>]) -> Vec<u8> {
-    use parquet::basic::{Compression, ZstdLevel};
-    use parquet::data_type::{ByteArray, ByteArrayType};
+    let texts: Vec<ByteArray> = texts.iter().map(|text| ByteArray::from(text.clone())).collect();
+    parquet_as(Compression::ZSTD(ZstdLevel::default()), &texts)
+}
+
+fn parquet_as(compression: Compression, texts: &[ByteArray]) -> Vec<u8> {
     use parquet::file::properties::WriterProperties;
     let schema =
         Arc::new(parquet::schema::parser::parse_message_type("message docs { required binary text (UTF8); }").unwrap());
-    let properties = WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
+    let properties = WriterProperties::builder().set_compression(compression).build();
     let mut bytes = Vec::new();
     let mut writer =
         parquet::file::writer::SerializedFileWriter::new(&mut bytes, schema, Arc::new(properties)).unwrap();
     let mut group = writer.next_row_group().unwrap();
     let mut column = group.next_column().unwrap().unwrap();
-    let texts: Vec<ByteArray> = texts.iter().map(|text| ByteArray::from(text.clone())).collect();
-    column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+    column.typed::<ByteArrayType>().write_batch(texts, None, None).unwrap();
     column.close().unwrap();
     group.close().unwrap();
     writer.close().unwrap();
@@ -194,14 +198,31 @@ fn huge_records_and_bombs_take_bounded_memory() {
         ("chat", "long.jsonl", long.into_bytes(), &[1]),
     ];
     let n = amount(300, 3000);
+    let (zstd, word) = (Compression::ZSTD(ZstdLevel::default()), b"a".repeat(8_000_000));
     cases.extend([
         ("json", "in-string.jsonl.gz", bomb(b"{\"text\": \"", b'a', n, b"\"}\n"), &[1][..]),
         ("json", "zeros.jsonl.gz", bomb(b"", 0, n, b""), &[1]),
         ("json", "blank.jsonl.gz", bomb(b"", b'\n', n, b""), &[1]),
         ("text", "zeros.txt.gz", bomb(b"", 0, n, b""), &[0]),
         ("text", "bytes.txt.gz", bomb(b"", 0xff, n, b""), &[1]),
-        ("parquet", "bomb.parquet", parquet(&[vec![b'a'; amount(100, 600) << 20]]), &[0, 1]),
+        ("parquet", "text.parquet", parquet(&[vec![b'a'; 100 << 20]]), &[1]),
+        // A large text, which is in the file once, in many rows.
+        ("parquet", "rows.parquet", parquet_as(zstd, &vec![word.into(); amount(100, 400)]), &[0]),
     ]);
+    // What unpacks to more than a page may hold, and one that says it does not.
+    let text = [ByteArray::from(vec![b'a'; 450 << 20])];
+    let gzip = Compression::GZIP(GzipLevel::default());
+    let pages = [("zstd", zstd), ("gzip", gzip), ("lz4", Compression::LZ4), ("snappy", Compression::SNAPPY)];
+    for (name, compression) in &pages[..amount(1, pages.len())] {
+        let mut file = parquet_as(*compression, &text);
+        if *compression == gzip {
+            // Behind the file's magic and the page's kind, a number whose bytes but the last have their high bit set.
+            let end = 7 + file[7..].iter().position(|byte| *byte < 0x80).unwrap();
+            file[7..end].fill(0x80);
+            file[end] = 0;
+        }
+        cases.push(("parquet", name, file, &[1]));
+    }
     for (dataset, name, bytes, codes) in &cases {
         let path = data.write(name, bytes);
         let verdict = data.train(dataset, &path, &[]);

@@ -30,3 +30,5 @@ mod resume;
 #[cfg(target_os = "linux")]
 mod room;
 mod signals;
+#[cfg(target_os = "linux")]
+mod written;

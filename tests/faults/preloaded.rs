@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
 
+use crate::binary::succeed;
 use crate::common::Job;
 
 /// Compiled by the compiler that compiled this; kept until the drills are over.
@@ -24,9 +25,13 @@ static LIBRARY: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
 /// The job's command, whose operations on files below `root` are watched.
 pub fn watched(job: &Job, root: &Path) -> Command {
     let mut command = job.command();
-    let folder = job.folder().canonicalize().unwrap();
-    command.env("LD_PRELOAD", &LIBRARY.1).env("FAULT_ROOT", folder.join(root));
+    watch(&mut command, &job.folder().canonicalize().unwrap().join(root));
     command
+}
+
+/// `root` is absolute.
+pub fn watch(command: &mut Command, root: &Path) {
+    command.env("LD_PRELOAD", &LIBRARY.1).env("FAULT_ROOT", root);
 }
 
 /// An operation that succeeded; paths are relative to the job's folder.
@@ -42,10 +47,15 @@ pub struct Operation {
 
 /// Trains undisturbed, and returns what it did to files below `root`.
 pub fn operations(job: &Job, root: &Path) -> Vec<Operation> {
-    let log = job.folder().join("operations");
-    let output = watched(job, root).env("FAULT_LOG", &log).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let folder = job.folder().canonicalize().unwrap();
+    operations_of(&mut job.command(), job.folder(), root)
+}
+
+/// The same of any command; `folder` is where it runs.
+pub fn operations_of(command: &mut Command, folder: &Path, root: &Path) -> Vec<Operation> {
+    let folder = folder.canonicalize().unwrap();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    watch(command, &folder.join(root));
+    succeed(command.env("FAULT_LOG", log.path()));
     let relative = |path: &str| Path::new(path).strip_prefix(&folder).unwrap_or(Path::new("")).to_owned();
 
     let log = std::fs::read(log).unwrap();

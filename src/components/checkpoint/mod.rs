@@ -149,6 +149,7 @@ impl CheckpointManager {
     pub fn open(keys: config::Checkpoint, dump_folder: &Path, assets: Assets) -> Result<Self> {
         let lock = DumpFolderLock::acquire(dump_folder)?;
         let writer = Writer {
+            dump_folder: dump_folder.to_owned(),
             folder: dump_folder.join(&keys.folder),
             assets: Arc::new(assets),
             keep_latest_k: keys.keep_latest_k,

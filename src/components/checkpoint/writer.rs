@@ -13,9 +13,12 @@ use super::staged::{self, Staged};
 use super::step_folder::{self, step_name, steps_in};
 use super::{Assets, State, json_text, room, tensors};
 use crate::Result;
+use crate::components::metrics;
 
 #[derive(Clone)]
 pub struct Writer {
+    /// Of the run, with its metrics.
+    pub dump_folder: PathBuf,
     /// Where the `step-N` are.
     pub folder: PathBuf,
     pub assets: Arc<Assets>,
@@ -29,6 +32,8 @@ impl Writer {
     /// Writes `step-N` and says so once it is durable; then purges.
     pub fn save(&self, step: usize, state: &State) -> Result<()> {
         let start = Instant::now();
+        // A run that goes on from here does not write those of the steps before again.
+        metrics::sync(&self.dump_folder);
         self.write(step, state)?;
         let path = self.folder.join(step_name(step));
         info!("Finished saving the checkpoint in {:.2} seconds: {}", start.elapsed().as_secs_f64(), path.display());

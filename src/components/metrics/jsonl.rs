@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::append_file::AppendFile;
+use crate::tools::files;
 use crate::{Error, Result};
 
 const FILE: &str = "metrics.jsonl";
@@ -45,9 +46,11 @@ impl JsonLines {
             info!("{FILE}: lines of steps after {start_step} moved to {SUPERSEDED}: {}", whole.len());
         }
         if !taken_back.is_empty() {
-            replace(&path, &kept.concat())?;
+            files::write(&path, &mut kept.concat().as_slice())?;
         }
         let file = OpenOptions::new().create(true).write(true).truncate(false).open(path)?;
+        // So that what `sync` brings to the disk has a name there.
+        File::open(folder)?.sync_all()?;
         Ok(Self { file: AppendFile::new(file)? })
     }
 
@@ -59,6 +62,14 @@ impl JsonLines {
     }
 }
 
+/// Waits until the lines that a run wrote, if it did, are on the disk.
+pub fn sync(folder: &Path) -> io::Result<()> {
+    match File::open(folder.join(FILE)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        file => file?.sync_all(),
+    }
+}
+
 /// `None` for a line that is torn or not titan's.
 fn step_of(line: &[u8]) -> Option<u64> {
     #[derive(Deserialize)]
@@ -67,15 +78,4 @@ fn step_of(line: &[u8]) -> Option<u64> {
     }
     let stepped: Stepped = serde_json::from_slice(line.strip_suffix(b"\n")?).ok()?;
     Some(stepped.step)
-}
-
-/// All of `bytes` or the old content, whatever happens in between.
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let permissions = fs::metadata(path)?.permissions();
-    let mut file = tempfile::Builder::new().permissions(permissions).tempfile_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
 }

@@ -247,6 +247,11 @@ impl MetricsLogger {
     }
 }
 
+/// Waits until what a run logged in `dump_folder/metrics.jsonl` is on the disk, for a checkpoint to build on.
+pub fn sync(dump_folder: &Path) {
+    warn_if_failed("metrics.jsonl", jsonl::sync(dump_folder));
+}
+
 fn now() -> String {
     Local::now().to_rfc3339_opts(SecondsFormat::Millis, false)
 }

@@ -5,6 +5,7 @@ mod files;
 mod json;
 mod open;
 mod parquet;
+mod parquet_file;
 mod parquet_rows;
 mod records;
 mod text;

@@ -3,21 +3,19 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use parquet::record::reader::{ReaderIter, TreeBuilder};
 use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
 use serde_json::{Map, Value};
 
 use super::json::no_such_field;
-use super::parquet::row_group_of;
+use super::parquet_file::ParquetFile;
 use super::records::{Fields, MAX_RECORD_BYTES, Parsed, Place, Records};
 use crate::data::chat::bytes_of;
 use crate::{Error, Result};
 
 pub struct ParquetRows {
-    name: String,
-    file: SerializedFileReader<File>,
+    file: ParquetFile,
     fields: Fields,
     /// The columns that `fields` names, with all below them.
     columns: SchemaDescPtr,
@@ -30,8 +28,7 @@ pub struct ParquetRows {
 
 impl ParquetRows {
     pub fn open(file: File, name: &str, fields: &Fields, place: Place) -> Result<Self> {
-        let incomplete = |error| Error::Data(format!("{name}: not a complete parquet file: {error}"));
-        let file = SerializedFileReader::new(file).map_err(incomplete)?;
+        let file = ParquetFile::open(file, name)?;
         let root = file.metadata().file_metadata().schema();
         let mut columns = Vec::new();
         for (key, wanted) in fields.names() {
@@ -41,37 +38,35 @@ impl ParquetRows {
             };
             columns.push(column.clone());
         }
-        let columns = Type::group_type_builder(root.name()).with_fields(columns).build().map_err(incomplete)?;
+        let columns = Type::group_type_builder(root.name())
+            .with_fields(columns)
+            .build()
+            .map_err(|error| file.unreadable(0, error))?;
         let columns = Arc::new(SchemaDescriptor::new(Arc::new(columns)));
-        let (name, fields) = (name.to_owned(), fields.clone());
-        let (row_group, row) = row_group_of(&file, place.offset);
-        let mut this = Self { name, file, fields, columns, row_group, rows: None, row };
+        let (row_group, row) = file.row_group_of(place.offset);
+        let mut this = Self { file, fields: fields.clone(), columns, row_group, rows: None, row };
         while this.row < place.offset && this.next()?.is_some() {}
         Ok(this)
-    }
-
-    fn fault(&self) -> impl FnOnce(parquet::errors::ParquetError) -> Error + use<> {
-        let at = format!("{}: row {}", self.name, self.row + 1);
-        move |error| Error::Data(format!("{at}: cannot be read any further: {error}"))
     }
 }
 
 impl Records for ParquetRows {
     fn next(&mut self) -> Result<Option<Parsed>> {
-        while self.row_group < self.file.num_row_groups() {
+        while let Some(group) = self.file.row_group(self.row_group, self.columns.num_columns()) {
             if self.rows.is_none() {
-                let group = self.file.get_row_group(self.row_group).map_err(self.fault())?;
-                self.rows = Some(TreeBuilder::new().as_iter(self.columns.clone(), &*group).map_err(self.fault())?);
+                // One at a time, as in `ParquetColumn`.
+                let rows = TreeBuilder::new().with_batch_size(1).as_iter(self.columns.clone(), &group);
+                self.rows = Some(rows.map_err(|error| self.file.unreadable(self.row, error))?);
             }
             let Some(row) = self.rows.as_mut().and_then(Iterator::next) else {
                 self.rows = None;
                 self.row_group += 1;
                 continue;
             };
-            let columns = row.map_err(self.fault())?.into_columns();
+            let columns = row.map_err(|error| self.file.unreadable(self.row, error))?.into_columns();
             self.row += 1;
             let found: Map<_, _> = columns.into_iter().map(|(name, field)| (name, value(&field))).collect();
-            let at = format!("{}: row {}", self.name, self.row);
+            let at = format!("{}: row {}", self.file.name, self.row);
             return Ok(Some(match bytes_of(&found) > MAX_RECORD_BYTES {
                 true => Err(format!("{at}: a record of more than {} MiB", MAX_RECORD_BYTES >> 20)),
                 false => self.fields.content(at, found),

@@ -7,6 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::RepoKind;
 use super::download::Entry;
+use crate::tools::files;
 use crate::{Error, Result};
 
 /// Refuses a name that would lead out of its folder.
@@ -91,7 +92,7 @@ impl RepoCache {
             let reference = self.dir.join("refs").join(revision);
             let folder = reference.parent().unwrap_or(&self.dir);
             fs::create_dir_all(folder).map_err(Error::io("cannot make the folder", folder))?;
-            fs::write(&reference, commit).map_err(Error::io("cannot write", &reference))?;
+            files::write(&reference, &mut commit.as_bytes()).map_err(Error::io("cannot write", &reference))?;
         }
         Ok(())
     }

@@ -4,7 +4,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
-use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
 use indicatif::{ProgressBar, ProgressStyle};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
@@ -51,20 +50,18 @@ pub(super) fn download(repo: &HubRepo, commit: &str, entry: &Entry, part: &Path,
     let bar = bar(entry);
     while done < entry.size {
         let end = entry.size.min(done + PIECE);
-        bar.set_position(done);
-        let piece = repo.read(commit, &entry.path, done..end, Advance { bar: bar.clone(), done }.into())?;
-        let piece = piece.as_ref();
+        let piece = repo.read(commit, &entry.path, done..end, &bar)?;
         if piece.len() as u64 != end - done {
             return Err(Error::Hub(format!(
                 "{} sent {} bytes of {} of {} where {} were asked for",
                 repo.hub.endpoint,
                 piece.len(),
                 entry.path,
-                repo.id,
+                repo.api.id,
                 end - done
             )));
         }
-        file.write_all(piece).map_err(io("cannot write"))?;
+        file.write_all(&piece).map_err(io("cannot write"))?;
         done = end;
     }
     bar.finish_and_clear();
@@ -74,7 +71,7 @@ pub(super) fn download(repo: &HubRepo, commit: &str, entry: &Entry, part: &Path,
         fs::remove_file(part).map_err(io("cannot remove"))?;
         return Err(Error::Hub(format!(
             "{} of {} arrived damaged: its hash is not the one that the hub lists\n  = run the command again; nothing of it was kept",
-            entry.path, repo.id
+            entry.path, repo.api.id
         )));
     }
     fs::rename(part, path).map_err(Error::io("cannot write", path))
@@ -128,20 +125,6 @@ fn bar(entry: &Entry) -> ProgressBar {
     let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
     let style = ProgressStyle::with_template(style).expect("the template is well-formed");
     logging::bars().add(ProgressBar::new(entry.size).with_style(style).with_message(entry.path.clone()))
-}
-
-/// Moves the bar while a piece arrives.
-struct Advance {
-    bar: ProgressBar,
-    done: u64,
-}
-
-impl ProgressHandler for Advance {
-    fn on_progress(&self, event: &ProgressEvent) {
-        if let ProgressEvent::Download(DownloadEvent::Progress { files }) = event {
-            self.bar.set_position(self.done + files.iter().map(|file| file.bytes_completed).sum::<u64>());
-        }
-    }
 }
 
 #[cfg(test)]

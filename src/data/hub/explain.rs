@@ -3,60 +3,32 @@
 use std::error::Error as StdError;
 use std::time::Duration;
 
-use hf_hub::HFError;
-
 use super::RepoKind;
+use super::api::Fault;
 use super::repo::HubRepo;
 use crate::Error;
 
-/// What the hub answered.
-struct Answer<'a> {
-    status: u16,
-    url: &'a str,
-    /// The hub's own name for the fault, such as `GatedRepo`.
-    code: &'a str,
-    message: &'a str,
-}
-
-fn answer(error: &HFError) -> Option<Answer<'_>> {
-    let context = match error {
-        HFError::Http { context }
-        | HFError::AuthRequired { context }
-        | HFError::Forbidden { context }
-        | HFError::Conflict { context }
-        | HFError::RateLimited { context, .. } => context,
-        HFError::RepoNotFound { context, .. }
-        | HFError::RevisionNotFound { context, .. }
-        | HFError::EntryNotFound { context, .. } => context.as_ref()?,
-        _ => return None,
-    };
-    Some(Answer {
-        status: context.status.as_u16(),
-        url: &context.url,
-        code: context.error_code.as_deref().unwrap_or_default(),
-        message: context.server_message.as_deref().unwrap_or_default(),
-    })
-}
-
-/// The HTTP status behind `error`.
-pub(super) fn status(error: &HFError) -> Option<u16> {
-    answer(error).map(|answer| answer.status)
+/// The HTTP status behind `fault`.
+pub(super) fn status(fault: &Fault) -> Option<u16> {
+    if let Fault::Refused(refusal) = fault { Some(refusal.status) } else { None }
 }
 
 /// How long to wait before another try, at the least; `None` where the same call would fail again.
-pub(super) fn wait(error: &HFError) -> Option<Duration> {
-    match error {
-        HFError::RateLimited { retry_after, .. } => Some(retry_after.unwrap_or_default()),
-        HFError::Request { source, .. } => (!source.is_builder() && !source.is_redirect()).then_some(Duration::ZERO),
-        HFError::Xet { .. } => Some(Duration::ZERO),
-        _ => status(error).filter(|status| matches!(status, 408 | 429 | 500 | 502..=504)).map(|_| Duration::ZERO),
-    }
+pub(super) fn wait(fault: &Fault) -> Option<Duration> {
+    let passes = match fault {
+        Fault::Network(error) => !error.is_builder() && !error.is_redirect(),
+        Fault::BrokenOff(_) => true,
+        Fault::Refused(refusal) => matches!(refusal.status, 408 | 429 | 500 | 502..=504),
+        Fault::Nonsense(_) => false,
+    };
+    let asked_for = if let Fault::Refused(refusal) = fault { refusal.retry_after } else { Duration::ZERO };
+    passes.then_some(asked_for)
 }
 
-/// What a user needs to know of `error`, which came from looking for `file`, or for the repository.
-pub(super) fn explain(repo: &HubRepo, file: Option<&str>, error: &HFError) -> Error {
-    let HubRepo { hub, id, revision, .. } = repo;
-    let (kind, page) = match repo.kind {
+/// What a user needs to know of `fault`, which came from looking for `file`, or for the repository.
+pub(super) fn explain(repo: &HubRepo, file: Option<&str>, fault: &Fault) -> Error {
+    let (hub, id, revision) = (&repo.hub, &repo.api.id, &repo.revision);
+    let (kind, page) = match repo.api.kind {
         RepoKind::Model => ("model", format!("{}/{id}", hub.endpoint)),
         RepoKind::Dataset => ("dataset", format!("{}/datasets/{id}", hub.endpoint)),
     };
@@ -64,23 +36,23 @@ pub(super) fn explain(repo: &HubRepo, file: Option<&str>, error: &HFError) -> Er
     let use_token = format!("  = make a token with read access at {tokens} and give it as --hf-token or HF_TOKEN");
     let what = file.map_or(id.clone(), |file| format!("{file} of {id}"));
 
-    let Some(answer) = answer(error) else {
-        return match error {
-            HFError::Request { .. } => Error::Hub(format!(
-                "{} does not answer: {}\n  = HF_HUB_OFFLINE=1 uses only what is in {}",
+    let answer = match fault {
+        Fault::Refused(refusal) => refusal,
+        Fault::Network(_) | Fault::BrokenOff(_) => {
+            return Error::Hub(format!(
+                "{} does not answer: {fault}\n  = HF_HUB_OFFLINE=1 uses only what is in {}",
                 hub.endpoint,
-                chain(error),
                 hub.cache_dir.display()
-            )),
-            _ => Error::Hub(format!("cannot fetch {what}: {}", chain(error))),
-        };
+            ));
+        }
+        Fault::Nonsense(_) => return Error::Hub(format!("{}: cannot fetch {what}: {fault}", hub.endpoint)),
     };
     let is_gated =
         answer.code == "GatedRepo" || ["gated", "restricted"].iter().any(|word| answer.message.contains(word));
     if let (404, Some(file)) = (answer.status, file) {
         return no_such_file(repo, file);
     }
-    Error::Hub(match (answer.status, answer.code) {
+    Error::Hub(match (answer.status, answer.code.as_str()) {
         (401 | 403, _) if !answer.url.starts_with(&hub.endpoint) => {
             format!("the storage behind {} refuses {what} ({}): {}", hub.endpoint, answer.status, answer.url)
         }
@@ -112,20 +84,21 @@ pub(super) fn explain(repo: &HubRepo, file: Option<&str>, error: &HFError) -> Er
         (429, _) => {
             format!("{} asks for fewer requests: try again later; a token raises the limit\n{use_token}", hub.endpoint)
         }
-        _ => format!("cannot fetch {what}: {}", chain(error)),
+        _ => format!("cannot fetch {what}: {fault}"),
     })
 }
 
 pub(super) fn no_such_file(repo: &HubRepo, file: &str) -> Error {
-    let prefix = if repo.kind == RepoKind::Dataset { "datasets/" } else { "" };
+    let prefix = if repo.api.kind == RepoKind::Dataset { "datasets/" } else { "" };
     Error::Hub(format!(
         "{} has no file `{file}` at revision `{}`\n  = its files: {}/{prefix}{}/tree/{}",
-        repo.id, repo.revision, repo.hub.endpoint, repo.id, repo.revision
+        repo.api.id, repo.revision, repo.hub.endpoint, repo.api.id, repo.revision
     ))
 }
 
 pub(super) fn not_cached(repo: &HubRepo, file: Option<&str>) -> Error {
-    let what = file.map_or_else(|| format!("nothing of {}", repo.id), |file| format!("no {file} of {}", repo.id));
+    let what =
+        file.map_or_else(|| format!("nothing of {}", repo.api.id), |file| format!("no {file} of {}", repo.api.id));
     Error::Hub(format!(
         "there is {what} at revision `{}` in {}, and the hub is not asked\n  = without HF_HUB_OFFLINE it would be downloaded",
         repo.revision,

@@ -13,9 +13,12 @@ use crate::Result;
 #[cfg(not(feature = "hub"))]
 mod absent;
 #[cfg(feature = "hub")]
+mod api;
+#[cfg(feature = "hub")]
 mod cache;
 #[cfg(feature = "hub")]
 mod download;
+mod environment;
 #[cfg(feature = "hub")]
 mod explain;
 #[cfg(feature = "hub")]
@@ -32,12 +35,12 @@ pub enum RepoKind {
     Dataset,
 }
 
-/// Where the hub is, and who asks. What is `None` comes from the environment.
+/// Where the hub is, and who asks.
 #[derive(Clone, Debug)]
 pub struct HubOptions {
     pub token: Option<String>,
-    pub endpoint: Option<String>,
-    pub cache_dir: Option<PathBuf>,
+    pub endpoint: String,
+    pub cache_dir: PathBuf,
     /// Use what is in the cache, and nothing else.
     pub offline: bool,
     /// The wait before the second try; each further one is twice as long.
@@ -47,15 +50,12 @@ pub struct HubOptions {
 impl HubOptions {
     /// What the environment says, with `token` before its own.
     pub fn from_env(token: Option<String>) -> Self {
-        let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_uppercase();
-        let implicit = std::env::var_os("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_none();
-        let token = token.or_else(|| std::env::var("HF_TOKEN").ok().filter(|_| implicit));
+        let token = token.or_else(environment::token).map(|token| token.trim().to_owned());
         Self {
-            // A secret that was pasted or read from a file often ends with a line break.
-            token: token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty()),
-            endpoint: None,
-            cache_dir: None,
-            offline: ["1", "TRUE", "YES", "ON"].contains(&offline.as_str()),
+            token: token.filter(|token| !token.is_empty()),
+            endpoint: environment::endpoint(),
+            cache_dir: environment::cache_dir(),
+            offline: environment::is_offline(),
             first_wait: Duration::from_secs(1),
         }
     }

@@ -1,6 +1,6 @@
 //! Making a tokenizer from text.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 
 use serde_json::json;
@@ -11,6 +11,7 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer as Inner};
 
 use super::{Tokenizer, TokenizerFile};
+use crate::tools::files::NewFile;
 use crate::{Error, Result};
 
 pub const BOS: &str = "<|begin_of_text|>";
@@ -81,12 +82,16 @@ fn config() -> serde_json::Value {
     })
 }
 
-/// Writes the tokenizer's files into `dir`, which is made if need be.
+/// Writes the tokenizer's files into `dir`, which is made if need be: all of them, or none.
 pub fn save(tokenizer: &Tokenizer, dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io("cannot make the folder", dir))?;
-    for file in tokenizer.files() {
-        let path = dir.join(&file.name);
-        std::fs::write(&path, &file.bytes).map_err(Error::io("cannot write the tokenizer", &path))?;
-    }
-    Ok(())
+    let failed = |file: &TokenizerFile| Error::io("cannot write the tokenizer", dir.join(&file.name));
+    let write = |file: &TokenizerFile| {
+        let mut new = NewFile::create(&dir.join(&file.name))?;
+        new.write_all(&file.bytes)?;
+        Ok(new)
+    };
+    let write = |file| write(file).map_err(failed(file));
+    let written = tokenizer.files().iter().map(write).collect::<Result<Vec<_>>>()?;
+    written.into_iter().zip(tokenizer.files()).try_for_each(|(new, file)| new.keep().map_err(failed(file)))
 }

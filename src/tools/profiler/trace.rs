@@ -1,13 +1,14 @@
 //! A recording as a file that chrome://tracing and ui.perfetto.dev open.
 
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::fs;
+use std::io::{self, BufWriter};
 use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
 
 use super::{Category, Event};
+use crate::tools::files::NewFile;
 
 /// Chrome's trace event format, "complete" events; times are in microseconds.
 #[derive(Serialize)]
@@ -58,9 +59,7 @@ pub fn write(path: &Path, events: &[Event], rank: usize) -> io::Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
-    let unfinished = path.with_extension("json.tmp");
-    let mut file = BufWriter::new(File::create(&unfinished)?);
+    let mut file = BufWriter::new(NewFile::create(path)?);
     serde_json::to_writer(&mut file, &trace)?;
-    file.flush()?;
-    fs::rename(unfinished, path)
+    file.into_inner()?.keep()
 }

@@ -1,0 +1,228 @@
+//! The hub's HTTP interface: what titan asks of it, and no answer longer than such an answer is.
+
+use std::io::{self, Read};
+use std::ops::Range;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use reqwest::blocking::{Client, RequestBuilder, Response};
+use reqwest::redirect::{Action, Attempt, Policy};
+use reqwest::{Url, header};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::RepoKind;
+use super::explain::chain;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// A hub that goes silent for so long is asked again.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A page of a listing has a thousand files, of some hundred bytes each.
+const MAX_ANSWER_BYTES: u64 = 16 << 20;
+/// All pages of a listing; some repositories have a hundred thousand files.
+const MAX_LISTING_BYTES: u64 = 256 << 20;
+/// What a page counts at the least, so that empty ones come to an end as well.
+const MIN_PAGE_BYTES: u64 = 100_000;
+
+/// A hub, and who asks.
+#[derive(Clone)]
+pub struct Api {
+    client: Client,
+    endpoint: Url,
+    token: Option<String>,
+}
+
+/// A repository of it.
+#[derive(Clone)]
+pub struct RepoApi {
+    pub api: Api,
+    pub kind: RepoKind,
+    pub id: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    #[error("{}", chain(.0))]
+    Network(reqwest::Error),
+    #[error("the answer breaks off: {}", chain(.0))]
+    BrokenOff(io::Error),
+    #[error("status {} from {}{}{}", .0.status, .0.url, if .0.message.is_empty() { "" } else { ": " }, .0.message)]
+    Refused(Box<Refusal>),
+    /// An answer that no hub gives.
+    #[error("{0}")]
+    Nonsense(String),
+}
+
+#[derive(Debug)]
+pub struct Refusal {
+    pub status: u16,
+    pub url: String,
+    /// The hub's own name for the fault, such as `GatedRepo`.
+    pub code: String,
+    pub message: String,
+    pub retry_after: Duration,
+}
+
+/// A file or a folder, as the hub lists it.
+#[derive(Debug, Deserialize)]
+pub struct Listed {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub path: String,
+    pub oid: String,
+    #[serde(default)]
+    pub size: u64,
+    pub lfs: Option<Large>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Large {
+    pub size: u64,
+}
+
+impl Api {
+    /// # Errors
+    /// What is wrong with `endpoint`, or with the system.
+    pub fn new(endpoint: &str, token: Option<String>) -> Result<Self, String> {
+        let endpoint = Url::parse(endpoint).map_err(|e| format!("HF_ENDPOINT is no URL: {e}"))?;
+        let client = Client::builder()
+            .user_agent(concat!("titan/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(TIMEOUT)
+            .redirect(Policy::custom(follow))
+            .build();
+        Ok(Self { client: client.map_err(|e| format!("cannot use the hub: {}", chain(&e)))?, endpoint, token })
+    }
+
+    /// The token goes to the hub alone: its listings may go on elsewhere.
+    fn get(&self, url: Url) -> RequestBuilder {
+        self.signed(self.client.get(url.clone()), &url)
+    }
+
+    fn signed(&self, request: RequestBuilder, url: &Url) -> RequestBuilder {
+        match &self.token {
+            Some(token) if url.origin() == self.endpoint.origin() => request.bearer_auth(token),
+            _ => request,
+        }
+    }
+}
+
+impl RepoApi {
+    /// The commit that `revision` is at, if the hub says so.
+    pub fn commit(&self, revision: &str) -> Result<Option<String>, Fault> {
+        #[derive(Deserialize)]
+        struct Info {
+            sha: Option<String>,
+        }
+        let mut url = self.url("revision", revision, None);
+        url.set_query(Some("expand=sha"));
+        Ok(answer::<Info>(self.api.get(url))?.sha)
+    }
+
+    /// What the hub lists under the name of a file: nothing, if it has none.
+    pub fn file(&self, commit: &str, file: &str) -> Result<Option<Listed>, Fault> {
+        let url = self.url("paths-info", commit, None);
+        let request = self.api.client.post(url.clone()).header(header::CONTENT_TYPE, "application/json");
+        let request = request.body(json!({ "paths": [file] }).to_string());
+        let found: Vec<Listed> = answer(self.api.signed(request, &url))?;
+        Ok(found.into_iter().find(|listed| listed.path == file))
+    }
+
+    /// All that is in a folder and below it; `None`: in the repository.
+    pub fn tree(&self, commit: &str, folder: Option<&str>) -> Result<Vec<Listed>, Fault> {
+        let mut url = self.url("tree", commit, folder);
+        url.set_query(Some("recursive=true"));
+        let (mut next, mut found, mut n_bytes) = (Some(url), Vec::new(), 0);
+        while let Some(url) = next {
+            let response = send(self.api.get(url))?;
+            next = next_page(&response);
+            let page = read(response, MAX_ANSWER_BYTES)?;
+            n_bytes += MIN_PAGE_BYTES.max(page.len() as u64);
+            if n_bytes > MAX_LISTING_BYTES {
+                return Err(Fault::Nonsense("its list of files does not end".into()));
+            }
+            found.extend(parse::<Vec<Listed>>(&page)?);
+        }
+        Ok(found)
+    }
+
+    /// Bytes `range` of a file; `bar` moves while they come.
+    pub fn read(&self, commit: &str, file: &str, range: Range<u64>, bar: &ProgressBar) -> Result<Vec<u8>, Fault> {
+        let Range { start, end } = range;
+        bar.set_position(start);
+        let url = self.url("resolve", commit, Some(file));
+        let response = send(self.api.get(url).header(header::RANGE, format!("bytes={start}-{}", end - 1)))?;
+        read(bar.wrap_read(response), end - start)
+    }
+
+    fn url(&self, what: &str, revision: &str, path: Option<&str>) -> Url {
+        let home = match (self.kind, what) {
+            (RepoKind::Model, "resolve") => &[][..],
+            (RepoKind::Model, _) => &["api", "models"],
+            (RepoKind::Dataset, "resolve") => &["datasets"],
+            (RepoKind::Dataset, _) => &["api", "datasets"],
+        };
+        let mut url = self.api.endpoint.clone();
+        // A URL without a path, such as `mailto:`, stays as it is, and no request will go there.
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().extend(home).extend(self.id.split('/'));
+            // A revision is one segment, whatever it is called.
+            segments.extend([what, revision]).extend(path.into_iter().flat_map(|path| path.split('/')));
+        }
+        url
+    }
+}
+
+/// Follows the hub to its storage, and no further: reqwest takes the token off a request that goes to another host, but puts
+/// it on again where that host redirects once more.
+fn follow(attempt: Attempt) -> Action {
+    let hops = attempt.previous();
+    match hops.iter().all(|hop| hop.origin() == hops[0].origin()) {
+        true if hops.len() <= 10 => attempt.follow(),
+        true => attempt.error("it redirects too often"),
+        false => attempt.error("its storage redirects once more"),
+    }
+}
+
+fn answer<T: DeserializeOwned>(request: RequestBuilder) -> Result<T, Fault> {
+    parse(&read(send(request)?, MAX_ANSWER_BYTES)?)
+}
+
+fn send(request: RequestBuilder) -> Result<Response, Fault> {
+    let response = request.send().map_err(Fault::Network)?;
+    if response.status().is_success() {
+        return Ok(response);
+    }
+    let header = |name: &str| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
+    let (status, url) = (response.status().as_u16(), response.url().to_string());
+    let (code, told) = (header("x-error-code").unwrap_or_default(), header("x-error-message"));
+    // A date, which it may be too, is nothing that the hub sends.
+    let retry_after = header("retry-after").and_then(|seconds| seconds.trim().parse().ok()).unwrap_or_default();
+    let body: Value = read(response, MAX_ANSWER_BYTES).and_then(|body| parse(&body)).unwrap_or_default();
+    let message = told.or_else(|| Some(body["error"].as_str()?.to_owned())).unwrap_or_default();
+    let retry_after = Duration::from_secs(retry_after);
+    Err(Fault::Refused(Box::new(Refusal { status, url, code, message, retry_after })))
+}
+
+/// Where a listing goes on, as a `Link` header says: `<https://...>; rel="next"`.
+fn next_page(response: &Response) -> Option<Url> {
+    let links = response.headers().get(header::LINK)?.to_str().ok()?;
+    let next = links.split(',').find(|link| link.contains("rel=\"next\""))?;
+    let (_, url) = next.split_once('<')?;
+    response.url().join(url.split('>').next()?).ok()
+}
+
+fn read(body: impl Read, max_bytes: u64) -> Result<Vec<u8>, Fault> {
+    let mut bytes = Vec::new();
+    body.take(max_bytes + 1).read_to_end(&mut bytes).map_err(Fault::BrokenOff)?;
+    match bytes.len() as u64 > max_bytes {
+        true => Err(Fault::Nonsense(format!("its answer goes on after {max_bytes} bytes, where it should end"))),
+        false => Ok(bytes),
+    }
+}
+
+fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, Fault> {
+    serde_json::from_slice(json).map_err(|error| Fault::Nonsense(format!("its answer makes no sense: {error}")))
+}
