@@ -58,10 +58,11 @@ fn filter(wanted: &str) -> Result<EnvFilter> {
     let refuse = |found: &str| {
         Error::Usage(format!(
             "{VARIABLE}: cannot understand \"{found}\"\n   = a level (off, error, warn, info, debug, trace), or \
-             module=level pairs separated by commas: titan::data=debug,reqwest=info"
+             module=level pairs separated by commas: titan::data=debug,hf_hub=info"
         ))
     };
-    let mut directives = "warn,titan=info".to_owned();
+    // What goes wrong at the hub, titan says itself.
+    let mut directives = "warn,hf_hub=off,titan=info".to_owned();
     for word in wanted.split(',').map(str::trim).filter(|word| !word.is_empty()) {
         if word.contains('=') {
             directives += &format!(",{word}");

@@ -1,22 +1,24 @@
-//! The hub's HTTP interface: what titan asks of it, and no answer longer than such an answer is.
+//! The hub's HTTP interface. What there is to know of a repository or a file comes by hf-hub. Lists and contents of files are
+//! read here: hf-hub follows a list to any host with the token, and reads answers whole, whatever their length.
 
 use std::io::{self, Read};
 use std::ops::Range;
 use std::time::Duration;
 
+use hf_hub::repository::{RepoTreeEntry, RepoType, RepoTypeDataset, RepoTypeModel};
+use hf_hub::{HFClient, HFClientSync, HFError, HFRepositorySync};
 use indicatif::ProgressBar;
 use reqwest::blocking::{Client, RequestBuilder, Response};
 use reqwest::redirect::{Action, Attempt, Policy};
 use reqwest::{Url, header};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::RepoKind;
 use super::explain::chain;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
-/// A hub that goes silent for so long is asked again.
+/// A hub that goes silent for so long, or has not answered hf-hub, is asked again.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A page of a listing has a thousand files, of some hundred bytes each.
@@ -29,6 +31,7 @@ const MIN_PAGE_BYTES: u64 = 100_000;
 /// A hub, and who asks.
 #[derive(Clone)]
 pub struct Api {
+    hub: HFClientSync,
     client: Client,
     endpoint: Url,
     token: Option<String>,
@@ -65,43 +68,36 @@ pub struct Refusal {
     pub retry_after: Duration,
 }
 
-/// A file or a folder, as the hub lists it.
-#[derive(Debug, Deserialize)]
-pub struct Listed {
-    #[serde(rename = "type")]
-    pub kind: String,
-    pub path: String,
-    pub oid: String,
-    #[serde(default)]
-    pub size: u64,
-    pub lfs: Option<Large>,
-}
-
-#[derive(Debug, Deserialize)]
-pub struct Large {
-    pub size: u64,
-}
-
 impl Api {
     /// # Errors
     /// What is wrong with `endpoint`, or with the system.
     pub fn new(endpoint: &str, token: Option<String>) -> Result<Self, String> {
         let endpoint = Url::parse(endpoint).map_err(|e| format!("HF_ENDPOINT is no URL: {e}"))?;
-        let client = Client::builder()
-            .user_agent(concat!("titan/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(TIMEOUT)
-            .redirect(Policy::custom(follow))
-            .build();
-        Ok(Self { client: client.map_err(|e| format!("cannot use the hub: {}", chain(&e)))?, endpoint, token })
+        // Two clients of one kind, as hf-hub's is asynchronous.
+        macro_rules! client {
+            ($builder:expr) => {
+                $builder
+                    .user_agent(concat!("titan/", env!("CARGO_PKG_VERSION")))
+                    .connect_timeout(CONNECT_TIMEOUT)
+                    .timeout(TIMEOUT)
+                    .redirect(Policy::custom(follow))
+                    .build()
+                    .map_err(|e| format!("cannot use the hub: {}", chain(&e)))?
+            };
+        }
+        // Tries are counted in `HubRepo`, where the hub's own wishes are heeded and the user is told.
+        let mut hub = HFClient::builder().client(client!(reqwest::Client::builder())).retry_max_attempts(0);
+        hub = hub.endpoint(endpoint.as_str().trim_end_matches('/'));
+        if let Some(token) = &token {
+            hub = hub.token(token);
+        }
+        let hub = hub.build_sync().map_err(|e| format!("cannot use the hub: {}", chain(&e)))?;
+        Ok(Self { hub, client: client!(Client::builder()), endpoint, token })
     }
 
     /// The token goes to the hub alone: its listings may go on elsewhere.
     fn get(&self, url: Url) -> RequestBuilder {
-        self.signed(self.client.get(url.clone()), &url)
-    }
-
-    fn signed(&self, request: RequestBuilder, url: &Url) -> RequestBuilder {
+        let request = self.client.get(url.clone());
         match &self.token {
             Some(token) if url.origin() == self.endpoint.origin() => request.bearer_auth(token),
             _ => request,
@@ -112,26 +108,40 @@ impl Api {
 impl RepoApi {
     /// The commit that `revision` is at, if the hub says so.
     pub fn commit(&self, revision: &str) -> Result<Option<String>, Fault> {
-        #[derive(Deserialize)]
-        struct Info {
-            sha: Option<String>,
-        }
-        let mut url = self.url("revision", revision, None);
-        url.set_query(Some("expand=sha"));
-        Ok(answer::<Info>(self.api.get(url))?.sha)
+        let sha = || vec!["sha".to_owned()];
+        Ok(match self.kind {
+            RepoKind::Model => self.model().info().revision(revision).expand(sha()).send()?.sha,
+            RepoKind::Dataset => self.dataset().info().revision(revision).expand(sha()).send()?.sha,
+        })
     }
 
-    /// What the hub lists under the name of a file: nothing, if it has none.
-    pub fn file(&self, commit: &str, file: &str) -> Result<Option<Listed>, Fault> {
-        let url = self.url("paths-info", commit, None);
-        let request = self.api.client.post(url.clone()).header(header::CONTENT_TYPE, "application/json");
-        let request = request.body(json!({ "paths": [file] }).to_string());
-        let found: Vec<Listed> = answer(self.api.signed(request, &url))?;
-        Ok(found.into_iter().find(|listed| listed.path == file))
+    /// What the hub lists under the name of a file, or a folder: nothing, if it has none.
+    pub fn entry(&self, commit: &str, path: &str) -> Result<Vec<RepoTreeEntry>, Fault> {
+        fn ask<T: RepoType>(
+            repo: HFRepositorySync<T>,
+            commit: &str,
+            path: &str,
+        ) -> Result<Vec<RepoTreeEntry>, HFError> {
+            repo.get_paths_info().paths(vec![path.to_owned()]).revision(commit).send()
+        }
+        Ok(match self.kind {
+            RepoKind::Model => ask(self.model(), commit, path)?,
+            RepoKind::Dataset => ask(self.dataset(), commit, path)?,
+        })
+    }
+
+    fn model(&self) -> HFRepositorySync<RepoTypeModel> {
+        let (owner, name) = hf_hub::split_id(&self.id);
+        self.api.hub.model(owner, name)
+    }
+
+    fn dataset(&self) -> HFRepositorySync<RepoTypeDataset> {
+        let (owner, name) = hf_hub::split_id(&self.id);
+        self.api.hub.dataset(owner, name)
     }
 
     /// All that is in a folder and below it; `None`: in the repository.
-    pub fn tree(&self, commit: &str, folder: Option<&str>) -> Result<Vec<Listed>, Fault> {
+    pub fn tree(&self, commit: &str, folder: Option<&str>) -> Result<Vec<RepoTreeEntry>, Fault> {
         let mut url = self.url("tree", commit, folder);
         url.set_query(Some("recursive=true"));
         let (mut next, mut found, mut n_bytes) = (Some(url), Vec::new(), 0);
@@ -143,7 +153,7 @@ impl RepoApi {
             if n_bytes > MAX_LISTING_BYTES {
                 return Err(Fault::Nonsense("its list of files does not end".into()));
             }
-            found.extend(parse::<Vec<Listed>>(&page)?);
+            found.extend(parse::<Vec<RepoTreeEntry>>(&page)?);
         }
         Ok(found)
     }
@@ -186,8 +196,32 @@ fn follow(attempt: Attempt) -> Action {
     }
 }
 
-fn answer<T: DeserializeOwned>(request: RequestBuilder) -> Result<T, Fault> {
-    parse(&read(send(request)?, MAX_ANSWER_BYTES)?)
+impl From<HFError> for Fault {
+    fn from(error: HFError) -> Self {
+        let retry_after = match &error {
+            HFError::RateLimited { retry_after, .. } => retry_after.unwrap_or_default(),
+            _ => Duration::ZERO,
+        };
+        let context = match error {
+            HFError::Request { source, .. } => return Self::Network(source),
+            HFError::Http { context }
+            | HFError::AuthRequired { context }
+            | HFError::Forbidden { context }
+            | HFError::Conflict { context }
+            | HFError::RateLimited { context, .. }
+            | HFError::RepoNotFound { context: Some(context), .. }
+            | HFError::RevisionNotFound { context: Some(context), .. }
+            | HFError::EntryNotFound { context: Some(context), .. } => context,
+            other => return Self::Nonsense(format!("its answer makes no sense: {}", chain(&other))),
+        };
+        Self::Refused(Box::new(Refusal {
+            status: context.status.as_u16(),
+            url: context.url,
+            code: context.error_code.unwrap_or_default(),
+            message: context.server_message.unwrap_or_default(),
+            retry_after,
+        }))
+    }
 }
 
 fn send(request: RequestBuilder) -> Result<Response, Fault> {

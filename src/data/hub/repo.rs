@@ -6,9 +6,10 @@ use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::Duration;
 
+use hf_hub::repository::RepoTreeEntry;
 use indicatif::ProgressBar;
 
-use super::api::{Api, Fault, Listed, RepoApi};
+use super::api::{Api, Fault, RepoApi};
 use super::cache::{self, RepoCache};
 use super::download::{Entry, download};
 use super::{HubOptions, RepoKind, explain};
@@ -152,9 +153,10 @@ impl HubRepo {
     }
 
     fn entry(&self, commit: &Commit, file: &str) -> Result<Entry> {
-        let found = self.retrying(|| self.api.file(&commit.hash, file));
+        let found = self.retrying(|| self.api.entry(&commit.hash, file));
         let found = found.map_err(|fault| explain::explain(self, Some(file), &fault))?;
-        found.and_then(Entry::of).ok_or_else(|| explain::no_such_file(self, file))
+        let entry = found.into_iter().find_map(Entry::of).filter(|entry| entry.path == file);
+        entry.ok_or_else(|| explain::no_such_file(self, file))
     }
 
     /// Repeats a call that failed for a reason that may pass.
@@ -216,11 +218,16 @@ impl RemoteFiles for HubRepo {
 
 impl Entry {
     /// `None` for a folder. The id becomes a file name, so it must be one that git could have given.
-    fn of(listed: Listed) -> Option<Self> {
-        let Listed { kind, path, oid, size, lfs } = listed;
-        let is_file = kind == "file" && cache::is_git_id(&oid);
-        let (size, is_lfs) = lfs.map_or((size, false), |lfs| (lfs.size, true));
-        is_file.then_some(Self { path, size, git_id: oid, is_lfs })
+    fn of(entry: RepoTreeEntry) -> Option<Self> {
+        match entry {
+            RepoTreeEntry::File { oid, size, path, lfs, .. } if cache::is_git_id(&oid) => Some(Self {
+                path,
+                size: lfs.as_ref().and_then(|lfs| lfs.size).unwrap_or(size),
+                git_id: oid,
+                is_lfs: lfs.is_some(),
+            }),
+            _ => None,
+        }
     }
 }
 
