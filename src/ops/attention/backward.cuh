@@ -18,8 +18,8 @@ __device__ inline void stats_of(const T* y, const T* dy, const float* logsumexp,
     float d = 0.0f;
     if (inside && lane * 8 < sizes.hd) {
         float left[8], right[8];
-        load_all<8>(left, y + sizes.query(int(row), i, head) + lane * 8);
-        load_all<8>(right, dy + sizes.query(int(row), i, head) + lane * 8);
+        load_all<8>(left, y + sizes.result(int(row), i, head) + lane * 8);
+        load_all<8>(right, dy + sizes.result(int(row), i, head) + lane * 8);
 #pragma unroll
         for (int j = 0; j < 8; j++) d += left[j] * right[j];
     }
@@ -52,7 +52,7 @@ __device__ inline void backward_keys(
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = key + warp * 16 * M; // the warp's first key
     const Mask mask{starts, bounds, row, sizes.sq};
-    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
+    const int k_stride = sizes.k_stride;
 
     // The tile of queries from `query` on, or after it, that sees any of these keys; sq if there is none.
     const auto visible = [&](int query) {
@@ -63,11 +63,12 @@ __device__ inline void backward_keys(
     };
     const auto load = [&](int stage, int head, int query) {
         bf16* const tile = tiles + stage * STAGE;
-        const size_t at = sizes.query(row, query, key_head * group + head);
-        load_tile<W, QUERIES, THREADS>(tile, q + at, q_stride, sizes.sq - query, hd);
-        load_tile<W, QUERIES, THREADS>(tile + TILE, dy + at, q_stride, sizes.sq - query, hd);
+        head += key_head * group;
+        load_tile<W, QUERIES, THREADS>(tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
+        load_tile<W, QUERIES, THREADS>(
+            tile + TILE, dy + sizes.result(row, query, head), sizes.y_stride(), sizes.sq - query, hd);
         if (threadIdx.x < QUERIES / 2) {
-            const size_t stat = (size_t(row) * sizes.h + key_head * group + head) * sizes.padded() + query;
+            const size_t stat = (size_t(row) * sizes.h + head) * sizes.padded() + query;
             copy_async_16(tile + 2 * TILE + threadIdx.x * 8, stats + stat * 2 + threadIdx.x * 4, true);
         }
     };
@@ -183,7 +184,7 @@ __device__ inline void backward_queries(
     const Mask mask{starts, bounds, row, sizes.sq};
     const int first = mask.first(query, QUERIES) / KEYS * KEYS, end = past + min(query + QUERIES, sizes.sq);
     const int common = mask.common(query, QUERIES);
-    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
+    const int k_stride = sizes.k_stride;
     size_t at = sizes.key(row, first, sizes.key_head(head)); // where the tile of keys is that is copied next
     const auto load = [&](int stage, int key) {
         bf16* const tile = tiles + stage * 2 * TILE;
@@ -192,8 +193,8 @@ __device__ inline void backward_queries(
         at += size_t(KEYS) * k_stride;
     };
 
-    load_tile<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), q_stride, sizes.sq - query, hd);
-    load_tile<W, QUERIES, THREADS>(dy_tile, dy + sizes.query(row, query, head), q_stride, sizes.sq - query, hd);
+    load_tile<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
+    load_tile<W, QUERIES, THREADS>(dy_tile, dy + sizes.result(row, query, head), sizes.y_stride(), sizes.sq - query, hd);
     load(0, first);
     copy_async_commit();
     Left<W, M, HELD> queries, grads;
@@ -269,7 +270,7 @@ __device__ inline void backward_queries(
 #pragma unroll
     for (int m = 0; m < M; m++) scales[m][0] = scales[m][1] = scale;
     store_sums<W, M>(
-        dq + sizes.query(row, own, head), q_tile + warp * 16 * M * W, sums, scales, q_stride, sizes.sq - own, hd);
+        dq + sizes.query(row, own, head), q_tile + warp * 16 * M * W, sums, scales, sizes.q_stride, sizes.sq - own, hd);
 }
 
 } // namespace

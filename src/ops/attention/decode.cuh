@@ -42,7 +42,7 @@ __device__ inline void decode(
         const int g = i / width, column = i % width, r = first_row + own + g;
         float x = 0.0f;
         if (own + g < rows && column < hd) {
-            const size_t at = sizes.query(row, r % sizes.sq, key_head * group + r / sizes.sq) + column;
+            const size_t at = sizes.result(row, r % sizes.sq, key_head * group + r / sizes.sq) + column;
             x = q_is_bf16 ? load(static_cast<const bf16*>(q)[at]) : static_cast<const float*>(q)[at];
         }
         queries[i] = x;
@@ -182,7 +182,7 @@ __device__ inline void join(const float* stats, const float* sums, const float* 
         for (int i = 0; i < splits; i++) {
             if (weights[i] > 0.0f) sum += weights[i] * sums[(part + i) * sizes.hd + column];
         }
-        y[sizes.query(row, r % sizes.sq, head) + column] = store<T>(sum / total);
+        y[sizes.result(row, r % sizes.sq, head) + column] = store<T>(sum / total);
     }
 }
 

@@ -116,8 +116,8 @@ __device__ inline void forward_f32(
     const int query = (gridDim.z - 1 - blockIdx.z) * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
     const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
-    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
-    load_tile_f32<W, R>(q_tile, q + sizes.query(row, query, head), q_stride, sizes.sq - query, hd);
+    const int k_stride = sizes.k_stride;
+    load_tile_f32<W, R>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
 
     float sums[R / 16][PARTS_F32<W>][4], max[R / 16], total[R / 16];
     clear_f32<W, R>(sums);
@@ -177,7 +177,7 @@ __device__ inline void forward_f32(
             logsumexp[(size_t(row) * sizes.h + head) * sizes.sq + own] = new_max + log2f(sum);
         }
     }
-    store_f32<W, R>(y + sizes.query(row, query, head), sums, scale, q_stride, sizes.sq - query, hd);
+    store_f32<W, R>(y + sizes.result(row, query, head), sums, scale, sizes.y_stride(), sizes.sq - query, hd);
 }
 
 template <int W, int R>
@@ -193,7 +193,7 @@ __device__ inline void backward_keys_f32(
     const int row = blockIdx.y, key_head = blockIdx.x, group = sizes.h / sizes.kv;
     const int key = blockIdx.z * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
-    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
+    const int k_stride = sizes.k_stride;
     const size_t own = sizes.key(row, key, key_head);
     load_tile_f32<W, R>(k_tile, k + own, k_stride, sizes.sk - key, hd);
     load_tile_f32<W, R>(v_tile, v + own, k_stride, sizes.sk - key, hd);
@@ -206,10 +206,9 @@ __device__ inline void backward_keys_f32(
         for (int query = max(key - past, 0) / R * R; query < sizes.sq; query += R) {
             if (mask.first_from(query) >= key + R) break;
             if (mask.first(query, R) >= key + R) continue;
-            const size_t at = sizes.query(row, query, head);
             __syncthreads();
-            load_tile_f32<W, R>(q_tile, q + at, q_stride, sizes.sq - query, hd);
-            load_tile_f32<W, R>(dy_tile, dy + at, q_stride, sizes.sq - query, hd);
+            load_tile_f32<W, R>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
+            load_tile_f32<W, R>(dy_tile, dy + sizes.result(row, query, head), sizes.y_stride(), sizes.sq - query, hd);
             await_tiles();
             float s[R / 16][R / 16], ds[R / 16][R / 16];
             multiply_f32<W, R>(s, k_tile, q_tile);
@@ -263,11 +262,11 @@ __device__ inline void backward_queries_f32(
     const int query = (gridDim.z - 1 - blockIdx.z) * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
     const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
-    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
+    const int k_stride = sizes.k_stride;
     const float* const stat = stats + (size_t(row) * sizes.h + head) * sizes.padded() * 2;
     const size_t own = sizes.query(row, query, head);
-    load_tile_f32<W, R>(q_tile, q + own, q_stride, sizes.sq - query, hd);
-    load_tile_f32<W, R>(dy_tile, dy + own, q_stride, sizes.sq - query, hd);
+    load_tile_f32<W, R>(q_tile, q + own, sizes.q_stride, sizes.sq - query, hd);
+    load_tile_f32<W, R>(dy_tile, dy + sizes.result(row, query, head), sizes.y_stride(), sizes.sq - query, hd);
 
     float sums[R / 16][PARTS_F32<W>][4];
     clear_f32<W, R>(sums);
@@ -303,7 +302,7 @@ __device__ inline void backward_queries_f32(
     float scales[R / 16];
 #pragma unroll
     for (int i = 0; i < R / 16; i++) scales[i] = scale;
-    store_f32<W, R>(dq + own, sums, scales, q_stride, sizes.sq - query, hd);
+    store_f32<W, R>(dq + own, sums, scales, sizes.q_stride, sizes.sq - query, hd);
 }
 
 } // namespace

@@ -22,10 +22,10 @@ __device__ inline void forward(
     const Mask mask{starts, bounds, row, sizes.sq};
     const int first = mask.first(query, QUERIES) / KEYS * KEYS, end = past + min(query + QUERIES, sizes.sq);
     const int common = mask.common(query, QUERIES);
-    const int q_stride = sizes.h * hd, k_stride = sizes.kv * hd;
+    const int k_stride = sizes.k_stride;
     size_t at = sizes.key(row, first, sizes.key_head(head)); // where the tile of keys is that is copied next
 
-    load_tile<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), q_stride, sizes.sq - query, hd);
+    load_tile<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
     load_tile<W, KEYS, THREADS>(k_tiles, k + at, k_stride, sizes.sk - first, hd);
     if (STAGES == 2) load_tile<W, KEYS, THREADS>(v_tiles, v + at, k_stride, sizes.sk - first, hd);
     copy_async_commit();
@@ -127,7 +127,8 @@ __device__ inline void forward(
             }
         }
     store_sums<W, M>(
-        y + sizes.query(row, own_again, head), q_tile + warp * 16 * M * W, sums, scale, q_stride, sizes.sq - own_again, hd);
+        y + sizes.result(row, own_again, head), q_tile + warp * 16 * M * W, sums, scale, sizes.y_stride(),
+        sizes.sq - own_again, hd);
 }
 
 } // namespace

@@ -6,8 +6,9 @@
 // Shapes     q, y, dy, dq (b, sq, h, hd); k, v, dk, dv (b, sk, kv, hd); logsumexp (b, h, sq), of base 2; sinks (h).
 //            stats (b, h, sq up to a multiple of 64, 2): logsumexp and D, 1e30 and 0 beyond sq. starts (b, sq): the first key
 //            that each query sees, or null; bounds (b, sq / 64 rounded up, 3): of each 64 queries the smallest start, the
-//            largest, and the smallest of these and all later ones. Contiguous. Query i is at position sk - sq + i, up to
-//            which it sees; query head j reads key head j / (h / kv).
+//            largest, and the smallest of these and all later ones. Query i is at position sk - sq + i, up to which it sees;
+//            query head j reads key head j / (h / kv). Contiguous, but that positions of q and dq lie q_stride numbers apart,
+//            those of k, v, dk and dv k_stride.
 // Types      q, k, v, y and their gradients bf16 or f32, all the same (decode: q and y may differ from k and v);
 //            starts, bounds u32; everything else f32. Products of bf16 on tensor cores, P and dS rounded to bf16 for them.
 // Launch     forward, backward_queries: one block per head and tile of queries, last tiles first as they see most,
@@ -22,13 +23,17 @@
 #include "attention/f32.cuh"
 #include "attention/forward.cuh"
 
-#define FORWARD_BF16(W, M, WARPS, KEYS, STAGES, HELD, BLOCKS)                                                                \
-    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_forward_bf16_##W, const bf16* q, const bf16* k, const bf16* v,               \
-                  const uint32_t* starts, const uint32_t* bounds, const float* sinks, bf16* y, float* logsumexp, int sq,     \
-                  int sk, int h, int kv, int hd, float inner, float factor) {                                                \
-        SHARED(shared);                                                                                                      \
-        forward<W, M, WARPS, KEYS, STAGES, HELD>(q, k, v, starts, bounds, sinks, y, logsumexp, Sizes{sq, sk, h, kv, hd},     \
-                                                 inner, factor, shared);                                                     \
+// What kernels are told of where rows lie.
+#define SIZES int sq, int sk, int h, int kv, int hd, int q_stride, int k_stride
+#define SIZES_GIVEN Sizes{sq, sk, h, kv, hd, q_stride, k_stride}
+
+#define FORWARD_BF16(W, M, WARPS, KEYS, STAGES, HELD, BLOCKS)                                                               \
+    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_forward_bf16_##W, const bf16* q, const bf16* k, const bf16* v,              \
+                  const uint32_t* starts, const uint32_t* bounds, const float* sinks, bf16* y, float* logsumexp, SIZES,     \
+                  float inner, float factor) {                                                                              \
+        SHARED(shared);                                                                                                     \
+        forward<W, M, WARPS, KEYS, STAGES, HELD>(q, k, v, starts, bounds, sinks, y, logsumexp, SIZES_GIVEN,                 \
+                                                 inner, factor, shared);                                                    \
     }
 
 FORWARD_BF16(16, 2, 4, 64, 2, true, 3)
@@ -39,14 +44,14 @@ FORWARD_BF16(128, 2, 4, 64, 1, false, 2)
 FORWARD_BF16(192, 1, 8, 64, 1, false, 1)
 FORWARD_BF16(256, 1, 4, 64, 1, false, 2)
 
-#define BACKWARD_KEYS_BF16(NAME, W, M, WARPS, QUERIES, SUB, HELD, DK, DV, BLOCKS)                                            \
-    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_backward_##NAME##_bf16_##W, const bf16* q, const bf16* k, const bf16* v,     \
-                  const bf16* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, bf16* dk, bf16* dv,    \
-                  int sq, int sk, int h, int kv, int hd, float inner, float factor, float scale, int stages) {               \
-        SHARED(shared);                                                                                                      \
-        backward_keys<W, M, WARPS, QUERIES, SUB, HELD, DK, DV>(q, k, v, dy, stats, starts, bounds, dk, dv,                   \
-                                                               Sizes{sq, sk, h, kv, hd}, inner, factor, scale, stages,       \
-                                                               shared);                                                      \
+#define BACKWARD_KEYS_BF16(NAME, W, M, WARPS, QUERIES, SUB, HELD, DK, DV, BLOCKS)                                           \
+    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_backward_##NAME##_bf16_##W, const bf16* q, const bf16* k, const bf16* v,    \
+                  const bf16* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, bf16* dk, bf16* dv,   \
+                  SIZES, float inner, float factor, float scale, int stages) {                                              \
+        SHARED(shared);                                                                                                     \
+        backward_keys<W, M, WARPS, QUERIES, SUB, HELD, DK, DV>(q, k, v, dy, stats, starts, bounds, dk, dv,                  \
+                                                               SIZES_GIVEN, inner, factor, scale, stages,                   \
+                                                               shared);                                                     \
     }
 
 BACKWARD_KEYS_BF16(keys, 16, 2, 4, 64, 32, false, true, true, 3)
@@ -59,13 +64,13 @@ BACKWARD_KEYS_BF16(dv, 192, 1, 4, 64, 64, false, false, true, 2)
 BACKWARD_KEYS_BF16(dk, 256, 1, 4, 32, 32, false, true, false, 2)
 BACKWARD_KEYS_BF16(dv, 256, 1, 4, 32, 32, false, false, true, 2)
 
-#define BACKWARD_QUERIES_BF16(W, M, WARPS, KEYS, SUB, HELD, BLOCKS)                                                          \
-    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_backward_queries_bf16_##W, const bf16* q, const bf16* k, const bf16* v,      \
-                  const bf16* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, bf16* dq, int sq,      \
-                  int sk, int h, int kv, int hd, float inner, float factor, float scale, int stages) {                       \
-        SHARED(shared);                                                                                                      \
-        backward_queries<W, M, WARPS, KEYS, SUB, HELD>(q, k, v, dy, stats, starts, bounds, dq, Sizes{sq, sk, h, kv, hd},     \
-                                                       inner, factor, scale, stages, shared);                                \
+#define BACKWARD_QUERIES_BF16(W, M, WARPS, KEYS, SUB, HELD, BLOCKS)                                                         \
+    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_backward_queries_bf16_##W, const bf16* q, const bf16* k, const bf16* v,     \
+                  const bf16* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, bf16* dq, SIZES,      \
+                  float inner, float factor, float scale, int stages) {                                                     \
+        SHARED(shared);                                                                                                     \
+        backward_queries<W, M, WARPS, KEYS, SUB, HELD>(q, k, v, dy, stats, starts, bounds, dq, SIZES_GIVEN,                 \
+                                                       inner, factor, scale, stages, shared);                               \
     }
 
 BACKWARD_QUERIES_BF16(16, 2, 4, 64, 32, true, 3)
@@ -76,26 +81,26 @@ BACKWARD_QUERIES_BF16(128, 2, 4, 64, 32, false, 2)
 BACKWARD_QUERIES_BF16(192, 1, 4, 64, 64, false, 2)
 BACKWARD_QUERIES_BF16(256, 1, 4, 32, 32, false, 2)
 
-#define F32(W, R)                                                                                                            \
-    KERNEL_BOUNDS(THREADS_F32, 1, attention_forward_f32_##W, const float* q, const float* k, const float* v,                 \
-                  const uint32_t* starts, const uint32_t* bounds, const float* sinks, float* y, float* logsumexp, int sq,    \
-                  int sk, int h, int kv, int hd, float inner, float factor) {                                                \
-        SHARED(shared);                                                                                                      \
-        forward_f32<W, R>(q, k, v, starts, bounds, sinks, y, logsumexp, Sizes{sq, sk, h, kv, hd}, inner, factor, shared);    \
-    }                                                                                                                        \
-    KERNEL_BOUNDS(THREADS_F32, 1, attention_backward_keys_f32_##W, const float* q, const float* k, const float* v,           \
-                  const float* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, float* dk, float* dv, \
-                  int sq, int sk, int h, int kv, int hd, float inner, float factor, float scale, int) {                      \
-        SHARED(shared);                                                                                                      \
-        backward_keys_f32<W, R>(q, k, v, dy, stats, starts, bounds, dk, dv, Sizes{sq, sk, h, kv, hd}, inner, factor, scale,  \
-                                shared);                                                                                     \
-    }                                                                                                                        \
-    KERNEL_BOUNDS(THREADS_F32, 1, attention_backward_queries_f32_##W, const float* q, const float* k, const float* v,        \
-                  const float* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, float* dq, int sq,    \
-                  int sk, int h, int kv, int hd, float inner, float factor, float scale, int) {                              \
-        SHARED(shared);                                                                                                      \
-        backward_queries_f32<W, R>(q, k, v, dy, stats, starts, bounds, dq, Sizes{sq, sk, h, kv, hd}, inner, factor, scale,   \
-                                   shared);                                                                                  \
+#define F32(W, R)                                                                                                           \
+    KERNEL_BOUNDS(THREADS_F32, 1, attention_forward_f32_##W, const float* q, const float* k, const float* v,                \
+                  const uint32_t* starts, const uint32_t* bounds, const float* sinks, float* y, float* logsumexp, SIZES,    \
+                  float inner, float factor) {                                                                              \
+        SHARED(shared);                                                                                                     \
+        forward_f32<W, R>(q, k, v, starts, bounds, sinks, y, logsumexp, SIZES_GIVEN, inner, factor, shared);                \
+    }                                                                                                                       \
+    KERNEL_BOUNDS(THREADS_F32, 1, attention_backward_keys_f32_##W, const float* q, const float* k, const float* v,          \
+                  const float* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, float* dk, float* dv,\
+                  SIZES, float inner, float factor, float scale, int) {                                                     \
+        SHARED(shared);                                                                                                     \
+        backward_keys_f32<W, R>(q, k, v, dy, stats, starts, bounds, dk, dv, SIZES_GIVEN, inner, factor, scale,              \
+                                shared);                                                                                    \
+    }                                                                                                                       \
+    KERNEL_BOUNDS(THREADS_F32, 1, attention_backward_queries_f32_##W, const float* q, const float* k, const float* v,       \
+                  const float* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, float* dq, SIZES,    \
+                  float inner, float factor, float scale, int) {                                                            \
+        SHARED(shared);                                                                                                     \
+        backward_queries_f32<W, R>(q, k, v, dy, stats, starts, bounds, dq, SIZES_GIVEN, inner, factor, scale,               \
+                                   shared);                                                                                 \
     }
 
 F32(16, 64)

@@ -13,12 +13,17 @@ constexpr int BOUND = 64;
 
 struct Sizes {
     int sq, sk, h, kv, hd;
+    // From one position to the next, in q and dq, and in k, v, dk and dv; unknown where nothing asks for their rows.
+    int q_stride, k_stride;
 
     __device__ int past() const { return sk - sq; }
     __device__ int key_head(int head) const { return head / (h / kv); }
     // Offset of row i of a head.
-    __device__ size_t query(int row, int i, int head) const { return ((size_t(row) * sq + i) * h + head) * hd; }
-    __device__ size_t key(int row, int i, int head) const { return ((size_t(row) * sk + i) * kv + head) * hd; }
+    __device__ size_t query(int row, int i, int head) const { return (size_t(row) * sq + i) * q_stride + head * hd; }
+    __device__ size_t key(int row, int i, int head) const { return (size_t(row) * sk + i) * k_stride + head * hd; }
+    // In what is contiguous: y and dy, and few queries.
+    __device__ size_t result(int row, int i, int head) const { return ((size_t(row) * sq + i) * h + head) * hd; }
+    __device__ int y_stride() const { return h * hd; }
     __device__ int padded() const { return (sq + BOUND - 1) / BOUND * BOUND; }
 };
 

@@ -14,7 +14,8 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
-use crate::ops::{add_tensors, float8};
+use crate::ops::add::{add_within, onto};
+use crate::ops::{Residual, add_tensors, float8};
 use crate::tools::profiler;
 
 /// `y = x Wᵀ`, computed and returned in the compute dtype of `weight`, with f32 sums.
@@ -26,10 +27,17 @@ use crate::tools::profiler;
 /// # Shapes
 /// `x`: `(…, in)`. `weight`: `(out, in)`. Returns `(…, out)`.
 pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
+    linear_onto(None, x, weight)
+}
+
+/// As [`linear`], the result added to `residual` if there is one, which is f32 or in the compute dtype.
+pub fn linear_onto(residual: Option<Residual>, x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
     let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
-    let y = forward(x.tensor(), weight)?;
-    let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record_sum("linear", y, x, move |dy, sum| backward(&saved, &weight, &dy, sum.as_ref())))
+    let sum = |residual: Option<&Tensor>| forward_onto(residual, x.tensor(), weight);
+    onto(residual, sum, |y| {
+        let (saved, weight) = (x.tensor().clone(), weight.clone());
+        Value::record_sum("linear", y, [x], move |dy, sum| Ok([Some(backward(&saved, &weight, &dy, sum.as_ref())?)]))
+    })
 }
 
 /// [`linear`] on bare tensors, for ops that contain one.
@@ -41,6 +49,15 @@ pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> 
     match weight.adapter() {
         None => Ok(y),
         Some(adapter) => add_tensors(&y, &adapter::forward(x, &adapter, weight.fqn())?),
+    }
+}
+
+/// As [`forward`], added to `residual` if there is one.
+pub(in crate::ops) fn forward_onto(residual: Option<&Tensor>, x: &Tensor, weight: &Parameter) -> Result<Tensor> {
+    match residual {
+        None => forward(x, weight),
+        Some(residual) if weight.is_plain() => on_device!(x, forward_onto(residual, x, &weight.compute()?)),
+        Some(residual) => add_within(residual, &forward(x, weight)?),
     }
 }
 
@@ -156,7 +173,7 @@ mod tests {
             // Where the gate is 1, the other branch goes through the layer as it is.
             let gate = Value::constant((&x * 0.0)?.affine(1.0, 1.0)?);
             let parameters = weight()?;
-            let y = ops::glu(&gate, &Value::input(x.clone()), &parameters[0], Gate::Relu)?;
+            let y = ops::glu(&gate, &Value::input(x.clone()), &parameters[0], Gate::Relu, None)?;
             assert_close("y of a gate", y.tensor(), &expected.to_device(&Device::Cpu)?, 0.0)?;
             assert_close("dx of a gate", &y.backward(dy.clone())?, &expected_dx, 0.0)?;
             assert_close("dW of a gate", &parameters[0].grad()?, &grad, 0.0)?;
