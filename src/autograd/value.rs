@@ -7,12 +7,15 @@ use crate::Result;
 use crate::ops;
 use crate::tools::profiler::{self, Category};
 
+/// One for each input of an op, `None` where one has none.
+type Gradients = Vec<Option<Tensor>>;
+
 /// From the gradient of an op's result.
 enum Backward {
-    /// To the gradients of its inputs, `None` where one has none.
-    Gradients(Box<dyn FnOnce(Tensor) -> Result<Vec<Option<Tensor>>>>),
+    /// To those of its inputs.
+    Gradients(Box<dyn FnOnce(Tensor) -> Result<Gradients>>),
     /// The same, that of its first input added to what it has of other ops.
-    Sum(Box<dyn FnOnce(Tensor, Option<Tensor>) -> Result<Vec<Option<Tensor>>>>),
+    Sum(Box<dyn FnOnce(Tensor, Option<Tensor>) -> Result<Gradients>>),
 }
 
 /// The ops of one stage in the order they ran. Node 0 is the stage's input.

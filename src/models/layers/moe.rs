@@ -73,7 +73,7 @@ impl Moe {
         let experts = |residual| ops::experts(&tokens, &weights, &routing, &self.experts, residual);
         let y = match (&self.shared_experts, residual) {
             (None, residual) => experts(residual)?,
-            (Some(shared), Some(residual)) if residual.takes_terms_one_by_one() => {
+            (Some(shared), Some(residual)) if residual.is_added_in_passing() => {
                 let stream = &experts(Some(residual))?;
                 shared.forward(Some(Residual { stream, ..residual }), &tokens)?
             }

@@ -36,9 +36,9 @@ pub struct Residual<'a> {
 }
 
 impl Residual<'_> {
-    /// Whether several terms are added one by one, as a GPU's products add to what they write. Else they are first added to
-    /// each other, in their own dtype.
-    pub fn takes_terms_one_by_one(&self) -> bool {
+    /// Whether ops add to it in passing, as a GPU's products do, one term after the other. Else an op's result is rounded to its
+    /// own dtype, and several are added to each other first. To what nobody reads, nothing is added either way.
+    pub fn is_added_in_passing(&self) -> bool {
         !self.is_read || !self.stream.tensor().device().is_cpu()
     }
 }
@@ -52,14 +52,17 @@ pub fn add_onto(residual: Option<Residual>, y: Value) -> Result<Value> {
     }
 }
 
-/// An op that adds its result to `residual`, if there is one. `sum` makes the result, added to the tensor that it is given; for
-/// an unread sum it is not called. `op` records how gradients flow through the op itself, with any tensor as its result.
+/// An op that adds its result to `residual`, if there is one. `sum` makes the result, added to the tensor that it is given if
+/// it is given one; for an unread sum it is not called. `op` records how gradients flow through the op itself, with any tensor
+/// as its result.
 pub(in crate::ops) fn onto(
     residual: Option<Residual>,
     sum: impl FnOnce(Option<&Tensor>) -> Result<Tensor>,
     op: impl FnOnce(Tensor) -> Value,
 ) -> Result<Value> {
-    let Some(Residual { stream, is_read }) = residual else { return Ok(op(sum(None)?)) };
+    let Some(Residual { stream, is_read }) = residual.filter(Residual::is_added_in_passing) else {
+        return add_onto(residual, op(sum(None)?));
+    };
     let sum = if is_read { sum(Some(stream.tensor()))? } else { stream.tensor().clone() };
     Ok(record(sum.clone(), stream, &op(sum)))
 }

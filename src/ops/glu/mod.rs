@@ -52,8 +52,8 @@ impl Gate {
 /// # Source
 /// Shazeer, arXiv:2002.05202; ReLU squared: So et al., arXiv:2109.08668.
 pub fn glu(gate: &Value, up: &Value, weight: &Arc<Parameter>, kind: Gate, residual: Option<Residual>) -> Result<Value> {
-    let _span = profiler::span("glu").shapes(&[gate.tensor().dims(), weight.shape()]);
     let sum = |residual: Option<&Tensor>| {
+        let _span = profiler::span("glu").shapes(&[gate.tensor().dims(), weight.shape()]);
         let hidden = on_device!(gate.tensor(), forward(gate.tensor(), up.tensor(), kind))?;
         linear::forward_onto(residual, &hidden, weight)
     };

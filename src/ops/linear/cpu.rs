@@ -12,10 +12,6 @@ pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     typed!(T = weight.dtype(); apply::<T, T>(x, weight, product))
 }
 
-pub fn forward_onto(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    add_within(residual, &forward(x, weight)?)
-}
-
 /// The gradient of `x`, added to `sum` if there is one; that of the weight is added to `grad`, if it is wanted.
 pub fn backward(
     x: &Tensor,

@@ -10,7 +10,7 @@ pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     product_with_transpose(x, weight, weight.dtype())
 }
 
-/// As the host's, but rounded once.
+/// As [`forward`], added to `residual` before it is rounded.
 pub fn forward_onto(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (outer, inner) = weight.dims2()?;
     let (residual, x) = (gpu::elements(residual, residual.dtype())?, gpu::elements(x, weight.dtype())?);

@@ -15,6 +15,7 @@ use candle_core::Tensor;
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::ops::add::{add_within, onto};
+use crate::ops::copy::cast;
 use crate::ops::{Residual, add_tensors, float8};
 use crate::tools::profiler;
 
@@ -32,8 +33,10 @@ pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
 
 /// As [`linear`], the result added to `residual` if there is one, which is f32 or in the compute dtype.
 pub fn linear_onto(residual: Option<Residual>, x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
-    let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
-    let sum = |residual: Option<&Tensor>| forward_onto(residual, x.tensor(), weight);
+    let sum = |residual: Option<&Tensor>| {
+        let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
+        forward_onto(residual, x.tensor(), weight)
+    };
     onto(residual, sum, |y| {
         let (saved, weight) = (x.tensor().clone(), weight.clone());
         Value::record_sum("linear", y, [x], move |dy, sum| Ok([Some(backward(&saved, &weight, &dy, sum.as_ref())?)]))
@@ -52,19 +55,21 @@ pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> 
     }
 }
 
-/// As [`forward`], added to `residual` if there is one.
+/// As [`forward`], added to `residual`, which only a GPU is given.
 pub(in crate::ops) fn forward_onto(residual: Option<&Tensor>, x: &Tensor, weight: &Parameter) -> Result<Tensor> {
     match residual {
         None => forward(x, weight),
-        Some(residual) if weight.is_plain() => on_device!(x, forward_onto(residual, x, &weight.compute()?)),
+        #[cfg(feature = "cuda")]
+        Some(residual) if weight.is_plain() => cuda::forward_onto(residual, x, &weight.compute()?),
         Some(residual) => add_within(residual, &forward(x, weight)?),
     }
 }
 
 /// The gradient of `x` under `dy`, added to `sum` if there is one; those of the weight and its adapter go to their
-/// accumulators.
+/// accumulators. A residual may have left `dy` in its own dtype.
 pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor, sum: Option<&Tensor>) -> Result<Tensor> {
     let (values, grad) = (weight.compute()?, weight.accumulator()?);
+    let dy = &cast(dy, values.dtype())?;
     let dx = match weight.float8() {
         None => on_device!(x, backward(x, &values, grad.as_ref(), dy, sum))?,
         Some(how) => float8::backward(x, &values, grad.as_ref(), dy, sum, how)?,

@@ -190,7 +190,7 @@ impl<'a> Slots<'a> {
     }
 }
 
-/// The result, added to `residual` if there is one; `None` if that is not read.
+/// The result; `None` if what it would be added to is not read.
 pub fn forward(
     x: &Tensor,
     weights: &Tensor,
@@ -199,11 +199,9 @@ pub fn forward(
     residual: Option<Residual>,
 ) -> Result<(Option<Tensor>, Hidden)> {
     let is_read = residual.is_none_or(|residual| residual.is_read);
-    let (y, hidden) = typed!(X = x.dtype(), T = experts.w1.compute()?.dtype(); {
+    typed!(X = x.dtype(), T = experts.w1.compute()?.dtype(); {
         forward_in::<X, T>(x, weights, routing, experts, is_read)
-    })?;
-    let sum = |y: Tensor| residual.map_or(Ok(y.clone()), |residual| add_within(residual.stream.tensor(), &y));
-    Ok((y.map(sum).transpose()?, hidden))
+    })
 }
 
 fn forward_in<X: Element, T: Operand>(

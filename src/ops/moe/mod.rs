@@ -141,8 +141,9 @@ pub fn experts(
     experts: &Experts,
     residual: Option<Residual>,
 ) -> Result<Value> {
-    let _span = profiler::span("experts").shapes(&[x.tensor().dims(), experts.w1.shape()]);
-    let (y, hidden) = on_device!(x.tensor(), forward(x.tensor(), weights.tensor(), routing, experts, residual))?;
+    let span = profiler::span("experts").shapes(&[x.tensor().dims(), experts.w1.shape()]);
+    let (y, hidden) =
+        span.around(|| on_device!(x.tensor(), forward(x.tensor(), weights.tensor(), routing, experts, residual)))?;
     onto(
         residual,
         |_| Ok(y.expect("a result that is read is made")),
