@@ -260,7 +260,7 @@ impl Bench {
         let work =
             [Work { flops, bytes: 4 * n + 2 * b * s * dim }, Work { flops: 2 * flops, bytes: 6 * n + 2 * b * s * dim }];
         let shape = format!("{name}: {} x {hidden_dim} -> {dim}", b * s);
-        let run = |gate: &Value| ops::glu(gate, &up, &weight, Gate::Silu).unwrap();
+        let run = |gate: &Value| ops::glu(gate, &up, &weight, Gate::Silu, None).unwrap();
         self.both("swiglu down", &shape, work, (&[b, s, hidden_dim], BF16), run);
     }
 
@@ -307,11 +307,11 @@ impl Bench {
         };
         let logits = Value::constant(self.tensor(&[b * s, n_experts], F32));
         if self.is_wanted("route") {
-            let time_s = self.time(|_| drop(ops::route(&logits, None, &router).unwrap()));
+            let time_s = self.time(|_| drop(ops::route(&logits, None, &router, None).unwrap()));
             let bytes = b * s * (n_experts + 3 * top_k) * 4;
             self.line("route", &format!("{name}: {} of {n_experts}", b * s), Work { flops: 0, bytes }, time_s);
         }
-        let (scores, routing) = ops::route(&logits, None, &router).unwrap();
+        let (scores, routing) = ops::route(&logits, None, &router, None).unwrap();
         let [w1, w2, w3] = [[hidden_dim, dim], [dim, hidden_dim], [hidden_dim, dim]]
             .map(|[rows, cols]| self.parameter(&[n_experts, rows, cols]));
         let weights = Experts { w1, w2, w3, biases: None, gate: Gate::Silu, score_before_experts: true };
@@ -322,7 +322,7 @@ impl Bench {
             Work { flops: 2 * flops, bytes: 3 * stream + 10 * weight_bytes },
         ];
         let shape = format!("{name}: {} x {dim}, {top_k} of {n_experts} x {hidden_dim}", b * s);
-        let run = |x: &Value| ops::experts(x, &scores, &routing, &weights).unwrap();
+        let run = |x: &Value| ops::experts(x, &scores, &routing, &weights, None).unwrap();
         self.both("experts", &shape, work, (&[b * s, dim], F32), run);
     }
 

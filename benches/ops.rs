@@ -164,7 +164,7 @@ impl Bench {
             let (weight, dy) = (parameter(&[DIM, HIDDEN], dtype), tensor(&[B, S, DIM], dtype));
             let work = [Flops(2 * n * DIM), Flops(4 * n * DIM)];
             let op = Op::new("swiglu", shape(&[N, HIDDEN, DIM]), dtype);
-            self.both(&op, work, &gate, &dy, |gate| ops::glu(gate, &up, &weight, Gate::Silu).unwrap());
+            self.both(&op, work, &gate, &dy, |gate| ops::glu(gate, &up, &weight, Gate::Silu, None).unwrap());
         }
     }
 
@@ -269,8 +269,8 @@ impl Bench {
         let logits = Value::constant(tensor(&[N, n_experts], DType::F32));
         let op = Op::new("route", shape(&[N, n_experts]), DType::F32);
         let work = Bytes(N * (n_experts + 2) * 4);
-        self.line(&op, work, || (), |()| ops::route(&logits, None, &router).unwrap());
-        let (scores, routing) = ops::route(&logits, None, &router).unwrap();
+        self.line(&op, work, || (), |()| ops::route(&logits, None, &router, None).unwrap());
+        let (scores, routing) = ops::route(&logits, None, &router, None).unwrap();
         let x = tensor(&[N, DIM], DType::F32);
         for dtype in DTYPES {
             let [w1, w2, w3] = [[hidden, DIM], [DIM, hidden], [hidden, DIM]]
@@ -279,7 +279,7 @@ impl Bench {
             let flops = 3 * 2 * N * hidden * DIM;
             let work = [Flops(flops), Flops(2 * flops)];
             let op = Op::new("experts", format!("{N} x {DIM} -> {n_experts} x {hidden}"), dtype);
-            self.both(&op, work, &x, &x, |x| ops::experts(x, &scores, &routing, &weights).unwrap());
+            self.both(&op, work, &x, &x, |x| ops::experts(x, &scores, &routing, &weights, None).unwrap());
         }
     }
 }

@@ -19,7 +19,7 @@ content=$(mktemp -d)
 trap 'rm -rf "$content"' EXIT
 mkdir "$content/bin"
 
-tests=(golden end_to_end)
+tests=(golden launches end_to_end)
 benches=(train_step gpu_ops)
 target_flags=(--bin titan --lib)
 for name in "${tests[@]}"; do target_flags+=(--test "$name"); done

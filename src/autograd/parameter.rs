@@ -209,6 +209,34 @@ impl Parameter {
         self.float8.set(float8).expect("a weight is converted once");
     }
 
+    /// Whether products with this weight are of its own numbers alone.
+    pub fn is_plain(&self) -> bool {
+        self.adapter().is_none() && self.float8().is_none()
+    }
+
+    /// The matrices `parts` as one, where they lie one behind the other in their stage and products with them are plain: what
+    /// it multiplies by, and adds gradients to, is theirs.
+    pub fn stacked(parts: &[&Arc<Self>]) -> Option<Self> {
+        let first = parts[0];
+        let mut end = first.offset;
+        for part in parts {
+            let follows = Arc::ptr_eq(&part.buffers, &first.buffers) && part.offset == end;
+            if !(follows && part.is_plain() && part.shape[1..] == first.shape[1..]) {
+                return None;
+            }
+            end += part.numel();
+        }
+        Some(Self {
+            fqn: first.fqn.clone(),
+            shape: [&[parts.iter().map(|part| part.shape[0]).sum()], &first.shape[1..]].concat(),
+            init: first.init,
+            offset: first.offset,
+            buffers: first.buffers.clone(),
+            adapter: RwLock::default(),
+            float8: OnceLock::new(),
+        })
+    }
+
     /// Where backward adds the gradient, f32; `None` for a frozen weight, whose gradient need not be computed.
     pub fn accumulator(&self) -> Result<Option<Tensor>> {
         self.buffers().grads.as_ref().map(|grads| self.window(grads)).transpose()

@@ -7,12 +7,15 @@ use crate::Result;
 use crate::ops;
 use crate::tools::profiler::{self, Category};
 
+/// One for each input of an op, `None` where one has none.
+type Gradients = Vec<Option<Tensor>>;
+
 /// From the gradient of an op's result.
 enum Backward {
-    /// To the gradients of its inputs, `None` where one has none.
-    Gradients(Box<dyn FnOnce(Tensor) -> Result<Vec<Option<Tensor>>>>),
-    /// To the gradient of its one input, added to what that has of other ops.
-    Sum(Box<dyn FnOnce(Tensor, Option<Tensor>) -> Result<Tensor>>),
+    /// To those of its inputs.
+    Gradients(Box<dyn FnOnce(Tensor) -> Result<Gradients>>),
+    /// The same, that of its first input added to what it has of other ops.
+    Sum(Box<dyn FnOnce(Tensor, Option<Tensor>) -> Result<Gradients>>),
 }
 
 /// The ops of one stage in the order they ran. Node 0 is the stage's input.
@@ -76,15 +79,15 @@ impl Value {
         Self::node(op, tensor, &inputs, Backward::Gradients(Box::new(move |grad| Ok(backward(grad)?.into()))))
     }
 
-    /// As [`record`](Self::record), of an op with one input whose backward takes in, besides, what the input has of other ops
-    /// already, and returns the sum: where that is cheaper than to add afterwards.
-    pub fn record_sum(
+    /// As [`record`](Self::record), of an op whose backward takes in, besides, what its first input has of other ops already,
+    /// and returns the sum: where that is cheaper than to add afterwards.
+    pub fn record_sum<const N: usize>(
         op: &'static str,
         tensor: Tensor,
-        input: &Self,
-        backward: impl FnOnce(Tensor, Option<Tensor>) -> Result<Tensor> + 'static,
+        inputs: [&Self; N],
+        backward: impl FnOnce(Tensor, Option<Tensor>) -> Result<[Option<Tensor>; N]> + 'static,
     ) -> Self {
-        Self::node(op, tensor, &[input], Backward::Sum(Box::new(backward)))
+        Self::node(op, tensor, &inputs, Backward::Sum(Box::new(move |grad, sum| Ok(backward(grad, sum)?.into()))))
     }
 
     fn node(op: &'static str, tensor: Tensor, inputs: &[&Self], backward: Backward) -> Self {
@@ -125,10 +128,8 @@ impl Value {
             let input_grads = match node.backward {
                 Backward::Gradients(backward) => span.around(|| backward(grad))?,
                 Backward::Sum(backward) => {
-                    let input = node.inputs[0].expect("an op without a tracked input is not recorded");
-                    let sum = grads[input].take();
-                    grads[input] = Some(span.around(|| backward(grad, sum))?);
-                    continue;
+                    let sum = node.inputs[0].and_then(|input| grads[input].take());
+                    span.around(|| backward(grad, sum))?
                 }
             };
             for (input, grad) in node.inputs.into_iter().zip(input_grads) {
@@ -169,9 +170,9 @@ mod tests {
     #[test]
     fn an_op_that_sums_adds_to_what_its_input_has_already() -> Result<()> {
         let x = Value::input(Tensor::new(&[2f32, 3.], &Device::Cpu)?);
-        let doubled = Value::record_sum("double", (x.tensor() * 2.0)?, &x, |grad, sum| {
+        let doubled = Value::record_sum("double", (x.tensor() * 2.0)?, [&x], |grad, sum| {
             let grad = (grad * 2.0)?;
-            Ok(sum.map_or(Ok(grad.clone()), |sum| sum + grad)?)
+            Ok([Some(sum.map_or(Ok(grad.clone()), |sum| sum + grad)?)])
         });
         // y = 2x · x · x, whose later factors give their gradients first.
         let y = multiply(&multiply(&doubled, &x)?, &x)?;

@@ -38,7 +38,7 @@ impl MicroBatch {
 pub enum Pass {
     /// The one pass of a training step that counts.
     Training,
-    /// A repetition of [`Pass::Training`] for its activations.
+    /// A repetition of [`Pass::Training`] for the activations inside: what comes out is read by nobody, and need not be right.
     Recompute,
     /// Neither trains nor counts.
     Evaluation,

@@ -46,20 +46,20 @@ mod tiles;
 #[cfg(feature = "cuda")]
 pub use adamw::Offload;
 pub use adamw::{Adam, AdamSteps, StepOutcome, StepRules, zero};
-pub use add::add;
 pub(crate) use add::add_tensors;
-pub use attention::{AttentionMask, Scores, attention};
+pub use add::{Residual, add, add_onto};
+pub use attention::{AttentionMask, Scores, attention, projected_attention};
 pub use bias::add_bias;
 pub use cross_entropy::{IGNORE_INDEX, LossAndGrad, cross_entropy_grad, cross_entropy_loss};
 pub use embedding::{embedding, embedding_backward};
-pub use glu::{Gate, glu};
+pub use glu::{Gate, feed_forward, glu};
 #[cfg(feature = "cuda")]
 pub use gpu::launches;
 #[cfg(feature = "cuda")]
 pub(crate) use gpu::load_all as load_kernels;
 pub(crate) use host::check_tokens;
 pub use layer_norm::layer_norm;
-pub use linear::{by_head, linear, logits};
+pub use linear::{by_head, linear, linear_onto, logits};
 pub use magnitude::magnitude;
 #[cfg(feature = "cuda")]
 pub use matmul::cuda::measured_peak_flops as measured_gpu_peak_flops;

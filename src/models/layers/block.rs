@@ -6,7 +6,7 @@ use crate::autograd::{Init, StageBuilder, Value};
 use crate::engine::Pass;
 use crate::models::args::{DecoderArgs, FeedForwardKind, NormPosition};
 use crate::models::layer::LayerArgs;
-use crate::ops::{self, Scores};
+use crate::ops::{self, Residual, Scores};
 
 /// `h = x + attention(norm(x))`, `y = h + feed_forward(norm(h))`; the norms may also come after, or after as well.
 #[derive(Debug)]
@@ -87,24 +87,33 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Result<Value> {
         let normed = self::normed(&self.attention_norm, x)?;
-        let attended = match &self.attention {
-            Attention::Grouped(attention) => attention.forward(&normed, positions, cache)?,
-            Attention::Latent(attention) => attention.forward(&normed, positions, cache)?,
+        let attention = |residual: Option<Residual>| match &self.attention {
+            Attention::Grouped(attention) => attention.forward(residual, &normed, positions, cache),
+            Attention::Latent(attention) => attention.forward(residual, &normed, positions, cache),
         };
-        let h = self.add(x, &self::normed(&self.post_attention_norm, &attended)?)?;
+        let h = self.add(Residual { stream: x, is_read: true }, &self.post_attention_norm, attention)?;
         let normed = self::normed(&self.ffn_norm, &h)?;
-        let y = match &self.ffn {
-            Ffn::Dense(feed_forward) => feed_forward.forward(&normed)?,
-            Ffn::Moe(moe) => moe.forward(&normed, pass == Pass::Training)?,
+        let ffn = |residual: Option<Residual>| match &self.ffn {
+            Ffn::Dense(feed_forward) => feed_forward.forward(residual, &normed),
+            Ffn::Moe(moe) => moe.forward(residual, &normed, pass == Pass::Training),
         };
-        self.add(&h, &self::normed(&self.post_ffn_norm, &y)?)
+        self.add(Residual { stream: &h, is_read: pass != Pass::Recompute }, &self.post_ffn_norm, ffn)
     }
 
-    /// The residual stream with what a layer adds to it.
-    fn add(&self, x: &Value, y: &Value) -> Result<Value> {
+    /// The residual stream with what a layer adds to it, after a norm if there is one.
+    fn add(
+        &self,
+        residual: Residual,
+        norm: &Option<Norm>,
+        layer: impl FnOnce(Option<Residual>) -> Result<Value>,
+    ) -> Result<Value> {
+        if norm.is_none() && self.residual_multiplier == 1.0 {
+            return layer(Some(residual));
+        }
+        let y = normed(norm, &layer(None)?)?;
         match self.residual_multiplier {
-            1.0 => ops::add(x, y),
-            factor => ops::add(x, &ops::scale(y, factor)?),
+            1.0 => ops::add_onto(Some(residual), y),
+            factor => ops::add_onto(Some(residual), ops::scale(&y, factor)?),
         }
     }
 }

@@ -2,7 +2,7 @@ use super::{LayerCache, Linear, Norm, Positions, STD};
 use crate::Result;
 use crate::autograd::{StageBuilder, Value};
 use crate::models::args::{DecoderArgs, QkNormOver};
-use crate::ops::{self, Scores};
+use crate::ops::{self, Residual, Scores};
 
 /// Grouped-query self-attention.
 #[derive(Debug)]
@@ -47,13 +47,32 @@ impl GroupedAttention {
         Self { wq, wk, wv, wo, qk_norm, unit_norm_eps, head_dim, scores }
     }
 
-    /// `(b, s, dim) -> (b, s, dim)`. With a `cache`, the keys and values before `x` are taken from it, and those of `x`
-    /// added to it.
-    pub fn forward(&self, x: &Value, positions: &Positions, cache: Option<&mut LayerCache>) -> Result<Value> {
+    /// `(b, s, dim) -> (b, s, dim)`, added to `residual` if there is one. With a `cache`, the keys and values before `x` are
+    /// taken from it, and those of `x` added to it.
+    pub fn forward(
+        &self,
+        residual: Option<Residual>,
+        x: &Value,
+        positions: &Positions,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Value> {
+        let y = self.attend(x, positions, cache)?;
+        let (b, s, h, hd) = y.tensor().dims4()?;
+        self.wo.forward_onto(residual, &y.reshape(&[b, s, h * hd])?)
+    }
+
+    /// `(b, s, dim) -> (b, s, h, hd)`.
+    fn attend(&self, x: &Value, positions: &Positions, cache: Option<&mut LayerCache>) -> Result<Value> {
+        let Positions { rope, mask, query_scales } = *positions;
+        let norms = self.qk_norm.is_some() || self.unit_norm_eps.is_some();
+        let weights = [&self.wq, &self.wk, &self.wv].map(Linear::plain);
+        if let ([Some(wq), Some(wk), Some(wv)], false, None, None) = (weights, norms, query_scales, &cache) {
+            return ops::projected_attention(x, [wq, wk, wv], self.head_dim, rope, mask, &self.scores);
+        }
         let mut q = self.normed_heads(self.wq.forward(x)?, |norm| &norm.q)?; // (b, s, h, hd)
         let mut k = self.normed_heads(self.wk.forward(x)?, |norm| &norm.k)?; // (b, s, kv, hd)
         let mut v = self.split_heads(self.wv.forward(x)?)?;
-        if let Some(rope) = positions.rope {
+        if let Some(rope) = rope {
             q = ops::rope(&q, rope)?;
             k = ops::rope(&k, rope)?;
             if let Some(eps) = self.unit_norm_eps {
@@ -65,9 +84,7 @@ impl GroupedAttention {
         if let Some(cache) = cache {
             [k, v] = cache.extend([&k, &v])?;
         }
-        let y = ops::attention(&q, &k, &v, positions.mask, &self.scores)?;
-        let (b, s, h, hd) = y.tensor().dims4()?;
-        self.wo.forward(&y.reshape(&[b, s, h * hd])?)
+        ops::attention(&q, &k, &v, mask, &self.scores)
     }
 
     fn normed_heads(&self, x: Value, norm: impl Fn(&QkNorm) -> &Norm) -> Result<Value> {

@@ -6,7 +6,7 @@ use super::{LayerCache, Norm, Positions, STD, normal};
 use crate::Result;
 use crate::autograd::{Parameter, StageBuilder, Value};
 use crate::models::args::DecoderArgs;
-use crate::ops::{self, AttentionMask, Scores};
+use crate::ops::{self, AttentionMask, Residual, Scores};
 
 /// Multi-head latent attention: the keys and values of all heads are made from one latent per token. Only a part of each
 /// query head rotates, against one rotary key that all heads share.
@@ -78,9 +78,15 @@ impl LatentAttention {
         }
     }
 
-    /// `(b, s, dim) -> (b, s, dim)`. With a `cache`, the latents and rotary keys before `x` are taken from it, and those
-    /// of `x` added to it.
-    pub fn forward(&self, x: &Value, positions: &Positions, cache: Option<&mut LayerCache>) -> Result<Value> {
+    /// `(b, s, dim) -> (b, s, dim)`, added to `residual` if there is one. With a `cache`, the latents and rotary keys before `x`
+    /// are taken from it, and those of `x` added to it.
+    pub fn forward(
+        &self,
+        residual: Option<Residual>,
+        x: &Value,
+        positions: &Positions,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Value> {
         let (b, s, _) = x.tensor().dims3()?;
         let mut q = self.queries(x)?.reshape(&[b, s, self.n_heads, self.nope_dim + self.rope_dim])?;
         let kv = ops::linear(x, &self.wkv_a)?; // (b, s, latent + rope)
@@ -99,7 +105,7 @@ impl LatentAttention {
                 Value::constant(self.attend_to_latents(q.tensor(), &latents, positions.mask)?)
             }
         };
-        ops::linear(&y.reshape(&[b, s, self.n_heads * self.v_dim])?, &self.wo)
+        ops::linear_onto(residual, &y.reshape(&[b, s, self.n_heads * self.v_dim])?, &self.wo)
     }
 
     /// `(b, s, dim) -> (b, s, h * (nope + rope))`.

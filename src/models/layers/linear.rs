@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::normal;
 use crate::Result;
 use crate::autograd::{Init, Parameter, StageBuilder, Value};
-use crate::ops;
+use crate::ops::{self, Residual};
 
 /// A product with a weight matrix, and a bias if it has one.
 #[derive(Debug)]
@@ -24,9 +24,22 @@ impl Linear {
         &self.weight
     }
 
+    /// The weight, if there is nothing else.
+    pub fn plain(&self) -> Option<&Arc<Parameter>> {
+        self.bias.is_none().then_some(&self.weight)
+    }
+
     /// `(…, in) -> (…, out)`.
     pub fn forward(&self, x: &Value) -> Result<Value> {
         self.add_bias(ops::linear(x, &self.weight)?)
+    }
+
+    /// As [`Linear::forward`], added to `residual` if there is one.
+    pub fn forward_onto(&self, residual: Option<Residual>, x: &Value) -> Result<Value> {
+        match self.plain() {
+            Some(weight) => ops::linear_onto(residual, x, weight),
+            None => ops::add_onto(residual, self.forward(x)?),
+        }
     }
 
     /// What is left to do after an op that has multiplied by the weight.

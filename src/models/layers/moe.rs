@@ -6,7 +6,7 @@ use super::{FeedForward, Linear, STD, normal};
 use crate::Result;
 use crate::autograd::{Init, StageBuilder, Value};
 use crate::models::args::{FeedForwardKind, MoeArgs};
-use crate::ops::{self, ExpertGroups, Experts, Gate, Router};
+use crate::ops::{self, ExpertGroups, Experts, Gate, Residual, Router};
 
 /// Token-choice mixture of experts, with shared experts that see every token.
 #[derive(Debug)]
@@ -61,18 +61,27 @@ impl Moe {
         &self.load
     }
 
-    /// `(b, s, dim) -> (b, s, dim)`. `count`: whether these tokens are part of the load that the biases follow.
-    pub fn forward(&self, x: &Value, count: bool) -> Result<Value> {
+    /// `(b, s, dim) -> (b, s, dim)`, added to `residual` if there is one. `count`: whether these tokens are part of the load that
+    /// the biases follow.
+    pub fn forward(&self, residual: Option<Residual>, x: &Value, count: bool) -> Result<Value> {
         let (b, s, dim) = x.tensor().dims3()?;
         let tokens = x.reshape(&[b * s, dim])?;
-        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, self.load.bias(), &self.router)?;
-        if count {
-            routing.count(&self.load.state().tokens)?;
-        }
-        let mut y = ops::experts(&tokens, &weights, &routing, &self.experts)?;
-        if let Some(shared_experts) = &self.shared_experts {
-            y = ops::add(&shared_experts.forward(&tokens)?, &y)?;
-        }
+        let stream = residual.map(|residual| residual.stream.reshape(&[b * s, dim])).transpose()?;
+        let residual = residual.zip(stream.as_ref()).map(|(residual, stream)| Residual { stream, ..residual });
+        let counter = count.then(|| &self.load.state().tokens);
+        let (weights, routing) = ops::route(&self.gate.forward(&tokens)?, self.load.bias(), &self.router, counter)?;
+        let experts = |residual| ops::experts(&tokens, &weights, &routing, &self.experts, residual);
+        let y = match (&self.shared_experts, residual) {
+            (None, residual) => experts(residual)?,
+            (Some(shared), Some(residual)) if residual.is_added_in_passing() => {
+                let stream = &experts(Some(residual))?;
+                shared.forward(Some(Residual { stream, ..residual }), &tokens)?
+            }
+            (Some(shared), residual) => {
+                let stream = &experts(None)?;
+                ops::add_onto(residual, shared.forward(Some(Residual { stream, is_read: true }), &tokens)?)?
+            }
+        };
         y.reshape(&[b, s, dim])
     }
 }

@@ -16,12 +16,55 @@ use crate::tools::profiler;
 /// # Shapes
 /// Equal.
 pub fn add(x: &Value, y: &Value) -> Result<Value> {
-    let sum = add_tensors(x.tensor(), y.tensor())?;
+    Ok(record(add_tensors(x.tensor(), y.tensor())?, x, y))
+}
+
+fn record(sum: Tensor, x: &Value, y: &Value) -> Value {
     let dtype = y.tensor().dtype();
-    Ok(Value::record("add", sum, [x, y], move |grad| {
+    Value::record("add", sum, [x, y], move |grad| {
         let dy = cast(&grad, dtype)?;
         Ok([Some(grad), Some(dy)])
-    }))
+    })
+}
+
+/// What a layer adds its result to.
+#[derive(Clone, Copy)]
+pub struct Residual<'a> {
+    pub stream: &'a Value,
+    /// Whether anything but a gradient comes of the sum: what only an unread one needs is not computed.
+    pub is_read: bool,
+}
+
+impl Residual<'_> {
+    /// Whether ops add to it in passing, as a GPU's products do, one term after the other. Else an op's result is rounded to its
+    /// own dtype, and several are added to each other first. To what nobody reads, nothing is added either way.
+    pub fn is_added_in_passing(&self) -> bool {
+        !self.is_read || !self.stream.tensor().device().is_cpu()
+    }
+}
+
+/// `y`, added to `residual` if there is one.
+pub fn add_onto(residual: Option<Residual>, y: Value) -> Result<Value> {
+    match residual {
+        None => Ok(y),
+        Some(Residual { stream, is_read: true }) => add(stream, &y),
+        Some(Residual { stream, .. }) => Ok(record(stream.tensor().clone(), stream, &y)),
+    }
+}
+
+/// An op that adds its result to `residual`, if there is one. `sum` makes the result, added to the tensor that it is given if
+/// it is given one; for an unread sum it is not called. `op` records how gradients flow through the op itself, with any tensor
+/// as its result.
+pub(in crate::ops) fn onto(
+    residual: Option<Residual>,
+    sum: impl FnOnce(Option<&Tensor>) -> Result<Tensor>,
+    op: impl FnOnce(Tensor) -> Value,
+) -> Result<Value> {
+    let Some(Residual { stream, is_read }) = residual.filter(Residual::is_added_in_passing) else {
+        return add_onto(residual, op(sum(None)?));
+    };
+    let sum = if is_read { sum(Some(stream.tensor()))? } else { stream.tensor().clone() };
+    Ok(record(sum.clone(), stream, &op(sum)))
 }
 
 /// As [`add`], on bare tensors.

@@ -64,6 +64,11 @@ const fn widths(width: usize, forward: Blocks, keys: Blocks, queries: Blocks, ro
 const APART: usize = 192;
 const THREADS_F32: usize = 256;
 
+/// Whether heads of `hd` numbers can be trained as they are.
+pub fn trains(hd: usize) -> bool {
+    width(hd) == hd && hd <= WIDTHS[WIDTHS.len() - 1].width
+}
+
 /// The width that heads are padded to: rows are copied 16 bytes at a time.
 pub fn width(hd: usize) -> usize {
     hd.next_multiple_of(8)
@@ -140,19 +145,46 @@ impl<'a> Plan<'a> {
     fn sizes(&self) -> [i32; 5] {
         [self.sq, self.sk, self.h, self.kv, self.hd].map(|size| size as i32)
     }
+}
 
-    fn is_aligned(&self, tensors: &[&Tensor]) -> Result<bool> {
-        gpu::by_eights(self.hd, tensors)
+/// Numbers from one position to the next in each of these `(b, s, heads, hd)`, all that kernels are told of where they lie.
+fn positions_apart(tensors: &[&Tensor]) -> Result<i32> {
+    let of = |x: &Tensor| -> Result<usize> {
+        let (_, s, heads, hd) = x.dims4()?;
+        let apart = if x.is_contiguous() { heads * hd } else { x.stride()[1] };
+        let mut strides = x.dims().iter().zip(x.stride()).zip([s * apart, apart, hd, 1]);
+        assert!(
+            strides.all(|((size, stride), expected)| *size == 1 || *stride == expected),
+            "only positions lie apart"
+        );
+        assert!(apart.is_multiple_of(8) && gpu::first(x)?.is_multiple_of(16), "rows begin where 16 bytes do");
+        Ok(apart)
+    };
+    let apart = of(tensors[0])?;
+    for tensor in tensors {
+        assert_eq!(of(tensor)?, apart, "tensors that lie alike");
     }
+    Ok(apart as i32)
 }
 
 /// The result, and the logsumexp of each query, `(b, h, sq)`, of base 2.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<(Tensor, Tensor)> {
+    let [q, k, v] = contiguous([q, k, v])?;
+    forward_of([&q, &k, &v], mask, scores)
+}
+
+fn contiguous([q, k, v]: [&Tensor; 3]) -> Result<[Tensor; 3]> {
     let dtype = q.dtype();
-    let [q, k, v] = [gpu::elements(q, dtype)?, gpu::elements(k, dtype)?, gpu::elements(v, dtype)?];
-    let plan = Plan::new(&q, &k, mask, scores)?;
-    assert!(plan.is_aligned(&[&q, &k, &v])?, "inputs begin where 16 bytes do");
+    Ok([gpu::elements(q, dtype)?, gpu::elements(k, dtype)?, gpu::elements(v, dtype)?])
+}
+
+/// As [`forward`], of tensors in which positions may lie apart.
+pub fn forward_of([q, k, v]: [&Tensor; 3], mask: &AttentionMask, scores: &Scores) -> Result<(Tensor, Tensor)> {
+    let dtype = q.dtype();
+    let plan = Plan::new(q, k, mask, scores)?;
+    let [q_stride, k_stride] = [positions_apart(&[q])?, positions_apart(&[k, v])?];
     let y = gpu::uninit(q.shape(), dtype, plan.device)?;
+    let [q, k, v] = addresses([q, k, v])?;
     let logsumexp = gpu::uninit((plan.b, plan.h, plan.sq), DType::F32, plan.device)?;
     let Widths { width, forward, rows_f32, .. } = plan.kernels()?;
     let (rows, threads, shared) = match dtype {
@@ -164,7 +196,8 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask, scores:
     launch!(
         plan.device, OP, &format!("attention_forward_{}_{width}", suffix(dtype)),
         grid: [plan.h, plan.b, plan.sq.div_ceil(rows)], block: threads, shared: shared;
-        &q, &k, &v, plan.starts, plan.bounds, plan.sinks.as_ref(), &y, &logsumexp, sq, sk, h, kv, hd, plan.inner, plan.factor,
+        q, k, v, plan.starts, plan.bounds, plan.sinks.as_ref(), &y, &logsumexp,
+        sq, sk, h, kv, hd, q_stride, k_stride, plan.inner, plan.factor,
     );
     Ok((y, logsumexp))
 }
@@ -176,12 +209,31 @@ fn shared_f32(width: usize, rows: usize, n_tiles: usize) -> usize {
 
 /// The gradients of q, k and v; that of sinks is added to their accumulator.
 pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scores: &Scores) -> Result<(Tensor, Tensor, Tensor)> {
-    let dtype = saved.q.dtype();
-    let [q, k, v] = [gpu::elements(saved.q, dtype)?, gpu::elements(saved.k, dtype)?, gpu::elements(saved.v, dtype)?];
-    let (y, dy) = (saved.y, gpu::elements(dy, dtype)?);
-    let plan = Plan::new(&q, &k, mask, scores)?;
+    let [q, k, v] = contiguous([saved.q, saved.k, saved.v])?;
+    let (dq, dk, dv) = (uninit_like(&q)?, uninit_like(&k)?, uninit_like(&v)?);
+    backward_into([&dq, &dk, &dv], Saved { q: &q, k: &k, v: &v, ..saved }, dy, mask, scores)?;
+    Ok((dq, dk, dv))
+}
+
+pub fn uninit_like(tensor: &Tensor) -> Result<Tensor> {
+    gpu::uninit(tensor.shape(), tensor.dtype(), gpu::device(tensor))
+}
+
+/// As [`backward`], of tensors in which positions may lie apart, as they do in those that the gradients go to.
+pub fn backward_into(
+    [dq, dk, dv]: [&Tensor; 3],
+    Saved { q, k, v, y, logsumexp }: Saved,
+    dy: &Tensor,
+    mask: &AttentionMask,
+    scores: &Scores,
+) -> Result<()> {
+    let dtype = q.dtype();
+    let dy = gpu::elements(dy, dtype)?;
+    let plan = Plan::new(q, k, mask, scores)?;
     let Plan { device, b, starts, bounds, inner, factor, .. } = plan;
-    assert!(plan.is_aligned(&[&q, &k, &v, y, &dy])?, "inputs begin where 16 bytes do");
+    let [q_stride, k_stride] = [positions_apart(&[q, dq])?, positions_apart(&[k, v, dk, dv])?];
+    assert!(gpu::by_eights(plan.hd, &[y, &dy])?, "results begin where 16 bytes do");
+    let ([dq, dk, dv], [q, k, v]) = (addresses([dq, dk, dv])?, addresses([q, k, v])?);
     let padded = plan.sq.next_multiple_of(BOUND);
     let stats = gpu::uninit((b, plan.h, padded, 2), DType::F32, device)?;
     let [sq, sk, h, kv, hd] = plan.sizes();
@@ -192,7 +244,7 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scores: &Scores
     launch!(
         device, OP, &format!("attention_stats_{suffix}"),
         grid: [(b * padded * plan.h * lanes).div_ceil(256), 1, 1], block: 256;
-        y, &dy, saved.logsumexp, &stats, b, sq, h, hd, lanes as i32,
+        y, &dy, logsumexp, &stats, b, sq, h, hd, lanes as i32,
     );
     let grad = scores.sinks.as_ref().map(|sinks| sinks.accumulator()).transpose()?.flatten();
     if let (Some(sinks), Some(grad)) = (&plan.sinks, grad) {
@@ -203,8 +255,6 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scores: &Scores
         );
     }
 
-    let (dk, dv) = (gpu::uninit(k.shape(), dtype, device)?, gpu::uninit(v.shape(), dtype, device)?);
-    let dq = gpu::uninit(q.shape(), dtype, device)?;
     let Widths { width, keys, queries, rows_f32, .. } = plan.kernels()?;
     let is_bf16 = dtype == DType::BF16;
     let parts: &[&str] = if is_bf16 && *width >= APART { &["dk", "dv"] } else { &["keys"] };
@@ -219,7 +269,8 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scores: &Scores
         launch!(
             device, OP, &format!("attention_backward_{part}_{suffix}_{width}"),
             grid: [plan.kv, b, plan.sk.div_ceil(rows)], block: threads, shared: shared;
-            &q, &k, &v, &dy, &stats, starts, bounds, &dk, &dv, sq, sk, h, kv, hd, inner, factor, scores.scale, stages as i32,
+            q, k, v, &dy, &stats, starts, bounds, dk, dv, sq, sk, h, kv, hd, q_stride, k_stride, inner, factor,
+            scores.scale, stages as i32,
         );
     }
     let shared = |stages| queries.shared(*width, 2, stages, 0);
@@ -232,9 +283,14 @@ pub fn backward(saved: Saved, dy: &Tensor, mask: &AttentionMask, scores: &Scores
     launch!(
         device, OP, &format!("attention_backward_queries_{suffix}_{width}"),
         grid: [plan.h, b, plan.sq.div_ceil(rows)], block: threads, shared: shared;
-        &q, &k, &v, &dy, &stats, starts, bounds, &dq, sq, sk, h, kv, hd, inner, factor, scores.scale, stages as i32,
+        q, k, v, &dy, &stats, starts, bounds, dq, sq, sk, h, kv, hd, q_stride, k_stride, inner, factor, scores.scale,
+        stages as i32,
     );
-    Ok((dq, dk, dv))
+    Ok(())
+}
+
+fn addresses([q, k, v]: [&Tensor; 3]) -> Result<[u64; 3]> {
+    Ok([gpu::first(q)?, gpu::first(k)?, gpu::first(v)?])
 }
 
 /// Queries that share a key head, up to which their keys are split over blocks instead of queries.

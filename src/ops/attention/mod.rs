@@ -11,12 +11,17 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use std::sync::OnceLock;
 
+#[cfg(feature = "cuda")]
+use candle_core::Device;
 use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::ops::host::floats;
 use crate::ops::narrow::with_width;
+#[cfg(feature = "cuda")]
+use crate::ops::rope;
+use crate::ops::{RopeTable, linear};
 use crate::tools::profiler;
 
 /// Which keys each query sees: those from its own lower bound up to its own position.
@@ -180,6 +185,72 @@ pub fn attention(q: &Value, k: &Value, v: &Value, mask: &AttentionMask, scores: 
     }))
 }
 
+/// [`attention`] of the queries, keys and values that `weights` make of `x`, the first two rotated by `rope` if there is one. A
+/// GPU makes all three by one product where their weights lie one behind the other.
+///
+/// # Shapes
+/// `x`: `(b, s, dim)`. `weights`: `(h · head_dim, dim)`, and two of `(kv · head_dim, dim)`. Returns `(b, s, h, head_dim)`.
+pub fn projected_attention(
+    x: &Value,
+    weights: [&Arc<Parameter>; 3],
+    head_dim: usize,
+    rope: Option<&RopeTable>,
+    mask: &AttentionMask,
+    scores: &Scores,
+) -> Result<Value> {
+    #[cfg(feature = "cuda")]
+    if let (Device::Cuda(_), Some(weight)) = (x.tensor().device(), Parameter::stacked(&weights))
+        && cuda::trains(head_dim)
+    {
+        let heads = weights.map(|weight| weight.shape()[0] / head_dim);
+        return projected_attention_at_once(x, weight, heads, rope, mask, scores);
+    }
+    let (b, s, _) = x.tensor().dims3()?;
+    let heads = |weight: &Arc<Parameter>| linear(x, weight)?.reshape(&[b, s, weight.shape()[0] / head_dim, head_dim]);
+    let [mut q, mut k, v] = [heads(weights[0])?, heads(weights[1])?, heads(weights[2])?];
+    if let Some(table) = rope {
+        (q, k) = (super::rope(&q, table)?, super::rope(&k, table)?);
+    }
+    attention(&q, &k, &v, mask, scores)
+}
+
+#[cfg(feature = "cuda")]
+fn projected_attention_at_once(
+    x: &Value,
+    weight: Parameter,
+    heads: [usize; 3],
+    rope: Option<&RopeTable>,
+    mask: &AttentionMask,
+    scores: &Scores,
+) -> Result<Value> {
+    let _span = profiler::span("projected_attention").shapes(&[x.tensor().dims(), weight.shape()]);
+    let (b, s, _) = x.tensor().dims3()?;
+    let all: usize = heads.iter().sum();
+    let [h, kv, _] = heads;
+    // Queries, keys and values of a position lie one behind the other, and so do their gradients.
+    let parts = move |all: &Tensor| -> Result<[Tensor; 3]> {
+        Ok([all.narrow(2, 0, h)?, all.narrow(2, h, kv)?, all.narrow(2, h + kv, kv)?])
+    };
+    let qkv = linear::forward(x.tensor(), &weight)?.reshape((b, s, all, ()))?;
+    if let Some(table) = rope {
+        rope::cuda::rotate_in_place(&qkv, h + kv, table, 1.0)?;
+    }
+    let [q, k, v] = parts(&qkv)?;
+    let (y, logsumexp) = cuda::forward_of([&q, &k, &v], mask, scores)?;
+    let (saved_x, saved_y, rope, mask, scores) =
+        (x.tensor().clone(), y.clone(), rope.cloned(), mask.clone(), scores.clone());
+    Ok(Value::record_sum("projected_attention", y, [x], move |dy, sum| {
+        let gradients = cuda::uninit_like(&qkv)?;
+        let [dq, dk, dv] = parts(&gradients)?;
+        let saved = Saved { q: &q, k: &k, v: &v, y: &saved_y, logsumexp: &logsumexp };
+        cuda::backward_into([&dq, &dk, &dv], saved, &dy, &mask, &scores)?;
+        if let Some(table) = &rope {
+            rope::cuda::rotate_in_place(&gradients, h + kv, table, -1.0)?;
+        }
+        Ok([Some(linear::backward(&saved_x, &weight, &gradients, sum.as_ref())?)])
+    }))
+}
+
 /// What forward leaves for backward.
 struct Saved<'a> {
     q: &'a Tensor,
@@ -195,6 +266,8 @@ mod tests {
     use candle_core::{D, DType, Device, Tensor};
 
     use super::*;
+    use crate::models::args::{RopeArgs, RopeLayout, Stretch};
+    use crate::ops::rope::tests::reference as rotated;
     use crate::ops::testing::{Case, assert_close, devices, on_threads, parameters_on, random_tensor};
 
     /// Scores as a matrix, masked by `-inf`, softmax, product: in the dtype of its inputs.
@@ -270,6 +343,43 @@ mod tests {
             check(dtype, [2, 150, 150, 6, 2, 10], &AttentionMask::causal())?;
             check(dtype, [1, 290, 290, 2, 1, 40], &AttentionMask::causal())?;
             check(dtype, [1, 65, 577, 1, 1, 64], &AttentionMask::causal())?;
+        }
+        Ok(())
+    }
+
+    /// Weights one behind the other, as a GPU multiplies by them at once, and apart.
+    #[test]
+    fn attention_of_products_matches_its_reference() -> Result<()> {
+        let (b, s, dim) = (2, 70, 12);
+        let mask = AttentionMask::causal().within_window(40, b, 0..s);
+        for (dtype, [h, kv, hd], is_rotated, order) in [
+            (DType::F32, [4, 2, 16], true, [0, 1, 2]),
+            (DType::BF16, [4, 2, 16], true, [0, 1, 2]),
+            (DType::BF16, [3, 3, 24], false, [0, 1, 2]),
+            (DType::F32, [2, 1, 10], true, [0, 1, 2]),
+            (DType::F32, [4, 2, 16], true, [1, 0, 2]),
+        ] {
+            let args = RopeArgs { dim: hd, theta: 100.0, layout: RopeLayout::Pairs, stretch: Stretch::None };
+            let table = |device: &Device| RopeTable::new(&args, s, device);
+            let mut case = Case::new("projected_attention").compute(dtype).input(random_tensor("x", &[b, s, dim])?);
+            for i in order {
+                case = case.parameter(["wq", "wk", "wv"][i], &[[h, kv, kv][i] * hd, dim]);
+            }
+            let at = |i: usize| order.iter().position(|it| *it == i).unwrap();
+            case.check_with_parameters(
+                |x, p| {
+                    let rope = is_rotated.then(|| table(x[0].tensor().device())).transpose()?;
+                    let weights = [0, 1, 2].map(|i| &p[at(i)]);
+                    projected_attention(&x[0], weights, hd, rope.as_ref(), &mask, &Scores::scaled(0.3))
+                },
+                |t, p| {
+                    let heads = |i: usize| -> Result<Tensor> {
+                        let x = t[0].broadcast_matmul(&p[at(i)].t()?)?.reshape((b, s, (), hd))?;
+                        Ok(if is_rotated && i < 2 { rotated(&x, &table(&Device::Cpu)?)? } else { x })
+                    };
+                    reference(&[heads(0)?, heads(1)?, heads(2)?], &mask, 0.3)
+                },
+            )?;
         }
         Ok(())
     }

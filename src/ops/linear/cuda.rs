@@ -10,6 +10,17 @@ pub fn forward(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     product_with_transpose(x, weight, weight.dtype())
 }
 
+/// As [`forward`], added to `residual` before it is rounded.
+pub fn forward_onto(residual: &Tensor, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (outer, inner) = weight.dims2()?;
+    let (residual, x) = (gpu::elements(residual, residual.dtype())?, gpu::elements(x, weight.dtype())?);
+    let rows = x.elem_count() / inner;
+    let sum = gpu::uninit(residual.shape(), residual.dtype(), gpu::device(&x))?;
+    let (weight, residual, dst) = (Mat::new(weight, outer)?.t(), Mat::new(&residual, rows)?, Mat::new(&sum, rows)?);
+    multiply_and_add(gpu::device(&x), Mat::new(&x, rows)?, weight, residual, dst)?;
+    Ok(sum)
+}
+
 /// As the host's, but rounded once, to `x`'s dtype.
 pub fn backward(
     x: &Tensor,

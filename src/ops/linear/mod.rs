@@ -14,7 +14,9 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::autograd::{Parameter, Value};
-use crate::ops::{add_tensors, float8};
+use crate::ops::add::{add_within, onto};
+use crate::ops::copy::cast;
+use crate::ops::{Residual, add_tensors, float8};
 use crate::tools::profiler;
 
 /// `y = x Wᵀ`, computed and returned in the compute dtype of `weight`, with f32 sums.
@@ -26,10 +28,19 @@ use crate::tools::profiler;
 /// # Shapes
 /// `x`: `(…, in)`. `weight`: `(out, in)`. Returns `(…, out)`.
 pub fn linear(x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
-    let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
-    let y = forward(x.tensor(), weight)?;
-    let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record_sum("linear", y, x, move |dy, sum| backward(&saved, &weight, &dy, sum.as_ref())))
+    linear_onto(None, x, weight)
+}
+
+/// As [`linear`], the result added to `residual` if there is one, which is f32 or in the compute dtype.
+pub fn linear_onto(residual: Option<Residual>, x: &Value, weight: &Arc<Parameter>) -> Result<Value> {
+    let sum = |residual: Option<&Tensor>| {
+        let _span = profiler::span("linear").shapes(&[x.tensor().dims(), weight.shape()]);
+        forward_onto(residual, x.tensor(), weight)
+    };
+    onto(residual, sum, |y| {
+        let (saved, weight) = (x.tensor().clone(), weight.clone());
+        Value::record_sum("linear", y, [x], move |dy, sum| Ok([Some(backward(&saved, &weight, &dy, sum.as_ref())?)]))
+    })
 }
 
 /// [`linear`] on bare tensors, for ops that contain one.
@@ -44,10 +55,21 @@ pub(in crate::ops) fn forward(x: &Tensor, weight: &Parameter) -> Result<Tensor> 
     }
 }
 
+/// As [`forward`], added to `residual`, which only a GPU is given.
+pub(in crate::ops) fn forward_onto(residual: Option<&Tensor>, x: &Tensor, weight: &Parameter) -> Result<Tensor> {
+    match residual {
+        None => forward(x, weight),
+        #[cfg(feature = "cuda")]
+        Some(residual) if weight.is_plain() => cuda::forward_onto(residual, x, &weight.compute()?),
+        Some(residual) => add_within(residual, &forward(x, weight)?),
+    }
+}
+
 /// The gradient of `x` under `dy`, added to `sum` if there is one; those of the weight and its adapter go to their
-/// accumulators.
+/// accumulators. A residual may have left `dy` in its own dtype.
 pub(in crate::ops) fn backward(x: &Tensor, weight: &Parameter, dy: &Tensor, sum: Option<&Tensor>) -> Result<Tensor> {
     let (values, grad) = (weight.compute()?, weight.accumulator()?);
+    let dy = &cast(dy, values.dtype())?;
     let dx = match weight.float8() {
         None => on_device!(x, backward(x, &values, grad.as_ref(), dy, sum))?,
         Some(how) => float8::backward(x, &values, grad.as_ref(), dy, sum, how)?,
@@ -156,7 +178,7 @@ mod tests {
             // Where the gate is 1, the other branch goes through the layer as it is.
             let gate = Value::constant((&x * 0.0)?.affine(1.0, 1.0)?);
             let parameters = weight()?;
-            let y = ops::glu(&gate, &Value::input(x.clone()), &parameters[0], Gate::Relu)?;
+            let y = ops::glu(&gate, &Value::input(x.clone()), &parameters[0], Gate::Relu, None)?;
             assert_close("y of a gate", y.tensor(), &expected.to_device(&Device::Cpu)?, 0.0)?;
             assert_close("dx of a gate", &y.backward(dy.clone())?, &expected_dx, 0.0)?;
             assert_close("dW of a gate", &parameters[0].grad()?, &grad, 0.0)?;

@@ -5,6 +5,8 @@ use super::{ExpertGroups, Experts, Hidden, Router, Routing};
 use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
+use crate::ops::Residual;
+use crate::ops::add::add_within;
 use crate::ops::bias::cpu::{add_rows, add_to_rows};
 use crate::ops::glu::cpu as glu;
 use crate::ops::host::{
@@ -145,11 +147,15 @@ fn route_backward_in<T: Element>(
     Ok(Tensor::from_vec(dlogits, logits.shape(), &Device::Cpu)?)
 }
 
-pub fn count(routing: &Routing, tokens: &Tensor) -> Result<()> {
-    let offsets = indices(&routing.slots.offsets)?;
-    update(tokens, |tokens: &mut [u32]| {
-        tokens.iter_mut().zip(offsets.windows(2)).for_each(|(sum, pair)| *sum += pair[1] - pair[0]);
-    })
+/// Counts the slots of each expert. There are no tiles.
+pub fn cut(slots: &Groups, counter: Option<&Tensor>) -> Result<Option<Tensor>> {
+    if let Some(counter) = counter {
+        let offsets = indices(&slots.offsets)?;
+        update(counter, |tokens: &mut [u32]| {
+            tokens.iter_mut().zip(offsets.windows(2)).for_each(|(sum, pair)| *sum += pair[1] - pair[0]);
+        })?;
+    }
+    Ok(None)
 }
 
 pub fn rebalance(tokens: &Tensor, counted: &Tensor, bias: Option<(&Tensor, f32)>) -> Result<()> {
@@ -184,8 +190,18 @@ impl<'a> Slots<'a> {
     }
 }
 
-pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Experts) -> Result<(Tensor, Hidden)> {
-    typed!(X = x.dtype(), T = experts.w1.compute()?.dtype(); forward_in::<X, T>(x, weights, routing, experts))
+/// The result; `None` if what it would be added to is not read.
+pub fn forward(
+    x: &Tensor,
+    weights: &Tensor,
+    routing: &Routing,
+    experts: &Experts,
+    residual: Option<Residual>,
+) -> Result<(Option<Tensor>, Hidden)> {
+    let is_read = residual.is_none_or(|residual| residual.is_read);
+    typed!(X = x.dtype(), T = experts.w1.compute()?.dtype(); {
+        forward_in::<X, T>(x, weights, routing, experts, is_read)
+    })
 }
 
 fn forward_in<X: Element, T: Operand>(
@@ -193,7 +209,8 @@ fn forward_in<X: Element, T: Operand>(
     weights: &Tensor,
     routing: &Routing,
     experts: &Experts,
-) -> Result<(Tensor, Hidden)> {
+    is_read: bool,
+) -> Result<(Option<Tensor>, Hidden)> {
     let (n, dim) = x.dims2()?;
     let (n_slots, hidden_dim) = (routing.n_slots(), experts.w1.shape()[1]);
     let slots = &Slots::of(routing)?;
@@ -210,27 +227,29 @@ fn forward_in<X: Element, T: Operand>(
         Ok(y)
     };
     let (gate, up) = (product(&input, &experts.w1, 0)?, product(&input, &experts.w3, 2)?);
-    let result = product(&glu::activate(&gate, &up, experts.gate), &experts.w2, 1)?;
-    let y = scatter_sum::<T, X>(&result, dim, slots, after);
+    let result = (is_read || after.is_some())
+        .then(|| product(&glu::activate(&gate, &up, experts.gate), &experts.w2, 1))
+        .transpose()?;
+    let y = result.as_ref().filter(|_| is_read).map(|result| scatter_sum::<T, X>(result, dim, slots, after));
 
     let tensor = |values: Vec<T>, width: usize| Tensor::from_vec(values, (n_slots, width), &Device::Cpu);
-    let result = after.map(|_| tensor(result, dim)).transpose()?;
+    let result = result.filter(|_| after.is_some()).map(|result| tensor(result, dim)).transpose()?;
     let hidden = Hidden { gate: tensor(gate, hidden_dim)?, up: tensor(up, hidden_dim)?, result };
-    Ok((Tensor::from_vec(y, (n, dim), &Device::Cpu)?, hidden))
+    Ok((y.map(|y| Tensor::from_vec(y, (n, dim), &Device::Cpu)).transpose()?, hidden))
 }
 
-/// The gradients of `x` and `weights`.
+/// The gradients of `x`, added to `sum` if there is one, and of `weights`.
 pub fn backward(
-    x: &Tensor,
-    weights: &Tensor,
-    hidden: &Hidden,
+    (x, weights, hidden): (&Tensor, &Tensor, &Hidden),
     routing: &Routing,
     experts: &Experts,
     dy: &Tensor,
+    sum: Option<&Tensor>,
 ) -> Result<(Tensor, Tensor)> {
-    typed!(X = x.dtype(), T = hidden.gate.dtype(); {
+    let (dx, dweights) = typed!(X = x.dtype(), T = hidden.gate.dtype(); {
         backward_in::<X, T>(x, weights, hidden, routing, experts, dy)
-    })
+    })?;
+    Ok((sum.map_or(Ok(dx.clone()), |sum| add_within(sum, &dx))?, dweights))
 }
 
 fn backward_in<X: Element, T: Operand>(

@@ -5,7 +5,9 @@ use super::{Experts, Hidden, Router, Routing};
 use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
+use crate::ops::Residual;
 use crate::ops::gpu::{by_eights, device, elements, launch, suffix, uninit};
+use crate::ops::sort::Groups;
 
 /// Threads of a block, in `kernel.cu`, and the warps that they are; products have blocks of their own.
 const THREADS: usize = 256;
@@ -60,13 +62,17 @@ fn is_softmax(router: &Router) -> i32 {
     i32::from(matches!(router.score_func, ScoreFunc::Softmax))
 }
 
-pub fn count(routing: &Routing, tokens: &Tensor) -> Result<()> {
-    let n_experts = routing.n_experts();
+/// Counts the slots of each expert, and cuts them into tiles of rows, `(n_tiles, 4)`.
+pub fn cut(slots: &Groups, counter: Option<&Tensor>) -> Result<Option<Tensor>> {
+    let n_experts = slots.offsets.elem_count() - 1;
+    let n_tiles = most_tiles(slots.order.elem_count(), n_experts);
+    let device = device(&slots.offsets);
+    let tiles = uninit((n_tiles, 4), DType::U32, device)?;
     launch!(
-        device(tokens), "moe", "moe_count", grid: [n_experts.div_ceil(THREADS), 1, 1], block: THREADS;
-        &routing.slots.offsets, n_experts, tokens,
+        device, "moe", "moe_tiles", grid: [1, 1, 1], block: THREADS, shared: (n_experts + 1) * 4;
+        &slots.offsets, n_experts, n_tiles, &tiles, counter,
     );
-    Ok(())
+    Ok(Some(tiles))
 }
 
 pub fn rebalance(tokens: &Tensor, counted: &Tensor, bias: Option<(&Tensor, f32)>) -> Result<()> {
@@ -151,8 +157,7 @@ struct Layer<'a> {
     w1: Tensor,
     w2: Tensor,
     w3: Tensor,
-    /// Row tiles, `(n_tiles, 4)`.
-    tiles: Tensor,
+    tiles: &'a Tensor,
     n_tiles: usize,
     dtype: DType,
     slots: usize,
@@ -172,12 +177,8 @@ impl<'a> Layer<'a> {
         let aligned = by_eights(dim, &[&w1, &w2, &w3])? && hidden.is_multiple_of(8);
         let device = device(&routing.experts);
         let (slots, dtype) = (routing.n_slots(), w1.dtype());
-        let n_tiles = most_tiles(slots, n_experts);
-        let tiles = uninit((n_tiles, 4), DType::U32, device)?;
-        launch!(
-            device, "moe", "moe_tiles", grid: [1, 1, 1], block: THREADS, shared: (n_experts + 1) * 4;
-            &routing.slots.offsets, n_experts, n_tiles, &tiles,
-        );
+        let tiles = routing.tiles.as_ref().expect("a routing on a GPU has tiles");
+        let n_tiles = tiles.dim(0)?;
         Ok(Self { device, routing, experts, w1, w2, w3, tiles, n_tiles, dtype, slots, n_experts, hidden, dim, aligned })
     }
 
@@ -224,26 +225,28 @@ impl<'a> Layer<'a> {
         Ok(rows)
     }
 
-    /// For each token the sum of the rows of its slots, times their weights if there are weights; and the products of the
-    /// rows, unweighted, with the token's row of `x` go to `dots`.
+    /// For each token the sum of the rows of its slots, times their weights if there are weights, and of its row of `others` if
+    /// there are any; and the products of the rows, unweighted, with the token's row of `x` go to `dots`.
     fn scatter_sum(
         &self,
         rows: &Tensor,
         weights: Option<&Tensor>,
         dtype: DType,
+        others: Option<&Tensor>,
         dots: Option<(&Tensor, &Tensor)>,
     ) -> Result<Tensor> {
         let top_k = self.routing.top_k;
         let n = self.slots / top_k;
         let y = uninit((n, self.dim), dtype, self.device)?;
+        let others = others.map(|others| elements(others, dtype)).transpose()?;
         let (x, dots) = dots.unzip();
-        let by_eights = by_eights(self.dim, &[rows, &y, x.unwrap_or(&y)])?;
+        let by_eights = by_eights(self.dim, &[rows, &y, others.as_ref().unwrap_or(&y), x.unwrap_or(&y)])?;
         let threads = self.dim.div_ceil(if by_eights { 8 } else { 1 }).next_multiple_of(32).min(THREADS);
         let shared = if dots.is_some() { threads / 32 * top_k * 4 } else { 0 };
         launch!(
             self.device, "moe", &row_kernel("scatter", rows, &y, by_eights),
             grid: [n, 1, 1], block: threads, shared: shared;
-            rows, &self.routing.slots.positions, weights, top_k as i32, self.dim, &y, x, dots,
+            rows, &self.routing.slots.positions, weights, top_k as i32, self.dim, others.as_ref(), &y, x, dots,
         );
         Ok(y)
     }
@@ -259,7 +262,7 @@ impl<'a> Layer<'a> {
             self.device, "moe", &engine.kernel("up"),
             grid: self.grid(engine, 2 * self.hidden), block: engine.threads(), shared: engine.shared_bytes();
             x, &self.routing.slots.order, weights, self.routing.top_k as i32, &self.w1, &self.w3, b1.as_ref(), b3.as_ref(), low,
-            &self.tiles, self.dim as i32, self.hidden as i32, kind, limit, &gate, &up, &activated,
+            self.tiles, self.dim as i32, self.hidden as i32, kind, limit, &gate, &up, &activated,
         );
         Ok([gate, up, activated])
     }
@@ -270,7 +273,7 @@ impl<'a> Layer<'a> {
         launch!(
             self.device, "moe", &engine.kernel("down"),
             grid: self.grid(engine, self.dim), block: engine.threads(), shared: engine.shared_bytes();
-            activated, &self.w2, b2.as_ref(), low, &self.tiles, self.dim as i32, self.hidden as i32, &result,
+            activated, &self.w2, b2.as_ref(), low, self.tiles, self.dim as i32, self.hidden as i32, &result,
         );
         Ok(result)
     }
@@ -289,7 +292,7 @@ impl<'a> Layer<'a> {
         launch!(
             self.device, "moe", &engine.kernel("down_backward"),
             grid: self.grid(engine, self.hidden), block: engine.threads(), shared: engine.shared_bytes();
-            dresult, &self.w2, &self.tiles, self.dim as i32, self.hidden as i32, kind, limit,
+            dresult, &self.w2, self.tiles, self.dim as i32, self.hidden as i32, kind, limit,
             &hidden.gate, &hidden.up, &dgate, &dup, activated.as_ref(),
         );
         Ok((dgate, dup, activated))
@@ -301,26 +304,31 @@ impl<'a> Layer<'a> {
         launch!(
             self.device, "moe", &engine.kernel("up_backward"),
             grid: self.grid(engine, self.dim), block: engine.threads(), shared: engine.shared_bytes();
-            dgate, dup, &self.w1, &self.w3, &self.tiles, self.dim as i32, self.hidden as i32, &dinput,
+            dgate, dup, &self.w1, &self.w3, self.tiles, self.dim as i32, self.hidden as i32, &dinput,
         );
         Ok(dinput)
     }
 
-    /// `grad[e] += dyᵀ x` over the slots of each expert, if the weight is trained.
-    fn accumulate(&self, weight: &Parameter, dy: &Tensor, x: &Tensor) -> Result<()> {
-        let Some(grad) = weight.accumulator()? else { return Ok(()) };
-        let (n_experts, rows, columns) = grad.dims3()?;
-        let aligned = by_eights(columns, &[dy, x, &grad])? && rows.is_multiple_of(8);
-        self.add_gradient(Engine::of_gradients(self.dtype, aligned, n_experts, rows, columns), &grad, dy, x)
+    /// `grads[i][e] += dys[i]ᵀ x` over the slots of each expert, for the gradients of one weight or of two alike.
+    fn accumulate(&self, grads: &[Tensor], dys: &[&Tensor], x: &Tensor) -> Result<()> {
+        let (n_experts, rows, columns) = grads[0].dims3()?;
+        let mut aligned = rows.is_multiple_of(8);
+        for (grad, dy) in grads.iter().zip(dys) {
+            aligned = aligned && by_eights(columns, &[dy, x, grad])?;
+        }
+        let engine = Engine::of_gradients(self.dtype, aligned, grads.len() * n_experts, rows, columns);
+        self.add_gradients(engine, grads, dys, x)
     }
 
-    fn add_gradient(&self, engine: Engine, grad: &Tensor, dy: &Tensor, x: &Tensor) -> Result<()> {
-        let (n_experts, rows, columns) = grad.dims3()?;
+    fn add_gradients(&self, engine: Engine, grads: &[Tensor], dys: &[&Tensor], x: &Tensor) -> Result<()> {
+        let (n_experts, rows, columns) = grads[0].dims3()?;
         let tiles = |size: usize| size.div_ceil(engine.tile());
         launch!(
             self.device, "moe", &engine.kernel("gradient"),
-            grid: [tiles(columns), tiles(rows), n_experts], block: engine.threads(), shared: engine.shared_bytes();
-            dy, x, &self.routing.slots.offsets, rows as i32, columns as i32, grad,
+            grid: [tiles(columns), tiles(rows), grads.len() * n_experts], block: engine.threads(),
+            shared: engine.shared_bytes();
+            dys[0], dys.get(1).copied(), x, &self.routing.slots.offsets, n_experts as i32, rows as i32, columns as i32,
+            &grads[0], grads.get(1),
         );
         Ok(())
     }
@@ -345,7 +353,14 @@ fn row_kernel(name: &str, from: &Tensor, to: &Tensor, by_eights: bool) -> String
     format!("moe_{name}_{}_{}_{n}", suffix(from.dtype()), suffix(to.dtype()))
 }
 
-pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Experts) -> Result<(Tensor, Hidden)> {
+/// The result, added to `residual` if there is one; `None` if that is not read.
+pub fn forward(
+    x: &Tensor,
+    weights: &Tensor,
+    routing: &Routing,
+    experts: &Experts,
+    residual: Option<Residual>,
+) -> Result<(Option<Tensor>, Hidden)> {
     let layer = Layer::new(routing, experts)?;
     let (x, weights) = (elements(x, x.dtype())?, elements(weights, DType::F32)?);
     let (before, after) = weights_of(experts, &weights);
@@ -356,47 +371,53 @@ pub fn forward(x: &Tensor, weights: &Tensor, routing: &Routing, experts: &Expert
     let engine = if aligned { layer.engine(2 * layer.hidden) } else { Engine::Plain(layer.dtype) };
     let [gate, up, activated] = layer.up(engine, &low, before)?;
     drop(low);
-    let result = layer.down(layer.engine(layer.dim), &activated)?;
+    let is_read = residual.is_none_or(|residual| residual.is_read);
+    let result = (is_read || after.is_some()).then(|| layer.down(layer.engine(layer.dim), &activated)).transpose()?;
     drop(activated);
-    let y = layer.scatter_sum(&result, after, x.dtype(), None)?;
-    Ok((y, Hidden { gate, up, result: after.map(|_| result) }))
+    let stream = residual.map(|residual| residual.stream.tensor());
+    let dtype = stream.unwrap_or(&x).dtype();
+    let read = result.as_ref().filter(|_| is_read);
+    let y = read.map(|result| layer.scatter_sum(result, after, dtype, stream, None)).transpose()?;
+    Ok((y, Hidden { gate, up, result: result.filter(|_| after.is_some()) }))
 }
 
-/// The gradients of `x` and `weights`.
+/// The gradients of `x`, added to `sum` if there is one, and of `weights`.
 pub fn backward(
-    x: &Tensor,
-    weights: &Tensor,
-    hidden: &Hidden,
+    (x, weights, hidden): (&Tensor, &Tensor, &Hidden),
     routing: &Routing,
     experts: &Experts,
     dy: &Tensor,
+    sum: Option<&Tensor>,
 ) -> Result<(Tensor, Tensor)> {
     let layer = Layer::new(routing, experts)?;
-    let (x, dy, weights) = (elements(x, x.dtype())?, elements(dy, x.dtype())?, elements(weights, DType::F32)?);
+    let (x, dy, weights) = (elements(x, x.dtype())?, elements(dy, dy.dtype())?, elements(weights, DType::F32)?);
     let (before, after) = weights_of(experts, &weights);
-    let is_trained = |weight: &Parameter| Ok::<_, crate::Error>(weight.accumulator()?.is_some());
+    // Weights of a stage are trained together.
+    let grad = |weight: &Parameter| weight.accumulator();
+    let grads = match (grad(&experts.w1)?, grad(&experts.w2)?, grad(&experts.w3)?) {
+        (Some(w1), Some(w2), Some(w3)) => Some(([w1, w3], w2)),
+        _ => None,
+    };
 
     // A weight's gradient is the product of what it scaled with the gradient of the scaled: of a result here, or of `x` below.
     let dweights = uninit(weights.shape(), DType::F32, layer.device)?;
     let dresult = layer.gather_and_dots(&dy, after, hidden.result.as_ref().map(|result| (result, &dweights)))?;
     let engine = layer.engine(layer.hidden);
-    let (dgate, dup, activated) = layer.down_backward(engine, &dresult, hidden, is_trained(&experts.w2)?)?;
-    if let Some(activated) = activated {
-        layer.accumulate(&experts.w2, &dresult, &activated)?;
+    let (dgate, dup, activated) = layer.down_backward(engine, &dresult, hidden, grads.is_some())?;
+    if let (Some((_, grad)), Some(activated)) = (&grads, activated) {
+        layer.accumulate(std::slice::from_ref(grad), &[&dresult], &activated)?;
     }
     layer.accumulate_bias(1, &dresult)?;
     drop(dresult);
-    if is_trained(&experts.w1)? || is_trained(&experts.w3)? {
-        let input = layer.gather(&x, before)?;
-        layer.accumulate(&experts.w1, &dgate, &input)?;
-        layer.accumulate(&experts.w3, &dup, &input)?;
+    if let Some((grads, _)) = &grads {
+        layer.accumulate(grads, &[&dgate, &dup], &layer.gather(&x, before)?)?;
     }
     layer.accumulate_bias(0, &dgate)?;
     layer.accumulate_bias(2, &dup)?;
     let dinput = layer.up_backward(layer.engine(layer.dim), &dgate, &dup)?;
     drop((dgate, dup));
 
-    let dx = layer.scatter_sum(&dinput, before, x.dtype(), before.map(|_| (&x, &dweights)))?;
+    let dx = layer.scatter_sum(&dinput, before, x.dtype(), sum, before.map(|_| (&x, &dweights)))?;
     Ok((dx, dweights))
 }
 
@@ -437,7 +458,7 @@ mod tests {
             // Choices in an order that is not sorted.
             let mut choices: Vec<u32> = (0..).zip(counts).flat_map(|(e, n)| vec![e; n]).collect();
             choices.rotate_left(201);
-            let routing = Routing::new(Tensor::from_vec(choices, (slots / 2, 2), device)?, counts.len())?;
+            let routing = Routing::new(Tensor::from_vec(choices, (slots / 2, 2), device)?, counts.len(), None)?;
             let tokens = random_tensor("tokens", &[slots / 2, dim])?.to_dtype(DType::BF16)?.to_device(device)?;
             let weights = random_tensor("weights", &[slots / 2, 2])?.to_device(device)?;
             let layer = Layer::new(&routing, &all)?;
@@ -453,8 +474,12 @@ mod tests {
                 let result = layer.down(engine, &up)?;
                 let (dgate, dup, again) = layer.down_backward(engine, &dresult, &given, true)?;
                 let dinput = layer.up_backward(engine, &gate, &up)?;
-                let grad = random_tensor("grad", &[counts.len(), hidden, dim])?.to_device(device)?;
-                layer.add_gradient(engine, &grad, &gate, &input)?;
+                let grad = |name| -> Result<Tensor> {
+                    Ok(random_tensor(name, &[counts.len(), hidden, dim])?.to_device(device)?)
+                };
+                let grads = [grad("grad of w1")?, grad("grad of w3")?];
+                layer.add_gradients(engine, &grads, &[&gate, &up], &input)?;
+                let [of_gate, of_up] = grads;
                 Ok(vec![
                     ("gate", y_gate),
                     ("up", y_up),
@@ -464,7 +489,8 @@ mod tests {
                     ("dup", dup),
                     ("activated in backward", again.expect("it is wanted")),
                     ("dinput", dinput),
-                    ("gradient", grad),
+                    ("gradient of w1", of_gate),
+                    ("gradient of w3", of_up),
                 ])
             };
             let expected = products(Engine::Plain(DType::BF16))?;

@@ -10,7 +10,8 @@
 // Launch     moe_route, moe_route_backward: one warp per token, 8 per block, with shared memory for each warp's numbers.
 //            moe_gather: one warp per row, 8 per block. moe_scatter: one block per token. moe_tiles, moe_rebalance: one
 //            block of 256. Products of rows: grid (tiles of columns, n_tiles, 128 / ROWS), in moe_up with columns of gate
-//            and up in pairs; gradients: grid (tiles of columns, tiles of rows, n_experts). _large: tiles of 128 x 128 by
+//            and up in pairs; gradients of one or two matrices: grid (tiles of columns, tiles of rows, n_experts or twice
+//            as many). _large: tiles of 128 x 128 by
 //            128 threads, 64 KiB of shared memory; _small: 64 x 64 by 128, 32 KiB; _f32 and _bf16: 64 x 64 by 256.
 // Writes     gradients of weights and biases with +=, each by one thread; all else with =. The same bits every time.
 // Requires   _large, _small: dim and hidden multiples of 8, addresses of 16; kernels that end in _8: rows as gpu::by_eights.
@@ -160,18 +161,20 @@ typedef float f32;
 ROUTE(f32)
 ROUTE(bf16)
 
-// Cuts the rows of each expert into tiles; those that are too many are empty. Shared memory: n_experts + 1 numbers.
-KERNEL(moe_tiles, const uint32_t* offsets, int64_t n_experts, int64_t n_tiles, RowTile* tiles) {
+// Cuts the rows of each expert into tiles; those that are too many are empty. Unless tokens is null, tokens += slots of each
+// expert. Shared memory: n_experts + 1 numbers.
+KERNEL(moe_tiles, const uint32_t* offsets, int64_t n_experts, int64_t n_tiles, RowTile* tiles, uint32_t* tokens) {
     SHARED(shared);
     __shared__ uint32_t scratch[32];
     uint32_t* starts = reinterpret_cast<uint32_t*>(shared); // The first tile of each expert.
     uint32_t n = 0;
     for (int64_t base = 0; base < n_experts; base += THREADS) {
         const int64_t e = base + threadIdx.x;
-        const uint32_t own = e < n_experts ? (offsets[e + 1] - offsets[e] + TILE_ROWS - 1) / TILE_ROWS : 0;
+        const uint32_t slots = e < n_experts ? offsets[e + 1] - offsets[e] : 0;
         uint32_t total;
-        const uint32_t start = n + block_scan(own, scratch, total);
+        const uint32_t start = n + block_scan((slots + TILE_ROWS - 1) / TILE_ROWS, scratch, total);
         if (e < n_experts) starts[e] = start;
+        if (e < n_experts && tokens != nullptr) tokens[e] += slots;
         n += total;
     }
     __syncthreads();
@@ -191,12 +194,6 @@ KERNEL(moe_tiles, const uint32_t* offsets, int64_t n_experts, int64_t n_tiles, R
         }
         tiles[i] = tile;
     }
-}
-
-// tokens += slots of each expert. One thread per expert.
-KERNEL(moe_count, const uint32_t* offsets, int64_t n_experts, uint32_t* tokens) {
-    const int64_t e = blockIdx.x * (int64_t)THREADS + threadIdx.x;
-    if (e < n_experts) tokens[e] += offsets[e + 1] - offsets[e];
 }
 
 // counted = tokens, tokens = 0; bias, unless null, += move - mean of moves, move = coeff towards an even load. Shared
@@ -258,12 +255,12 @@ __device__ inline void gather(const X* x, const uint32_t* sorted, const float* w
     if (threadIdx.x % 32 == 0) dots[slot] = dot;
 }
 
-// y[token] = sum of the rows of its slots, in the order of its choices, times their weights unless weights is null; and
-// unless dots is null, dots[slot] = x[token] . row of the slot. One block per token; shared memory for dots: top_k numbers
-// per warp.
+// y[token] = sum of the rows of its slots, in the order of its choices, times their weights unless weights is null, and of
+// others[token] unless others is null; and unless dots is null, dots[slot] = x[token] . row of the slot. One block per token;
+// shared memory for dots: top_k numbers per warp.
 template <typename T, typename X, int N>
 __device__ inline void scatter(const T* rows, const uint32_t* positions, const float* weights, int top_k, int64_t dim,
-                               X* y, const X* x, float* dots) {
+                               const X* others, X* y, const X* x, float* dots) {
     SHARED(bytes);
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     float* parts = reinterpret_cast<float*>(bytes) + warp * top_k;
@@ -272,6 +269,7 @@ __device__ inline void scatter(const T* rows, const uint32_t* positions, const f
         const int64_t i = base + threadIdx.x * N;
         const bool inside = i < dim;
         float sums[N] = {}, own[N] = {};
+        if (others != nullptr && inside) load_all(sums, others + token * dim + i);
         if (dots != nullptr && inside) load_all(own, x + token * dim + i);
 #pragma unroll 2
         for (int j = 0; j < top_k; j++) {
@@ -304,8 +302,8 @@ __device__ inline void scatter(const T* rows, const uint32_t* positions, const f
         gather<X, T, N>(x, sorted, weights, slots, top_k, dim, rows, other, dots);                                       \
     }                                                                                                                    \
     KERNEL(moe_scatter_##T##_##X##_##N, const T* rows, const uint32_t* positions, const float* weights, int top_k,       \
-           int64_t dim, X* y, const X* x, float* dots) {                                                                 \
-        scatter<T, X, N>(rows, positions, weights, top_k, dim, y, x, dots);                                              \
+           int64_t dim, const X* others, X* y, const X* x, float* dots) {                                                \
+        scatter<T, X, N>(rows, positions, weights, top_k, dim, others, y, x, dots);                                      \
     }
 ROWS(f32, f32, 1)
 ROWS(f32, f32, 8)
@@ -362,9 +360,11 @@ BIAS_GRADIENT(bf16)
                   const T* w3, const RowTile* tiles, int dim, int hidden, T* dinput) {                                  \
         expert_up_backward<E, T>(dgate, dup, w1, w3, tiles, dim, hidden, dinput);                                       \
     }                                                                                                                   \
-    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_gradient_##NAME, const T* dy, const T* x, const uint32_t* offsets,         \
-                  int height, int width, float* grad) {                                                                 \
-        expert_gradient<E, T>(dy, x, offsets, height, width, grad);                                                     \
+    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_gradient_##NAME, const T* dy, const T* dy2, const T* x,                    \
+                  const uint32_t* offsets, int n_experts, int height, int width, float* grad, float* grad2) {           \
+        const bool first = blockIdx.z < n_experts;                                                                      \
+        expert_gradient<E, T>(first ? dy : dy2, x, offsets, blockIdx.z % n_experts, height, width,                      \
+                              first ? grad : grad2);                                                                    \
     }
 typedef TensorCores<128, 128, 64, 2> Large;
 typedef TensorCores<64, 64, 32, 4> Small;

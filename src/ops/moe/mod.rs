@@ -11,6 +11,8 @@ use candle_core::Tensor;
 use crate::Result;
 use crate::autograd::{Parameter, Value};
 use crate::models::args::ScoreFunc;
+use crate::ops::Residual;
+use crate::ops::add::onto;
 use crate::ops::glu::Gate;
 use crate::ops::sort::{self, Groups};
 use crate::tools::profiler;
@@ -46,28 +48,23 @@ pub struct Routing {
     pub experts: Tensor,
     /// The slots by expert: how they are sorted, where each stands then, and where experts begin.
     slots: Groups,
+    /// What a GPU cuts the sorted slots into: see `kernel.cu`.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "the host has none"))]
+    tiles: Option<Tensor>,
     top_k: usize,
 }
 
 impl Routing {
-    fn new(experts: Tensor, n_experts: usize) -> Result<Self> {
+    /// Adds to `counter`, `(n_experts,)` u32, how many slots chose each expert, if it is given.
+    fn new(experts: Tensor, n_experts: usize, counter: Option<&Tensor>) -> Result<Self> {
         let (_, top_k) = experts.dims2()?;
         let slots = sort::group(&experts.flatten_all()?, n_experts)?;
-        Ok(Self { experts, slots, top_k })
-    }
-
-    #[cfg(feature = "cuda")]
-    fn n_experts(&self) -> usize {
-        self.slots.offsets.elem_count() - 1
+        let tiles = on_device!(experts, cut(&slots, counter))?;
+        Ok(Self { experts, slots, tiles, top_k })
     }
 
     fn n_slots(&self) -> usize {
         self.slots.order.elem_count()
-    }
-
-    /// Adds to `tokens`, `(n_experts,)` u32, how many slots chose each expert.
-    pub fn count(&self, tokens: &Tensor) -> Result<()> {
-        on_device!(tokens, count(self, tokens))
     }
 }
 
@@ -88,19 +85,24 @@ pub fn rebalance(tokens: &Tensor, counted: &Tensor, bias: Option<(&Tensor, f32)>
 ///
 /// Scores are `sigmoid` or `softmax` of the logits, in f32. The experts with the largest `score + bias` are chosen (of
 /// equals the first), from the groups that a token is limited to; the weight of each is its score without the bias,
-/// normalised and scaled as `router` says. Returns the weights, `(n, top_k)` f32, and the choices. Gradients flow through
-/// the weights, not the choices.
+/// normalised and scaled as `router` says. Returns the weights, `(n, top_k)` f32, and the choices, which `counter` counts if
+/// there is one. Gradients flow through the weights, not the choices.
 ///
 /// # Shapes
-/// `logits`: `(n, n_experts)`. `bias`: `(n_experts,)`, f32.
+/// `logits`: `(n, n_experts)`. `bias`: `(n_experts,)`, f32. `counter`: `(n_experts,)`, u32.
 ///
 /// # Source
 /// Groups: DeepSeek-V3, arXiv:2412.19437, as its own inference code chooses them.
-pub fn route(logits: &Value, bias: Option<&Tensor>, router: &Router) -> Result<(Value, Arc<Routing>)> {
+pub fn route(
+    logits: &Value,
+    bias: Option<&Tensor>,
+    router: &Router,
+    counter: Option<&Tensor>,
+) -> Result<(Value, Arc<Routing>)> {
     let _span = profiler::span("route").shapes(&[logits.tensor().dims()]);
     let (_, n_experts) = logits.tensor().dims2()?;
     let (weights, choices) = on_device!(logits.tensor(), route(logits.tensor(), bias, router))?;
-    let routing = Arc::new(Routing::new(choices.clone(), n_experts)?);
+    let routing = Arc::new(Routing::new(choices.clone(), n_experts, counter)?);
     let (saved, router) = (logits.tensor().clone(), *router);
     let weights = Value::record("route", weights, [logits], move |dweights| {
         Ok([Some(on_device!(saved, route_backward(&saved, &choices, &router, &dweights))?)])
@@ -126,22 +128,35 @@ pub struct Experts {
 }
 
 /// For each token, the sum over its chosen experts of the weighted feed-forward
-/// `W₂ (act(W₁ x + b₁) · (W₃ x + b₃)) + b₂`, where there are biases. Tokens are gathered by expert, without padding; an
-/// expert that none chose costs nothing and has no gradient.
+/// `W₂ (act(W₁ x + b₁) · (W₃ x + b₃)) + b₂`, where there are biases; added to `residual` if there is one. Tokens are gathered
+/// by expert, without padding; an expert that none chose costs nothing and has no gradient.
 ///
 /// # Shapes
-/// `x`: `(n, dim)`. `weights`: `(n, top_k)`, as [`route`] returned them with `routing`. Returns `(n, dim)`, in `x`'s
-/// dtype.
-pub fn experts(x: &Value, weights: &Value, routing: &Arc<Routing>, experts: &Experts) -> Result<Value> {
-    let _span = profiler::span("experts").shapes(&[x.tensor().dims(), experts.w1.shape()]);
-    let (y, hidden) = on_device!(x.tensor(), forward(x.tensor(), weights.tensor(), routing, experts))?;
-    let (saved_x, saved_weights) = (x.tensor().clone(), weights.tensor().clone());
-    let (routing, experts) = (routing.clone(), experts.clone());
-    Ok(Value::record("experts", y, [x, weights], move |dy| {
-        let gradients = on_device!(dy, backward(&saved_x, &saved_weights, &hidden, &routing, &experts, &dy));
-        let (dx, dweights) = gradients?;
-        Ok([Some(dx), Some(dweights)])
-    }))
+/// `x`: `(n, dim)`. `weights`: `(n, top_k)`, as [`route`] returned them with `routing`. Returns `(n, dim)`, in the dtype of
+/// `residual`, else of `x`.
+pub fn experts(
+    x: &Value,
+    weights: &Value,
+    routing: &Arc<Routing>,
+    experts: &Experts,
+    residual: Option<Residual>,
+) -> Result<Value> {
+    let span = profiler::span("experts").shapes(&[x.tensor().dims(), experts.w1.shape()]);
+    let (y, hidden) =
+        span.around(|| on_device!(x.tensor(), forward(x.tensor(), weights.tensor(), routing, experts, residual)))?;
+    onto(
+        residual,
+        |_| Ok(y.expect("a result that is read is made")),
+        |y| {
+            let (saved_x, saved_weights) = (x.tensor().clone(), weights.tensor().clone());
+            let (routing, experts) = (routing.clone(), experts.clone());
+            Value::record_sum("experts", y, [x, weights], move |dy, sum| {
+                let saved = (&saved_x, &saved_weights, &hidden);
+                let (dx, dweights) = on_device!(dy, backward(saved, &routing, &experts, &dy, sum.as_ref()))?;
+                Ok([Some(dx), Some(dweights)])
+            })
+        },
+    )
 }
 
 /// What forward leaves for backward, in the order of the sorted slots, in the compute dtype of the weights.
@@ -177,12 +192,12 @@ mod tests {
                     let router = router(score_func, top_k, route_norm);
                     let logits = random_tensor("logits", &[23, n_experts])?.to_dtype(dtype)?;
                     let bias = (random_tensor("bias", &[n_experts])? * 0.3)?;
-                    let (_, routing) = route(&Value::constant(logits.clone()), Some(&bias), &router)?;
+                    let (_, routing) = route(&Value::constant(logits.clone()), Some(&bias), &router, None)?;
                     let choices = routing.experts.clone();
                     Case::new("route").input(logits).check(
                         |v| {
                             let bias = bias.to_device(v[0].tensor().device())?;
-                            let (weights, routing) = route(&v[0], Some(&bias), &router)?;
+                            let (weights, routing) = route(&v[0], Some(&bias), &router, None)?;
                             assert_eq!(vec(&routing.experts)?, vec(&choices)?);
                             Ok(weights)
                         },
@@ -208,7 +223,7 @@ mod tests {
             let logits = Value::constant(Tensor::new(&[[0f32, 1., 2.]], device)?);
             let bias = Tensor::new(&[1f32, 0., 0.], device)?;
             let router = Router { route_scale: 1.0, ..router(ScoreFunc::Sigmoid, 2, false) };
-            let (weights, routing) = route(&logits, Some(&bias), &router)?;
+            let (weights, routing) = route(&logits, Some(&bias), &router, None)?;
             assert_eq!(vec(&routing.experts)?, [0, 2]);
             let expected = Tensor::new(&[[0.5f32, 1.0 / (1.0 + (-2f32).exp())]], &Device::Cpu)?;
             assert_close("weights", weights.tensor(), &expected, 2e-7)?;
@@ -222,7 +237,7 @@ mod tests {
             let mut logits = vec![0.5f32; 3 * 100];
             (logits[150], logits[200]) = (f32::INFINITY, f32::NEG_INFINITY);
             let logits = Value::constant(Tensor::from_vec(logits, (3, 100), device)?);
-            let (_, routing) = route(&logits, None, &router(ScoreFunc::Sigmoid, 4, true))?;
+            let (_, routing) = route(&logits, None, &router(ScoreFunc::Sigmoid, 4, true), None)?;
             assert_eq!(vec(&routing.experts)?, [0, 1, 2, 3, 50, 0, 1, 2, 1, 2, 3, 4]);
         }
         Ok(())
@@ -236,7 +251,7 @@ mod tests {
             let grouped =
                 |n, limit| Router { groups: Some(ExpertGroups { n, limit }), ..router(ScoreFunc::Sigmoid, 3, false) };
             let choices = |router: Router, bias: &[f32]| -> Result<Vec<u32>> {
-                vec(&route(&logits, Some(&Tensor::new(bias, device)?), &router)?.1.experts)
+                vec(&route(&logits, Some(&Tensor::new(bias, device)?), &router, None)?.1.experts)
             };
             let none = [0.0; 6];
             assert_eq!(choices(router(ScoreFunc::Sigmoid, 3, false), &none)?, [2, 1, 4]);
@@ -257,7 +272,7 @@ mod tests {
         let router = Router { groups, ..router(ScoreFunc::Sigmoid, 6, true) };
         let choices = |device: &Device| -> Result<Vec<u32>> {
             let (logits, bias) = (Value::constant(logits.to_device(device)?), bias.to_device(device)?);
-            vec(&route(&logits, Some(&bias), &router)?.1.experts)
+            vec(&route(&logits, Some(&bias), &router, None)?.1.experts)
         };
         let expected = choices(&Device::Cpu)?;
         devices().iter().try_for_each(|device| {
@@ -271,7 +286,7 @@ mod tests {
         for device in devices() {
             let logits = Value::constant(random_tensor("logits", &[4, 3])?.to_device(device)?);
             let router = Router { force_load_balance: true, ..router(ScoreFunc::Softmax, 2, false) };
-            assert_eq!(vec(&route(&logits, None, &router)?.1.experts)?, [0, 1, 2, 0, 1, 2, 0, 1]);
+            assert_eq!(vec(&route(&logits, None, &router, None)?.1.experts)?, [0, 1, 2, 0, 1, 2, 0, 1]);
         }
         Ok(())
     }
@@ -279,17 +294,19 @@ mod tests {
     #[test]
     fn biases_follow_what_was_counted() -> Result<()> {
         for device in devices() {
-            let routing = |choices: &[u32]| Routing::new(Tensor::from_slice(choices, (3, 2), device)?, 4);
             let tokens = Tensor::zeros(4, DType::U32, device)?;
+            let count = |choices: &[u32]| {
+                Routing::new(Tensor::from_slice(choices, (3, 2), device)?, 4, Some(&tokens)).map(drop)
+            };
             let (counted, bias) = (tokens.copy()?, Tensor::new(&[0.5f32, 0.25, 0., -0.5], device)?);
-            routing(&[0, 1, 1, 0, 3, 0])?.count(&tokens)?;
-            routing(&[0, 1, 3, 0, 1, 0])?.count(&tokens)?;
+            count(&[0, 1, 1, 0, 3, 0])?;
+            count(&[0, 1, 3, 0, 1, 0])?;
             assert_eq!(vec(&tokens)?, [6, 4, 0, 2]);
             rebalance(&tokens, &counted, Some((&bias, 0.1)))?;
             assert_eq!((vec(&tokens)?, vec(&counted)?), (vec![0; 4], vec![6, 4, 0, 2]));
             // The mean is 3: two experts move down, and two up.
             assert_eq!(bias.to_vec1::<f32>()?, [0.5 - 0.1, 0.25 - 0.1, 0.1, -0.5 + 0.1]);
-            routing(&[2, 2, 2, 2, 2, 0])?.count(&tokens)?;
+            count(&[2, 2, 2, 2, 2, 0])?;
             rebalance(&tokens, &counted, None)?;
             assert_eq!(vec(&counted)?, [1, 0, 5, 0]);
             assert_eq!(bias.to_vec1::<f32>()?, [0.5 - 0.1, 0.25 - 0.1, 0.1, -0.5 + 0.1]);
@@ -348,6 +365,8 @@ mod tests {
         gate: Gate,
     ) -> Result<()> {
         let choices: Vec<u32> = (0..n).flat_map(|t| pattern[t % pattern.len()]).collect();
+        // One as well as the other, with weights before and after.
+        let is_residual = !has_biases;
         let mut case = Case::new("experts")
             .compute(dtype)
             .input(random_tensor("x", &[n, dim])?)
@@ -364,13 +383,17 @@ mod tests {
         case.check_with_parameters(
             |v, p| {
                 let choices = Tensor::from_slice(&choices, (n, 2), v[0].tensor().device())?;
-                let routing = Arc::new(Routing::new(choices, n_experts)?);
+                let routing = Arc::new(Routing::new(choices, n_experts, None)?);
                 let biases = has_biases.then(|| [3, 4, 5].map(|i| p[i].clone()));
                 let (w1, w2, w3) = (p[0].clone(), p[1].clone(), p[2].clone());
                 let all = Experts { w1, w2, w3, biases, gate, score_before_experts: before };
-                experts(&v[0], &v[1], &routing, &all)
+                let residual = is_residual.then(|| Residual { stream: &v[0], is_read: true });
+                experts(&v[0], &v[1], &routing, &all, residual)
             },
-            |t, p| reference(t, p, &choices, before, gate),
+            |t, p| {
+                let y = reference(t, p, &choices, before, gate)?;
+                Ok(if is_residual { (&t[0] + y)? } else { y })
+            },
         )
     }
 
@@ -409,7 +432,7 @@ mod tests {
         let (n, dim, hidden, n_experts) = (300, 24, 40, 5);
         let run = || -> Result<Vec<Vec<f32>>> {
             let choices: Vec<u32> = (0..2 * n).map(|slot| (slot * slot % n_experts) as u32).collect();
-            let routing = Arc::new(Routing::new(Tensor::from_vec(choices, (n, 2), &Device::Cpu)?, n_experts)?);
+            let routing = Arc::new(Routing::new(Tensor::from_vec(choices, (n, 2), &Device::Cpu)?, n_experts, None)?);
             let shapes = [[n_experts, hidden, dim], [n_experts, dim, hidden], [n_experts, hidden, dim]];
             let values = shapes.iter().map(|s| random_tensor("w", s)).collect::<Result<Vec<_>>>()?;
             let p = parameters(&values, DType::F32)?;
@@ -421,6 +444,7 @@ mod tests {
                 &weights,
                 &routing,
                 &Experts { w1, w2, w3, biases: None, gate: Gate::Silu, score_before_experts: true },
+                None,
             )?;
             let forward = y.tensor().flatten_all()?.to_vec1()?;
             let dx = y.backward(random_tensor("dy", &[n, dim])?)?;

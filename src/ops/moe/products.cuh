@@ -442,11 +442,11 @@ __device__ inline void expert_up_backward(const T* dgate, const T* dup, const T*
     });
 }
 
-// grad += dy^T x over the rows of each expert. dy (slots, height), x (slots, width), grad (n_experts, height, width).
+// grad += dy^T x over the rows of an expert. dy (slots, height), x (slots, width), grad (n_experts, height, width).
 template <typename E, typename T>
-__device__ inline void expert_gradient(const T* dy, const T* x, const uint32_t* offsets, int height, int width,
+__device__ inline void expert_gradient(const T* dy, const T* x, const uint32_t* offsets, int expert, int height, int width,
                                        float* grad) {
-    const int expert = blockIdx.z, first = offsets[expert], n = offsets[expert + 1] - first;
+    const int first = offsets[expert], n = offsets[expert + 1] - first;
     if (n == 0) return;
     const int row = blockIdx.y * E::ROWS, col = blockIdx.x * E::COLS;
     typename E::Sums sums;

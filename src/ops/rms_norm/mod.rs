@@ -25,9 +25,9 @@ pub fn rms_norm(x: &Value, weight: &Arc<Parameter>, offset: f32, eps: f64) -> Re
     let dtype = weight.compute()?.dtype();
     let (y, rstd) = on_device!(x.tensor(), forward(x.tensor(), &weight.precise()?, offset, eps as f32, dtype))?;
     let (saved, weight) = (x.tensor().clone(), weight.clone());
-    Ok(Value::record_sum("rms_norm", y, x, move |dy, sum| {
+    Ok(Value::record_sum("rms_norm", y, [x], move |dy, sum| {
         let (weights, grad) = (weight.precise()?, weight.accumulator()?);
-        on_device!(dy, backward(&saved, &weights, offset, grad.as_ref(), &rstd, &dy, sum.as_ref()))
+        Ok([Some(on_device!(dy, backward(&saved, &weights, offset, grad.as_ref(), &rstd, &dy, sum.as_ref()))?)])
     }))
 }
 

@@ -1,7 +1,8 @@
 // Rotary position embedding.
 //   (a, b) -> (a cos - b sin, a sin + b cos) for each pair of the last 2 half numbers of a head; the others stay.
 //   A pair is numbers 2i and 2i + 1 of these (pairs), or i and half + i (halves); sin is multiplied by direction, 1 or -1.
-// Shapes     x, y (b, s, h, hd); cos, sin (s, half). Contiguous.
+// Shapes     x, y (b, s, all, hd), of which the first h heads rotate, the others are left alone; cos, sin (s, half).
+//            Contiguous. y may be x.
 // Types      x, y bf16 or f32; cos, sin f32.
 // Launch     one thread per group: 8 or 2 numbers (pairs); 2 x 8 or 2 x 1 numbers, or as many that stay (halves). 256 per
 //            block, grid = ceil(groups / 256).
@@ -13,18 +14,21 @@
 
 template <typename X, int N>
 __device__ inline void rope_pairs(const X* x, X* y, const float* cos, const float* sin, float direction, int64_t groups,
-                                  int64_t s, int64_t h, int64_t hd, int64_t half) {
+                                  int64_t s, int64_t h, int64_t all, int64_t hd, int64_t half) {
     const int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (group >= groups) return;
-    const unsigned per_head = unsigned(hd / N), head = unsigned(group) / per_head;
+    const unsigned per_head = unsigned(hd / N), head = unsigned(group) / per_head, position = head / unsigned(h);
     const int column = int(unsigned(group) - head * per_head) * N, kept = int(hd - 2 * half);
+    const int64_t at = (position * (all - h) + head) * hd + column;
+    x += at;
+    y += at;
     if (column < kept) {
-        copy_all<N>(y + group * N, x + group * N);
+        copy_all<N>(y, x);
         return;
     }
-    const int64_t angle = int64_t(head / unsigned(h) % unsigned(s)) * half + (column - kept) / 2;
+    const int64_t angle = int64_t(position % unsigned(s)) * half + (column - kept) / 2;
     float values[N], c[N / 2], d[N / 2];
-    load_all(values, x + group * N);
+    load_all(values, x);
     load_all(c, cos + angle);
     load_all(d, sin + angle);
 #pragma unroll
@@ -33,24 +37,25 @@ __device__ inline void rope_pairs(const X* x, X* y, const float* cos, const floa
         values[2 * i] = a * c[i] - b * sine;
         values[2 * i + 1] = a * sine + b * c[i];
     }
-    store_all(y + group * N, values);
+    store_all(y, values);
 }
 
 template <typename X, int N>
 __device__ inline void rope_halves(const X* x, X* y, const float* cos, const float* sin, float direction, int64_t groups,
-                                   int64_t s, int64_t h, int64_t hd, int64_t half) {
+                                   int64_t s, int64_t h, int64_t all, int64_t hd, int64_t half) {
     const int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (group >= groups) return;
     const int kept = int(hd - 2 * half);
-    const unsigned per_head = unsigned((hd - half) / N), head = unsigned(group) / per_head;
+    const unsigned per_head = unsigned((hd - half) / N), head = unsigned(group) / per_head, position = head / unsigned(h);
     const int column = int(unsigned(group) - head * per_head) * N;
-    x += head * hd + column;
-    y += head * hd + column;
+    const int64_t at = (position * (all - h) + head) * hd + column;
+    x += at;
+    y += at;
     if (column < kept) {
         copy_all<N>(y, x);
         return;
     }
-    const int64_t angle = int64_t(head / unsigned(h) % unsigned(s)) * half + (column - kept);
+    const int64_t angle = int64_t(position % unsigned(s)) * half + (column - kept);
     float a[N], b[N], c[N], d[N];
     load_all(a, x);
     load_all(b, x + half);
@@ -68,8 +73,8 @@ __device__ inline void rope_halves(const X* x, X* y, const float* cos, const flo
 
 #define ROPE(name, function, X, N)                                                                                            \
     KERNEL(name, const X* x, X* y, const float* cos, const float* sin, float direction, int64_t groups, int64_t s, int64_t h, \
-           int64_t hd, int64_t half) {                                                                                        \
-        function<X, N>(x, y, cos, sin, direction, groups, s, h, hd, half);                                                    \
+           int64_t all, int64_t hd, int64_t half) {                                                                           \
+        function<X, N>(x, y, cos, sin, direction, groups, s, h, all, hd, half);                                               \
     }
 ROPE(rope_pairs_f32_8, rope_pairs, float, 8)
 ROPE(rope_pairs_bf16_8, rope_pairs, bf16, 8)

@@ -2,7 +2,7 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(in crate::ops) mod cuda;
 
 use candle_core::{Device, Tensor};
 
@@ -117,7 +117,7 @@ pub fn rope(x: &Value, table: &RopeTable) -> Result<Value> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     use candle_core::{D, DType};
@@ -126,6 +126,24 @@ mod tests {
     use super::*;
     use crate::models::{self, args::DecoderArgs};
     use crate::ops::testing::{Case, golden, random_tensor};
+
+    /// `x`, `(b, s, h, hd)` f64, rotated.
+    pub(in crate::ops) fn reference(x: &Tensor, table: &RopeTable) -> Result<Tensor> {
+        let ((b, s, h, hd), half) = (x.dims4()?, table.cos.dim(1)?);
+        let angles = |t: &Tensor| t.to_dtype(DType::F64)?.reshape((1, s, 1, half));
+        let (cos, sin) = (angles(&table.cos)?, angles(&table.sin)?);
+        let (shape, halves_at) = match table.layout {
+            RopeLayout::Pairs => ((b, s, h, half, 2), 4),
+            RopeLayout::Halves => ((b, s, h, 2, half), 3),
+        };
+        let rotary = x.narrow(D::Minus1, hd - 2 * half, 2 * half)?.contiguous()?.reshape(shape)?;
+        let part = |i| rotary.narrow(halves_at, i, 1)?.squeeze(halves_at);
+        let (first, second) = (part(0)?, part(1)?);
+        let real = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
+        let imag = (first.broadcast_mul(&sin)? + second.broadcast_mul(&cos)?)?;
+        let rotated = Tensor::stack(&[real, imag], halves_at)?.reshape((b, s, h, 2 * half))?;
+        Ok(Tensor::cat(&[x.narrow(D::Minus1, 0, hd - 2 * half)?, rotated], D::Minus1)?)
+    }
 
     #[test]
     fn rope_matches_its_reference() -> Result<()> {
@@ -143,25 +161,11 @@ mod tests {
         ] {
             let args = RopeArgs { dim, theta: 100.0, layout, stretch: Stretch::None };
             let table = |device: &Device| RopeTable::new(&args, s + 3, device)?.narrow(3, s);
-            let angles = |t: &Tensor| t.to_dtype(DType::F64).unwrap().reshape((1, s, 1, dim / 2)).unwrap();
-            let (cos, sin) = (angles(&table(&Device::Cpu)?.cos), angles(&table(&Device::Cpu)?.sin));
             let x = |dims: &[usize]| -> Result<_> { Ok(random_tensor("x", dims)?.to_dtype(dtype)?) };
             for x in [x(&[2, s, h, hd])?, x(&[2, h, s, hd])?.transpose(1, 2)?] {
                 Case::new("rope").input(x).check(
                     |v| rope(&v[0], &table(v[0].tensor().device())?),
-                    |t| {
-                        let (shape, halves_at) = match layout {
-                            RopeLayout::Pairs => ((2, s, h, dim / 2, 2), 4),
-                            RopeLayout::Halves => ((2, s, h, 2, dim / 2), 3),
-                        };
-                        let rotary = t[0].narrow(D::Minus1, hd - dim, dim)?.contiguous()?.reshape(shape)?;
-                        let half = |i| rotary.narrow(halves_at, i, 1)?.squeeze(halves_at);
-                        let (a, b) = (half(0)?, half(1)?);
-                        let real = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-                        let imag = (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?;
-                        let rotated = Tensor::stack(&[real, imag], halves_at)?.reshape((2, s, h, dim))?;
-                        Ok(Tensor::cat(&[t[0].narrow(D::Minus1, 0, hd - dim)?, rotated], D::Minus1)?)
-                    },
+                    |t| reference(&t[0], &table(&Device::Cpu)?),
                 )?;
             }
         }
