@@ -2,7 +2,7 @@
 # What titan promises when the world misbehaves, tried in full (CI tries a part): a table of what was done to it, what is
 # promised for then, and how often it held. Fails where it did not.
 #
-#   scripts/drill.sh              # everything, the better part of an hour
+#   scripts/drill.sh              # everything, some 20 minutes on two cores
 #   scripts/drill.sh kills        # the drills of tests/faults/kills.rs
 set -euo pipefail
 cd "$(dirname "$0")/.."

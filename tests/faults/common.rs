@@ -151,14 +151,16 @@ pub struct Ended {
 impl Run {
     /// Standard error goes to the file `log`: a pipe that is not read would stop the run.
     pub fn start(mut command: Command, log: &Path) -> Self {
-        let heed_ctrl_c = || {
-            // SAFETY: a system call, which is all that there may be between fork and exec.
-            unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+        let heed_signals = || {
+            for signal in [libc::SIGINT, libc::SIGHUP] {
+                // SAFETY: a system call, which is all that there may be between fork and exec.
+                unsafe { libc::signal(signal, libc::SIG_DFL) };
+            }
             Ok(())
         };
-        // A drill that a shell runs in the background was told to ignore it, and hands that on.
+        // A drill in the background of a shell, or under nohup, was told to ignore one of them, and hands that on.
         // SAFETY: see there.
-        unsafe { command.pre_exec(heed_ctrl_c) };
+        unsafe { command.pre_exec(heed_signals) };
         let child = command.stdout(Stdio::null()).stderr(File::create(log).unwrap()).spawn().unwrap();
         Self { child, log: log.to_owned() }
     }
