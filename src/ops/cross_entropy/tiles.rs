@@ -17,11 +17,12 @@ use crate::ops::tiles::{
     pack_all, pairs_of_tiles, take_bf16,
 };
 
-/// Most rows of a block, and columns of logits that it goes through at a time.
+/// Most rows of a block, and columns of logits that it goes through at a time: what they need of the weight, packed both ways,
+/// stays in the second-level cache.
 const ROWS: usize = 128;
 const COLUMNS: usize = 512;
 
-/// Rows of the vocabulary that are gone through at a time: packed both ways they stay in the second-level cache.
+/// Rows of the vocabulary that are packed at a time: so many that threads seldom wait for one another.
 const PART: usize = 8 * COLUMNS;
 
 /// Most numbers that are kept for the gradient of the weight: 512 MiB.
@@ -42,9 +43,9 @@ pub struct Head<'a, S> {
     /// `(vocab_size, dim)`.
     weight: Mat<'a, S>,
     targets: &'a [u32],
-    /// Rows of the vocabulary that are gone through at a time.
+    /// Rows of the vocabulary that are packed at a time.
     part: usize,
-    /// Numbers that are kept at a time.
+    /// Most numbers that are kept at a time.
     kept: usize,
 }
 
