@@ -47,8 +47,8 @@ fn hub(server: &HubServer, cache: &TempDir) -> Hub {
 fn options(server: &HubServer, cache: &TempDir) -> HubOptions {
     HubOptions {
         token: Some("secret".into()),
-        endpoint: server.url.clone(),
-        cache_dir: cache.path().into(),
+        endpoint: Some(server.url.clone()),
+        cache_dir: Some(cache.path().into()),
         offline: false,
         first_wait: Duration::from_millis(1),
     }
@@ -253,7 +253,7 @@ fn a_hub_that_is_down_leaves_what_is_in_the_cache() {
 fn a_hub_that_cannot_be_reached_says_how_to_do_without() {
     let cache = TempDir::new().unwrap();
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let options = HubOptions { endpoint: format!("http://{nobody}"), ..options(&server(), &cache) };
+    let options = HubOptions { endpoint: Some(format!("http://{nobody}")), ..options(&server(), &cache) };
     let message = refusal(Hub::new(options).unwrap().repo(RepoKind::Dataset, DATA, None).unwrap().list("*"));
     assert!(message.contains(&nobody.to_string()) && message.contains("HF_HUB_OFFLINE=1"), "{message}");
     assert!(message.to_lowercase().contains("connection refused"), "{message}");

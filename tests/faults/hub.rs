@@ -27,8 +27,8 @@ fn server() -> HubServer {
 fn fetch(server: &HubServer, cache: &Path, file: &str) -> titan::Result<PathBuf> {
     let options = HubOptions {
         token: Some("secret".into()),
-        endpoint: server.url.clone(),
-        cache_dir: cache.into(),
+        endpoint: Some(server.url.clone()),
+        cache_dir: Some(cache.into()),
         offline: false,
         first_wait: Duration::from_millis(1),
     };

@@ -3,7 +3,9 @@
 
 use std::io::{self, Read};
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{env, fs};
 
 use hf_hub::repository::{RepoTreeEntry, RepoType, RepoTypeDataset, RepoTypeModel};
 use hf_hub::{HFClient, HFClientSync, HFError, HFRepositorySync};
@@ -14,8 +16,8 @@ use reqwest::{Url, header};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::RepoKind;
 use super::explain::chain;
+use super::{HubOptions, RepoKind};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// A hub that goes silent for so long, or has not answered hf-hub, is asked again.
@@ -34,6 +36,7 @@ pub struct Api {
     hub: HFClientSync,
     client: Client,
     endpoint: Url,
+    cache_dir: PathBuf,
     token: Option<String>,
 }
 
@@ -70,9 +73,8 @@ pub struct Refusal {
 
 impl Api {
     /// # Errors
-    /// What is wrong with `endpoint`, or with the system.
-    pub fn new(endpoint: &str, token: Option<String>) -> Result<Self, String> {
-        let endpoint = Url::parse(endpoint).map_err(|e| format!("HF_ENDPOINT is no URL: {e}"))?;
+    /// What is wrong with the endpoint, or with the system.
+    pub fn new(options: &HubOptions) -> Result<Self, String> {
         // Two clients of one kind, as hf-hub's is asynchronous.
         macro_rules! client {
             ($builder:expr) => {
@@ -87,12 +89,38 @@ impl Api {
         }
         // Tries are counted in `HubRepo`, where the hub's own wishes are heeded and the user is told.
         let mut hub = HFClient::builder().client(client!(reqwest::Client::builder())).retry_max_attempts(0);
-        hub = hub.endpoint(endpoint.as_str().trim_end_matches('/'));
+        if let Some(endpoint) = &options.endpoint {
+            hub = hub.endpoint(endpoint.trim_end_matches('/'));
+        }
+        if let Some(dir) = &options.cache_dir {
+            hub = hub.cache_dir(dir);
+        }
+        let token = options.token.clone().or_else(stored_token);
         if let Some(token) = &token {
             hub = hub.token(token);
         }
-        let hub = hub.build_sync().map_err(|e| format!("cannot use the hub: {}", chain(&e)))?;
-        Ok(Self { hub, client: client!(Client::builder()), endpoint, token })
+        let bad = |error: HFError| match error {
+            HFError::Url(error) => format!("HF_ENDPOINT is no URL: {error}"),
+            error => format!("cannot use the hub: {}", chain(&error)),
+        };
+        let hub = hub.build().map_err(bad)?;
+        let (endpoint, cache_dir) = (hub.endpoint().parse::<Url>(), hub.cache_dir().to_owned());
+        let endpoint = endpoint.map_err(|error| bad(error.into()))?;
+        let hub = HFClientSync::from_inner(hub).map_err(bad)?;
+        Ok(Self { hub, client: client!(Client::builder()), endpoint, cache_dir, token })
+    }
+
+    /// Without a slash at its end.
+    pub fn endpoint(&self) -> &str {
+        self.endpoint.as_str().trim_end_matches('/')
+    }
+
+    pub fn cache_dir(&self) -> &Path {
+        &self.cache_dir
+    }
+
+    pub fn has_token(&self) -> bool {
+        self.token.is_some()
     }
 
     /// The token goes to the hub alone: its listings may go on elsewhere.
@@ -103,6 +131,15 @@ impl Api {
             _ => request,
         }
     }
+}
+
+/// What `hf auth login` wrote, unless no token is to be used that was not asked for: as hf-hub reads it.
+fn stored_token() -> Option<String> {
+    if env::var_os("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some() {
+        return None;
+    }
+    let path = env::var_os("HF_TOKEN_PATH").map_or_else(|| hf_hub::hf_home().join("token"), PathBuf::from);
+    Some(fs::read_to_string(path).ok()?.trim().to_owned()).filter(|token| !token.is_empty())
 }
 
 impl RepoApi {

@@ -18,7 +18,6 @@ mod api;
 mod cache;
 #[cfg(feature = "hub")]
 mod download;
-mod environment;
 #[cfg(feature = "hub")]
 mod explain;
 #[cfg(feature = "hub")]
@@ -35,12 +34,12 @@ pub enum RepoKind {
     Dataset,
 }
 
-/// Where the hub is, and who asks.
+/// Where the hub is, and who asks. What is `None` comes from the environment.
 #[derive(Clone, Debug)]
 pub struct HubOptions {
     pub token: Option<String>,
-    pub endpoint: String,
-    pub cache_dir: PathBuf,
+    pub endpoint: Option<String>,
+    pub cache_dir: Option<PathBuf>,
     /// Use what is in the cache, and nothing else.
     pub offline: bool,
     /// The wait before the second try; each further one is twice as long.
@@ -50,12 +49,15 @@ pub struct HubOptions {
 impl HubOptions {
     /// What the environment says, with `token` before its own.
     pub fn from_env(token: Option<String>) -> Self {
-        let token = token.or_else(environment::token).map(|token| token.trim().to_owned());
+        let offline = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_uppercase();
+        let implicit = std::env::var_os("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_none();
+        let token = token.or_else(|| std::env::var("HF_TOKEN").ok().filter(|_| implicit));
         Self {
-            token: token.filter(|token| !token.is_empty()),
-            endpoint: environment::endpoint(),
-            cache_dir: environment::cache_dir(),
-            offline: environment::is_offline(),
+            // A secret that was pasted or read from a file often ends with a line break.
+            token: token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty()),
+            endpoint: None,
+            cache_dir: None,
+            offline: ["1", "TRUE", "YES", "ON"].contains(&offline.as_str()),
             first_wait: Duration::from_secs(1),
         }
     }

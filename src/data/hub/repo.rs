@@ -60,11 +60,15 @@ impl Hub {
     /// # Errors
     /// [`Error::Hub`] if the endpoint is no URL.
     pub fn new(options: HubOptions) -> Result<Self> {
-        let HubOptions { token, endpoint, cache_dir, offline, first_wait } = options;
-        let endpoint = endpoint.trim_end_matches('/').to_owned();
-        let has_token = token.is_some();
-        let api = Api::new(&endpoint, token).map_err(Error::Hub)?;
-        Ok(Self { api, endpoint, cache_dir, has_token, offline, first_wait })
+        let api = Api::new(&options).map_err(Error::Hub)?;
+        Ok(Self {
+            endpoint: api.endpoint().to_owned(),
+            cache_dir: api.cache_dir().to_owned(),
+            has_token: api.has_token(),
+            api,
+            offline: options.offline,
+            first_wait: options.first_wait,
+        })
     }
 
     /// A repository such as `allenai/c4`. `revision` is a branch, a tag or a commit; `None` is `main`. Asks nothing yet.
@@ -248,7 +252,7 @@ mod tests {
 
     #[test]
     fn an_endpoint_that_is_no_url_is_named() {
-        let options = HubOptions { endpoint: "huggingface".into(), ..HubOptions::from_env(None) };
+        let options = HubOptions { endpoint: Some("huggingface".into()), ..HubOptions::from_env(None) };
         let Err(Error::Hub(message)) = Hub::new(options) else { panic!("a hub was made") };
         assert!(message.contains("HF_ENDPOINT is no URL"), "{message}");
     }
