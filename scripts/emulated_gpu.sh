@@ -105,9 +105,10 @@ done <<<"$LIBRARIES"
 # Each op's kernels are a library of their own: what it calls its functions, and where its static shared memory is, is
 # nobody else's matter.
 ops=()
-for source in "$emulator/candle.cu" "$root"/src/ops/*/kernel.cu; do
+for source in "$emulator/candle.cu" "$root"/src/ops/*/kernel.cu "$root"/src/ops/*/hopper.cu; do
     [ -e "$source" ] || continue
     op=$(basename "${source%/kernel.cu}" .cu)
+    [ "$op" != hopper ] || op=$(basename "$(dirname "$source")")_hopper
     ops+=("$op")
     object=$folder/op.$op.o
     if is_newer "$object" "$0" "$source" "$emulator/emulate.h" "$root"/src/ops/*.cuh "$(dirname "$source")"/*.cuh; then

@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 
 use candle_core::cuda_backend::cudarc::driver::result;
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+};
 use candle_core::cuda_backend::cudarc::driver::sys::{
     cuMemHostRegister_v2, cuMemHostUnregister, cuMemcpyDtoHAsync_v2, cuMemcpyHtoDAsync_v2,
 };
@@ -23,8 +26,10 @@ use half::bf16;
 use crate::Result;
 pub use crate::ops::copy::cuda::elements;
 
-/// The PTX of each `kernel.cu`, by the name of its op.
+/// The PTX of each `kernel.cu`, by the name of its op, and of each `hopper.cu`, by that name and [`HOPPER`].
 const MODULES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+
+const HOPPER: &str = "_hopper";
 
 /// Shared memory that a block gets without being asked for.
 const DEFAULT_SHARED_BYTES: usize = 48 << 10;
@@ -158,7 +163,8 @@ static LOADED: LazyLock<RwLock<Modules>> = LazyLock::new(RwLock::default);
 pub fn load_all(device: &CudaDevice, waiting: impl FnOnce()) -> Result<()> {
     let (sender, results) = mpsc::channel();
     std::thread::scope(|scope| {
-        for (op, ptx) in MODULES {
+        let is_hopper = is_hopper(device)?;
+        for (op, ptx) in MODULES.iter().filter(|(op, _)| is_hopper || !op.ends_with(HOPPER)) {
             let sender = sender.clone();
             scope.spawn(move || {
                 // Who has gone has met another fault.
@@ -186,7 +192,14 @@ fn load(device: &CudaDevice, op: &'static str, ptx: &str) -> Result<Arc<CudaModu
     Ok(loaded.entry((device.id(), op)).or_insert(module).clone())
 }
 
-/// A kernel of `src/ops/<op>/kernel.cu`, for blocks with `shared` bytes of dynamic shared memory.
+/// Whether a GPU can run what `hopper.cu` is compiled to, which no later one can.
+pub fn is_hopper(device: &CudaDevice) -> Result<bool> {
+    let context = device.cuda_stream().context().clone();
+    let part = |attribute| context.attribute(attribute).w();
+    Ok((part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?) == (9, 0))
+}
+
+/// A kernel of `src/ops/<op>/kernel.cu`, or with an op's name and `_hopper` of its `hopper.cu`, for blocks with `shared` bytes of dynamic shared memory.
 pub fn kernel(device: &CudaDevice, op: &'static str, name: &str, shared: usize) -> Result<CudaFunction> {
     let known =
         |kernels: &HashMap<DeviceId, HashMap<String, CudaFunction>>| kernels.get(&device.id())?.get(name).cloned();

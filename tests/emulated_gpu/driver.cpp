@@ -224,6 +224,10 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
         {106, 32},          // MAX_BLOCKS_PER_MULTIPROCESSOR
         {115, 1},           // MEMORY_POOLS_SUPPORTED
     };
+    if (const char* capability = getenv("TITAN_EMULATED_CAPABILITY"); capability && (attribute == 75 || attribute == 76)) {
+        *value = attribute == 75 ? atoi(capability) / 10 : atoi(capability) % 10;
+        return SUCCESS;
+    }
     const auto found = values.find(attribute);
     *value = found == values.end() ? 0 : found->second;
     return SUCCESS;

@@ -67,6 +67,8 @@ inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; 
 
 // ------------------------------------------------------------------------------------------------- what machine.cpp gives
 
+struct __nv_bfloat16;
+
 namespace emulated {
 
 struct Identity {
@@ -105,6 +107,28 @@ void fence();
 void copy_async(void* to, const void* from, bool valid);
 void copy_async_commit();
 void copy_async_wait(int n_under_way);
+
+// An operand of a warpgroup's product in shared memory: see hopper.cuh.
+struct Panel {
+    const __nv_bfloat16* start;
+    int next_panel;
+    bool over_rows;
+};
+// A product of 64 x 16 by 16 x `columns` numbers. With `in_registers`, those are this thread's part of the left operand.
+struct GroupProduct {
+    float* d;
+    int columns;
+    bool in_registers;
+    uint32_t registers[4];
+    Panel a, b;
+    bool add;
+    int group, line;
+    void* caller;
+};
+void product_begin();
+void product(GroupProduct product);
+void product_commit();
+void product_wait(int n_under_way, int line);
 
 // What a number that nothing has written looks like: a NaN as bf16, f32 and f64, and no index.
 constexpr unsigned long long NOTHING = 0x7fff7fff7fff7fffull;
@@ -595,6 +619,29 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, int line = __bu
 inline void copy_async_16(void* to, const void* from, bool valid) { emulated::copy_async(to, from, valid); }
 inline void copy_async_commit() { emulated::copy_async_commit(); }
 template <int N> inline void copy_async_wait() { emulated::copy_async_wait(N); }
+
+#define SHARED_PANELS(name) SHARED(name)
+template <bool OVER_ROWS> struct Operand {
+    const __nv_bfloat16* start;
+    int next_panel;
+
+    Operand later(int numbers) const { return {start + numbers, next_panel}; }
+    emulated::Panel panel() const { return {start, next_panel, OVER_ROWS}; }
+};
+inline Operand<false> along_rows(const __nv_bfloat16* panel) { return {panel, 0}; }
+inline Operand<true> over_rows(const __nv_bfloat16* panel, int next) { return {panel, next}; }
+template <int N, bool A, bool B>
+inline void product(float (&d)[N][4], Operand<A> a, Operand<B> b, bool add, int line = __builtin_LINE()) {
+    emulated::product({d[0], 8 * N, false, {}, a.panel(), b.panel(), add, 0, line, nullptr});
+}
+template <int N, bool B>
+inline void product(float (&d)[N][4], const uint32_t (&a)[4], Operand<B> b, bool add, int line = __builtin_LINE()) {
+    emulated::product({d[0], 8 * N, true, {a[0], a[1], a[2], a[3]}, {}, b.panel(), add, 0, line, nullptr});
+}
+inline void product_begin() { emulated::product_begin(); }
+inline void product_commit() { emulated::product_commit(); }
+template <int N> inline void product_wait(int line = __builtin_LINE()) { emulated::product_wait(N, line); }
+inline void shared_for_products() {}
 
 inline int renewed(int x) { return x; }
 inline float reciprocal_fast(float x) { return 1.0f / x; }

@@ -72,6 +72,10 @@ struct Thread : Identity {
     void* caller;
     std::vector<Copy> copies;
     int n_groups;
+    // Products under way, and what their results are added to.
+    std::vector<GroupProduct> products;
+    std::map<float*, std::vector<float>> sums;
+    int n_product_groups;
 };
 
 namespace {
@@ -577,6 +581,100 @@ void ldmatrix(Meeting& meeting, bool transposed) {
 void ldmatrix_x4(Meeting& meeting) { ldmatrix(meeting, false); }
 void ldmatrix_x4_trans(Meeting& meeting) { ldmatrix(meeting, true); }
 
+void product_begin() {}
+
+void product(GroupProduct product) {
+    product.caller = __builtin_return_address(0);
+    Thread& self = *machine->running;
+    product.group = self.n_product_groups;
+    const int n = product.columns / 2;
+    // Until it is waited for, nobody knows what is there.
+    if (self.sums.emplace(product.d, std::vector<float>(product.d, product.d + n)).second)
+        for (int i = 0; i < n; i++) product.d[i] = bits<float>(unsigned(NOTHING));
+    self.products.push_back(product);
+}
+
+void product_commit() { machine->running->n_product_groups++; }
+
+namespace {
+
+// Reads a panel's rows (of a left operand; columns of a right one), `n` from `first` on, of 16 numbers that products sum over:
+// `to(row, k)` gets each. Chunks of 8 are where their addresses say.
+template <typename To> void read_panel(const Panel& panel, int first, int n, Thread* lanes, void* caller, To to) {
+    for (int chunk = 0; chunk < 2 * n; chunk++) {
+        const int row = panel.over_rows ? chunk / 16 * 8 : chunk / 2, k = panel.over_rows ? chunk % 16 : chunk % 2 * 8;
+        const int column = first + row;
+        const int at = panel.over_rows ? column / 64 * panel.next_panel + k * 64 + column % 64 : column * 64 + k;
+        const uintptr_t address = reinterpret_cast<uintptr_t>(panel.start) + 2 * intptr_t(at);
+        const void* const from = reinterpret_cast<const void*>(address ^ (address >> 7 & 7) << 4);
+        if (!is_shared(from, 16)) fail("a product of what is not in shared memory", caller);
+        check_access(Access::Read, from, 16, lanes[chunk % 32], call_of(caller));
+        uint16_t numbers[8];
+        memcpy(numbers, from, 16);
+        for (int i = 0; i < 8; i++)
+            to(panel.over_rows ? row + i : row, panel.over_rows ? k : k + i) = bits<float>(unsigned(numbers[i]) << 16);
+    }
+}
+
+// The products of a warp's lanes that are at the same place of their lists.
+void perform(Thread* lanes, size_t at) {
+    const GroupProduct& first = lanes[0].products[at];
+    for (int lane = 1; lane < 32; lane++) {
+        const GroupProduct& other = lanes[lane].products[at];
+        if (other.line != first.line || other.a.start != first.a.start || other.b.start != first.b.start || other.add != first.add)
+            fail("lanes of a warp bring different products", other.caller);
+    }
+    static thread_local float a[16][16], b[16][256]; // Lambdas need not capture them.
+    const auto number = [](uint32_t pair, int i) { return bits<float>(i ? pair & 0xffff0000u : pair << 16); };
+    if (!first.in_registers)
+        read_panel(first.a, int(lanes[0].warp % 4) * 16, 16, lanes, first.caller, [](int row, int k) -> float& { return a[row][k]; });
+    for (int lane = 0; lane < 32; lane++) {
+        const GroupProduct& of = lanes[lane].products[at];
+        const int row = lane / 4, column = lane % 4 * 2;
+        for (int i = 0; i < 8 && of.in_registers; i++)
+            a[row + i / 2 % 2 * 8][column + i / 4 * 8 + i % 2] = number(of.registers[i / 2], i % 2);
+    }
+    read_panel(first.b, 0, first.columns, lanes, first.caller, [](int column, int k) -> float& { return b[k][column]; });
+    for (int i = 0; i < 16; i++) {
+        float d[256] = {};
+        for (int k = 0; k < 16; k++)
+            for (int j = 0; j < first.columns; j++) d[j] += a[i][k] * b[k][j];
+        for (int j = 0; j < first.columns; j++) {
+            Thread& lane = lanes[i % 8 * 4 + j / 2 % 4];
+            float& sum = lane.sums[lane.products[at].d][size_t(j / 8 * 4 + i / 8 * 2 + j % 2)];
+            sum = (first.add ? sum : 0.0f) + d[j];
+        }
+    }
+}
+
+void perform_products(Meeting& meeting) {
+    if (meeting.lanes != 0xffffffffu) fail("products of a warp that is not whole", nullptr);
+    Thread* const lanes = machine->threads + machine->running->warp * 32;
+    const int end = lanes[0].n_product_groups - int(meeting.brought[0]);
+    size_t n_done = 0;
+    for (int lane = 1; lane < 32; lane++)
+        if (lanes[lane].products.size() != lanes[0].products.size() || lanes[lane].n_product_groups != lanes[0].n_product_groups)
+            fail("lanes of a warp bring different numbers of products", lanes[lane].caller);
+    for (; n_done < lanes[0].products.size() && lanes[0].products[n_done].group < end; n_done++) perform(lanes, n_done);
+    for (int i = 0; i < 32; i++) {
+        Thread& lane = lanes[i];
+        lane.products.erase(lane.products.begin(), lane.products.begin() + long(n_done));
+        for (auto sum = lane.sums.begin(); sum != lane.sums.end();) {
+            const auto is_its = [&](const GroupProduct& product) { return product.d == sum->first; };
+            if (std::any_of(lane.products.begin(), lane.products.end(), is_its)) {
+                ++sum;
+                continue;
+            }
+            std::copy(sum->second.begin(), sum->second.end(), sum->first);
+            sum = lane.sums.erase(sum);
+        }
+    }
+}
+
+} // namespace
+
+void product_wait(int n_under_way, int line) { meet(0xffffffffu, "product_wait", unsigned(n_under_way), perform_products, line); }
+
 // ---------------------------------------------------------------------------------------------------------------- launches
 
 namespace {
@@ -667,6 +765,9 @@ void run_block(unsigned n_threads) {
     for (unsigned i = 0; i < n_threads; i++) {
         m.threads[i].copies.clear();
         m.threads[i].n_groups = 0;
+        m.threads[i].products.clear();
+        m.threads[i].sums.clear();
+        m.threads[i].n_product_groups = 0;
     }
     // As if a thread had called wait().
     const unsigned warp = m.pick(m.runnable_warps), lane = m.pick(m.warps[warp].runnable);

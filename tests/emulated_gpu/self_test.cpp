@@ -136,6 +136,31 @@ void check_kernels() {
             return fabs(sum - d.at[i]) < 1e-5 ? d.at[i] : float(sum);
         });
     }
+    for (const size_t n : {64, 128}) {
+        for (int what = 0; what < 3; what++) {
+            const size_t depth = what == 0 ? 128 : 64;
+            const std::string kernel = "test_products_" + std::to_string(n);
+            Array<__nv_bfloat16> a(64 * depth, [](size_t) { return __nv_bfloat16(random_number()); });
+            Array<__nv_bfloat16> b(n * depth, [](size_t) { return __nv_bfloat16(random_number()); });
+            Array<float> d(64 * n);
+            launch(kernel.c_str(), 1, 128, (64 * 128 + 128 * 128) * 2, a.at, b.at, d.at, what);
+            d.check_each(kernel + " of kind " + std::to_string(what), [&](size_t i) {
+                const size_t row = i / n, column = i % n;
+                double sum = what == 0 ? 1 : 0;
+                for (size_t k = 0; k < depth; k++) {
+                    const size_t left = what == 2 ? k * 64 + row : row * depth + k;
+                    const size_t right = what == 0 ? column * depth + k : k * n + column;
+                    sum += double(float(a.at[left])) * double(float(b.at[right]));
+                }
+                return fabs(sum - d.at[i]) < 1e-4 ? d.at[i] : float(sum);
+            });
+        }
+    }
+    {
+        Array<uint32_t> d(128);
+        launch("test_product_in_haste", 1, 128, 16384, d.at);
+        d.check_each("products are late", [](size_t) { return 0x7fff7fffu; });
+    }
     {
         Array<uint16_t> matrices(256, [](size_t i) { return uint16_t(i); });
         Array<uint32_t> straight(128), transposed(128);

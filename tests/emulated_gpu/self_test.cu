@@ -1,4 +1,5 @@
 // Kernels that put each thing that emulate.h gives to use, for self_test.cpp.
+#include "hopper.cuh"
 #include "kernel.cuh"
 
 KERNEL(test_indices, uint32_t* out) {
@@ -30,6 +31,62 @@ KERNEL(test_mma, const bf16* a, const bf16* b, float* d) {
     float sums[4] = {1, 2, 3, 4};
     mma_16x8x16(sums, fragment_a, fragment_b);
     for (int i = 0; i < 4; i++) d[(row + i / 2 * 8) * 8 + column + i % 2] = sums[i];
+}
+
+// With `what` 0: d = 1 + a b^T of a (64, 128) and b (N, 128); 1 and 2: d = a b and a^T b of a (64, 64) and b (64, N), a by way of
+// registers and of shared memory.
+template <int N> __device__ inline void products(const bf16* a, const bf16* b, float* d, int what) {
+    SHARED_PANELS(bytes);
+    const int width_a = what == 0 ? 128 : 64, rows_b = what == 0 ? N : 64, width_b = what == 0 ? 128 : N;
+    bf16* const panels_a = reinterpret_cast<bf16*>(bytes);
+    bf16* const panels_b = panels_a + 64 * 128;
+    const auto fill = [](bf16* panels, const bf16* from, int rows, int width) {
+        for (int i = threadIdx.x; i < rows * width; i += 128) {
+            const int row = i / width, column = i % width;
+            panels[column / 64 * rows * 64 + in_panel(row, column % 64 / 8) + column % 8] = from[i];
+        }
+    };
+    fill(panels_a, a, 64, width_a);
+    fill(panels_b, b, rows_b, width_b);
+    shared_for_products();
+    __syncthreads();
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float sums[N / 8][4];
+    uint32_t registers[4][4];
+    for (int n = 0; n < N / 8; n++)
+        for (int i = 0; i < 4; i++) sums[n][i] = 1;
+    for (int k = 0; k < 4; k++) ldmatrix_x4(registers[k], panels_a + in_panel(16 * warp + lane % 16, 2 * k + lane / 16));
+    product_begin();
+    for (int k = 0; k < width_a / 16; k++) {
+        const auto right = over_rows(panels_b, 64 * 64).later(k * 16 * 64);
+        if (what == 0) {
+            product(sums, along_rows(panels_a).later(k / 4 * 64 * 64 + k % 4 * 16),
+                    along_rows(panels_b).later(k / 4 * N * 64 + k % 4 * 16), true);
+        } else if (what == 1) {
+            product(sums, registers[k], right, k > 0);
+        } else {
+            product(sums, over_rows(panels_a, 0).later(k * 16 * 64), right, k > 0);
+        }
+    }
+    product_commit();
+    product_wait<0>();
+    for (int n = 0; n < N / 8; n++)
+        for (int i = 0; i < 4; i++) d[(16 * warp + lane / 4 + i / 2 * 8) * N + 8 * n + lane % 4 * 2 + i % 2] = sums[n][i];
+}
+KERNEL(test_products_64, const bf16* a, const bf16* b, float* d, int what) { products<64>(a, b, d, what); }
+KERNEL(test_products_128, const bf16* a, const bf16* b, float* d, int what) { products<128>(a, b, d, what); }
+
+// A product's result read before it is waited for.
+KERNEL(test_product_in_haste, float* d) {
+    SHARED_PANELS(bytes);
+    const auto panel = along_rows(reinterpret_cast<bf16*>(bytes));
+    float sums[8][4] = {};
+    product_begin();
+    product(sums, panel, panel, false);
+    product_commit();
+    d[threadIdx.x] = sums[0][0];
+    product_wait<0>();
 }
 
 // Four matrices one after another; what each lane gets, and what it gets of their transposes.
