@@ -41,6 +41,11 @@ __device__ inline void product_begin() { asm volatile("wgmma.fence.sync.aligned;
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 // Waits until at most the last N groups are under way.
 template <int N> __device__ inline void product_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory"); }
+// Behind product_wait: what uses these results stays behind it, which the compiler knows from nowhere else.
+template <int N> __device__ inline void product_result(float (&d)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
 
 // What this thread has written to shared memory, if a barrier follows, is what products read.
 __device__ inline void shared_for_products() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }

@@ -641,6 +641,7 @@ inline void product(float (&d)[N][4], const uint32_t (&a)[4], Operand<B> b, bool
 inline void product_begin() { emulated::product_begin(); }
 inline void product_commit() { emulated::product_commit(); }
 template <int N> inline void product_wait(int line = __builtin_LINE()) { emulated::product_wait(N, line); }
+template <int N> inline void product_result(float (&)[N][4]) {}
 inline void shared_for_products() {}
 
 inline int renewed(int x) { return x; }
