@@ -35,20 +35,20 @@ __device__ inline void stats_of(const T* y, const T* dy, const float* logsumexp,
 // ---- scores have a row for each key, so that P^T and dS^T are left operands as they come. With `stages` = 2 the next tile
 // ---- is copied while one is worked on. Where there are no registers for both gradients, DK and DV are two kernels.
 
-template <int W, int M, int WARPS, int QUERIES, int SUB, bool HELD, bool DK, bool DV>
+template <typename Products, int W, int M, int WARPS, int QUERIES, int SUB, bool HELD, bool DK, bool DV>
 __device__ inline void backward_keys(
     const bf16* q, const bf16* k, const bf16* v, const bf16* dy, const float* stats, const uint32_t* starts,
     const uint32_t* bounds, bf16* dk, bf16* dv, const Sizes& sizes, float inner, float factor, float scale, int stages,
     unsigned char* shared) {
     constexpr int KEYS = 16 * M * WARPS, THREADS = 32 * WARPS, TILE = QUERIES * W;
     // A stage: queries, gradients, and two statistics for each query, four bf16 in size.
-    constexpr int STAGE = 2 * TILE + 4 * QUERIES;
+    constexpr int STAGE = (2 * TILE + 4 * QUERIES + Products::ALIGNED - 1) / Products::ALIGNED * Products::ALIGNED;
     bf16* const k_tile = reinterpret_cast<bf16*>(shared);
     bf16* const v_tile = k_tile + KEYS * W;
     bf16* const tiles = v_tile + (DK ? KEYS * W : 0);
 
-    const int row = blockIdx.y, key_head = blockIdx.x, group = sizes.h / sizes.kv;
-    const int key = blockIdx.z * KEYS, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.z, key_head = blockIdx.y, group = sizes.h / sizes.kv;
+    const int key = blockIdx.x * KEYS, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = key + warp * 16 * M; // the warp's first key
     const Mask mask{starts, bounds, row, sizes.sq};
@@ -64,8 +64,8 @@ __device__ inline void backward_keys(
     const auto load = [&](int stage, int head, int query) {
         bf16* const tile = tiles + stage * STAGE;
         head += key_head * group;
-        load_tile<W, QUERIES, THREADS>(tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
-        load_tile<W, QUERIES, THREADS>(
+        Products::template load<W, QUERIES, THREADS>(tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
+        Products::template load<W, QUERIES, THREADS>(
             tile + TILE, dy + sizes.result(row, query, head), sizes.y_stride(), sizes.sq - query, hd);
         if (threadIdx.x < QUERIES / 2) {
             const size_t stat = (size_t(row) * sizes.h + head) * sizes.padded() + query;
@@ -75,17 +75,17 @@ __device__ inline void backward_keys(
 
     const int from = visible(max(key - past, 0) / QUERIES * QUERIES);
     int head = 0, query = from, stage = 0;
-    load_tile<W, KEYS, THREADS>(k_tile, k + sizes.key(row, key, key_head), k_stride, sizes.sk - key, hd);
-    if (DK) load_tile<W, KEYS, THREADS>(v_tile, v + sizes.key(row, key, key_head), k_stride, sizes.sk - key, hd);
+    Products::template load<W, KEYS, THREADS>(k_tile, k + sizes.key(row, key, key_head), k_stride, sizes.sk - key, hd);
+    if (DK) Products::template load<W, KEYS, THREADS>(v_tile, v + sizes.key(row, key, key_head), k_stride, sizes.sk - key, hd);
     if (query < sizes.sq) load(0, head, query);
     copy_async_commit();
-    Left<W, M, HELD> keys, values;
+    typename Products::template Left<W, M, HELD> keys, values;
     if (HELD) {
         copy_async_wait<0>();
         __syncthreads();
     }
-    keys.hold(k_tile + warp * 16 * M * W);
-    if (DK) values.hold(v_tile + warp * 16 * M * W);
+    keys.template hold<KEYS>(k_tile, warp * 16 * M);
+    if (DK) values.template hold<KEYS>(v_tile, warp * 16 * M);
 
     float dk_sums[M][DK ? W / 8 : 1][4], dv_sums[M][DV ? W / 8 : 1][4];
     if constexpr (DK) clear<W, M>(dk_sums);
@@ -95,6 +95,7 @@ __device__ inline void backward_keys(
         int next_head = head, next = visible(query + QUERIES);
         if (next >= sizes.sq) next = from, next_head++;
         copy_async_wait<0>();
+        Products::loaded();
         __syncthreads(); // This tile is here, and the last one is done with.
         if (stages == 2 && next_head < group) load(stage ^ 1, next_head, next);
         copy_async_commit();
@@ -106,8 +107,10 @@ __device__ inline void backward_keys(
 #pragma unroll 1
         for (int sub = 0; sub < QUERIES; sub += SUB) {
             float s[M][SUB / 8][4], ds[M][SUB / 8][4];
-            multiply<W, M, SUB>(s, keys, q_tile + sub * W);
-            if constexpr (DK) multiply<W, M, SUB>(ds, values, dy_tile + sub * W);
+            Products::template multiply<QUERIES, SUB>(s, keys, q_tile, sub);
+            if constexpr (DK) Products::template multiply<QUERIES, SUB>(ds, values, dy_tile, sub);
+            Products::template wait<0>(s);
+            if constexpr (DK) Products::template wait<0>(ds);
             if (inner != 0.0f) {
 #pragma unroll
                 for (int n = 0; n < SUB / 8; n++) {
@@ -138,9 +141,11 @@ __device__ inline void backward_keys(
                         if (DK) ds[m][n][i] = s[m][n][i] * (ds[m][n][i] - at.at[i % 2 * 2 + 1]);
                     }
             }
-            if constexpr (DV) add_product<W, M, SUB>(dv_sums, s, dy_tile + sub * W);
-            if constexpr (DK) add_product<W, M, SUB>(dk_sums, ds, q_tile + sub * W);
+            if constexpr (DV) Products::template add_product<QUERIES, SUB, W>(dv_sums, s, dy_tile, sub);
+            if constexpr (DK) Products::template add_product<QUERIES, SUB, W>(dk_sums, ds, q_tile, sub);
         }
+        if constexpr (DV) Products::template wait<0>(dv_sums);
+        if constexpr (DK) Products::template wait<0>(dk_sums);
         if (stages == 2) {
             stage ^= 1;
         } else if (next_head < group) {
@@ -154,7 +159,7 @@ __device__ inline void backward_keys(
     copy_async_wait<0>();
     __syncthreads(); // If there was no query, keys and values may still be on their way.
     // Computed again, so as not to take registers in the loop.
-    const int own_again = renewed(blockIdx.z) * KEYS + warp * 16 * M;
+    const int own_again = renewed(blockIdx.x) * KEYS + warp * 16 * M;
     const size_t to = sizes.key(row, own_again, key_head);
     float scales[M][2];
 #pragma unroll
@@ -167,7 +172,7 @@ __device__ inline void backward_keys(
 
 // ---- bf16, backward to queries. A warp has 16 M queries; keys and values come in tiles of KEYS, worked on SUB at a time.
 
-template <int W, int M, int WARPS, int KEYS, int SUB, bool HELD>
+template <typename Products, int W, int M, int WARPS, int KEYS, int SUB, bool HELD>
 __device__ inline void backward_queries(
     const bf16* q, const bf16* k, const bf16* v, const bf16* dy, const float* stats, const uint32_t* starts,
     const uint32_t* bounds, bf16* dq, const Sizes& sizes, float inner, float factor, float scale, int stages,
@@ -177,8 +182,8 @@ __device__ inline void backward_queries(
     bf16* const dy_tile = q_tile + QUERIES * W;
     bf16* const tiles = dy_tile + QUERIES * W;
 
-    const int row = blockIdx.y, head = blockIdx.x;
-    const int query = (gridDim.z - 1 - blockIdx.z) * QUERIES, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.z, head = blockIdx.y;
+    const int query = (gridDim.x - 1 - blockIdx.x) * QUERIES, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = query + warp * 16 * M; // the warp's first query
     const Mask mask{starts, bounds, row, sizes.sq};
@@ -188,22 +193,22 @@ __device__ inline void backward_queries(
     size_t at = sizes.key(row, first, sizes.key_head(head)); // where the tile of keys is that is copied next
     const auto load = [&](int stage, int key) {
         bf16* const tile = tiles + stage * 2 * TILE;
-        load_tile<W, KEYS, THREADS>(tile, k + at, k_stride, sizes.sk - key, hd);
-        load_tile<W, KEYS, THREADS>(tile + TILE, v + at, k_stride, sizes.sk - key, hd);
+        Products::template load<W, KEYS, THREADS>(tile, k + at, k_stride, sizes.sk - key, hd);
+        Products::template load<W, KEYS, THREADS>(tile + TILE, v + at, k_stride, sizes.sk - key, hd);
         at += size_t(KEYS) * k_stride;
     };
 
-    load_tile<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
-    load_tile<W, QUERIES, THREADS>(dy_tile, dy + sizes.result(row, query, head), sizes.y_stride(), sizes.sq - query, hd);
+    Products::template load<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
+    Products::template load<W, QUERIES, THREADS>(dy_tile, dy + sizes.result(row, query, head), sizes.y_stride(), sizes.sq - query, hd);
     load(0, first);
     copy_async_commit();
-    Left<W, M, HELD> queries, grads;
+    typename Products::template Left<W, M, HELD> queries, grads;
     if (HELD) {
         copy_async_wait<0>();
         __syncthreads();
     }
-    queries.hold(q_tile + warp * 16 * M * W);
-    grads.hold(dy_tile + warp * 16 * M * W);
+    queries.template hold<QUERIES>(q_tile, warp * 16 * M);
+    grads.template hold<QUERIES>(dy_tile, warp * 16 * M);
 
     float sums[M][W / 8][4], logsumexp[M][2], d[M][2];
     clear<W, M>(sums);
@@ -222,6 +227,7 @@ __device__ inline void backward_queries(
     for (int key = first; key < end; key += KEYS) {
         const int next = key + KEYS;
         copy_async_wait<0>();
+        Products::loaded();
         __syncthreads(); // This tile is here, and the last one is done with.
         if (stages == 2 && next < end) load(stage ^ 1, next);
         copy_async_commit();
@@ -232,8 +238,10 @@ __device__ inline void backward_queries(
 #pragma unroll 1
         for (int sub = 0; sub < KEYS; sub += SUB) {
             float s[M][SUB / 8][4], ds[M][SUB / 8][4];
-            multiply<W, M, SUB>(s, queries, k_tile + sub * W);
-            multiply<W, M, SUB>(ds, grads, v_tile + sub * W);
+            Products::template multiply<KEYS, SUB>(s, queries, k_tile, sub);
+            Products::template multiply<KEYS, SUB>(ds, grads, v_tile, sub);
+            Products::template wait<0>(s);
+            Products::template wait<0>(ds);
             if (inner != 0.0f) {
 #pragma unroll
                 for (int m = 0; m < M; m++)
@@ -255,8 +263,9 @@ __device__ inline void backward_queries(
                         const float p = exp2_fast(s[m][n][i] * factor - logsumexp[m][i / 2]);
                         ds[m][n][i] = p * (ds[m][n][i] - d[m][i / 2]);
                     }
-            add_product<W, M, SUB>(sums, ds, k_tile + sub * W);
+            Products::template add_product<KEYS, SUB, W>(sums, ds, k_tile, sub);
         }
+        Products::template wait<0>(sums);
         if (stages == 2) {
             stage ^= 1;
         } else if (next < end) {
@@ -269,6 +278,7 @@ __device__ inline void backward_queries(
     float scales[M][2];
 #pragma unroll
     for (int m = 0; m < M; m++) scales[m][0] = scales[m][1] = scale;
+    Products::finish();
     store_sums<W, M>(
         dq + sizes.query(row, own, head), q_tile + warp * 16 * M * W, sums, scales, sizes.q_stride, sizes.sq - own, hd);
 }

@@ -23,9 +23,10 @@ impl Blocks {
         Self { rows, warps, tile, stages }
     }
 
-    /// Bytes of `n_own` tiles of its own and `stages` times two that pass by, `aside` bytes more for each row of the latter.
-    fn shared(&self, width: usize, n_own: usize, stages: usize, aside: usize) -> usize {
-        n_own * self.rows * width * 2 + stages * self.tile * (4 * width + aside)
+    /// Bytes of `n_own` tiles of its own and `stages` times two that pass by, `aside` bytes more for each row of the latter;
+    /// `aligned` divides all of them.
+    fn shared(&self, width: usize, n_own: usize, stages: usize, aside: usize, aligned: usize) -> usize {
+        n_own * self.rows * width * 2 + stages * (self.tile * (4 * width + aside)).next_multiple_of(aligned)
     }
 
     /// Stages that a GPU has room for.
@@ -55,6 +56,21 @@ const WIDTHS: [Widths; 7] = [
     widths(192, Blocks::new(128, 8, 64, 1), Blocks::new(64, 4, 64, 1), Blocks::new(64, 4, 64, 1), 16),
     widths(256, Blocks::new(64, 4, 64, 1), Blocks::new(64, 4, 32, 1), Blocks::new(64, 4, 32, 1), 16),
 ];
+
+/// As [`WIDTHS`], of `hopper.cu`.
+const HOPPER: [Widths; 2] = [
+    widths(64, Blocks::new(128, 8, 64, 2), Blocks::new(64, 4, 64, 2), Blocks::new(128, 8, 64, 2), 0),
+    widths(128, Blocks::new(128, 8, 128, 2), Blocks::new(64, 4, 64, 2), Blocks::new(64, 4, 64, 2), 0),
+];
+
+/// The kernels for a width and dtype: where they are, what their names end in, and what the bytes of their stages are multiples
+/// of.
+struct Kernels {
+    widths: &'static Widths,
+    module: &'static str,
+    suffix: &'static str,
+    aligned: usize,
+}
 
 const fn widths(width: usize, forward: Blocks, keys: Blocks, queries: Blocks, rows_f32: usize) -> Widths {
     Widths { width, forward, keys, queries, rows_f32 }
@@ -135,10 +151,17 @@ impl<'a> Plan<'a> {
     }
 
     /// The kernels that heads are narrow enough for.
-    fn kernels(&self) -> Result<&'static Widths> {
-        WIDTHS.iter().find(|it| self.hd <= it.width).ok_or_else(|| {
+    fn kernels(&self, dtype: DType) -> Result<Kernels> {
+        let widths = WIDTHS.iter().find(|it| self.hd <= it.width).ok_or_else(|| {
             let widest = WIDTHS[WIDTHS.len() - 1].width;
             Error::Device(format!("heads of {} numbers cannot be trained on a GPU: at most {widest}", self.hd))
+        })?;
+        let hopper = HOPPER.iter().find(|it| it.width == widths.width && dtype == DType::BF16);
+        Ok(match hopper {
+            Some(widths) if gpu::is_hopper(self.device)? => {
+                Kernels { widths, module: "attention_hopper", suffix: "hopper", aligned: 1024 }
+            }
+            _ => Kernels { widths, module: OP, suffix: suffix(dtype), aligned: 1 },
         })
     }
 
@@ -186,16 +209,16 @@ pub fn forward_of([q, k, v]: [&Tensor; 3], mask: &AttentionMask, scores: &Scores
     let y = gpu::uninit(q.shape(), dtype, plan.device)?;
     let [q, k, v] = addresses([q, k, v])?;
     let logsumexp = gpu::uninit((plan.b, plan.h, plan.sq), DType::F32, plan.device)?;
-    let Widths { width, forward, rows_f32, .. } = plan.kernels()?;
+    let Kernels { widths: Widths { width, forward, rows_f32, .. }, module, suffix, aligned } = plan.kernels(dtype)?;
     let (rows, threads, shared) = match dtype {
-        DType::BF16 => (forward.rows, 32 * forward.warps, forward.shared(*width, 1, forward.stages, 0)),
+        DType::BF16 => (forward.rows, 32 * forward.warps, forward.shared(*width, 1, forward.stages, 0, aligned)),
         _ => (*rows_f32, THREADS_F32, shared_f32(*width, *rows_f32, 2)),
     };
     let [sq, sk, h, kv, hd] = plan.sizes();
     // Blocks for all queries of all heads, each of which stays inside these sizes.
     launch!(
-        plan.device, OP, &format!("attention_forward_{}_{width}", suffix(dtype)),
-        grid: [plan.h, plan.b, plan.sq.div_ceil(rows)], block: threads, shared: shared;
+        plan.device, module, &format!("attention_forward_{suffix}_{width}"),
+        grid: [plan.sq.div_ceil(rows), plan.h, plan.b], block: threads, shared: shared;
         q, k, v, plan.starts, plan.bounds, plan.sinks.as_ref(), &y, &logsumexp,
         sq, sk, h, kv, hd, q_stride, k_stride, plan.inner, plan.factor,
     );
@@ -237,12 +260,11 @@ pub fn backward_into(
     let padded = plan.sq.next_multiple_of(BOUND);
     let stats = gpu::uninit((b, plan.h, padded, 2), DType::F32, device)?;
     let [sq, sk, h, kv, hd] = plan.sizes();
-    let suffix = suffix(dtype);
 
     // As many lanes per query as take it whole, 8 numbers each.
     let lanes = (plan.hd / 8).next_power_of_two();
     launch!(
-        device, OP, &format!("attention_stats_{suffix}"),
+        device, OP, &format!("attention_stats_{}", suffix(dtype)),
         grid: [(b * padded * plan.h * lanes).div_ceil(256), 1, 1], block: 256;
         y, &dy, logsumexp, &stats, b, sq, h, hd, lanes as i32,
     );
@@ -255,11 +277,12 @@ pub fn backward_into(
         );
     }
 
-    let Widths { width, keys, queries, rows_f32, .. } = plan.kernels()?;
+    let Kernels { widths: Widths { width, keys, queries, rows_f32, .. }, module, suffix, aligned } =
+        plan.kernels(dtype)?;
     let is_bf16 = dtype == DType::BF16;
     let parts: &[&str] = if is_bf16 && *width >= APART { &["dk", "dv"] } else { &["keys"] };
     for part in parts {
-        let shared = |stages| keys.shared(*width, if *part == "dv" { 1 } else { 2 }, stages, 8);
+        let shared = |stages| keys.shared(*width, if *part == "dv" { 1 } else { 2 }, stages, 8, aligned);
         let stages = keys.stages(device, shared)?;
         let (rows, threads, shared) = match is_bf16 {
             true => (keys.rows, 32 * keys.warps, shared(stages)),
@@ -267,13 +290,13 @@ pub fn backward_into(
         };
         // Blocks for all keys of all key heads.
         launch!(
-            device, OP, &format!("attention_backward_{part}_{suffix}_{width}"),
-            grid: [plan.kv, b, plan.sk.div_ceil(rows)], block: threads, shared: shared;
+            device, module, &format!("attention_backward_{part}_{suffix}_{width}"),
+            grid: [plan.sk.div_ceil(rows), plan.kv, b], block: threads, shared: shared;
             q, k, v, &dy, &stats, starts, bounds, dk, dv, sq, sk, h, kv, hd, q_stride, k_stride, inner, factor,
             scores.scale, stages as i32,
         );
     }
-    let shared = |stages| queries.shared(*width, 2, stages, 0);
+    let shared = |stages| queries.shared(*width, 2, stages, 0, aligned);
     let stages = queries.stages(device, shared)?;
     let (rows, threads, shared) = match is_bf16 {
         true => (queries.rows, 32 * queries.warps, shared(stages)),
@@ -281,8 +304,8 @@ pub fn backward_into(
     };
     // Blocks for all queries of all heads.
     launch!(
-        device, OP, &format!("attention_backward_queries_{suffix}_{width}"),
-        grid: [plan.h, b, plan.sq.div_ceil(rows)], block: threads, shared: shared;
+        device, module, &format!("attention_backward_queries_{suffix}_{width}"),
+        grid: [plan.sq.div_ceil(rows), plan.h, b], block: threads, shared: shared;
         q, k, v, &dy, &stats, starts, bounds, dq, sq, sk, h, kv, hd, q_stride, k_stride, inner, factor, scores.scale,
         stages as i32,
     );

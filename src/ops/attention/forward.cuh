@@ -6,7 +6,7 @@
 
 namespace {
 
-template <int W, int M, int WARPS, int KEYS, int STAGES, bool HELD>
+template <typename Products, int W, int M, int WARPS, int KEYS, int STAGES, bool HELD>
 __device__ inline void forward(
     const bf16* q, const bf16* k, const bf16* v, const uint32_t* starts, const uint32_t* bounds, const float* sinks, bf16* y,
     float* logsumexp, const Sizes& sizes, float inner, float factor, unsigned char* shared) {
@@ -15,8 +15,8 @@ __device__ inline void forward(
     bf16* const k_tiles = q_tile + QUERIES * W;
     bf16* const v_tiles = k_tiles + STAGES * TILE;
 
-    const int row = blockIdx.y, head = blockIdx.x;
-    const int query = (gridDim.z - 1 - blockIdx.z) * QUERIES, past = sizes.past(), hd = sizes.hd;
+    const int row = blockIdx.z, head = blockIdx.y;
+    const int query = (gridDim.x - 1 - blockIdx.x) * QUERIES, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = query + warp * 16 * M; // the warp's first query
     const Mask mask{starts, bounds, row, sizes.sq};
@@ -25,16 +25,16 @@ __device__ inline void forward(
     const int k_stride = sizes.k_stride;
     size_t at = sizes.key(row, first, sizes.key_head(head)); // where the tile of keys is that is copied next
 
-    load_tile<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
-    load_tile<W, KEYS, THREADS>(k_tiles, k + at, k_stride, sizes.sk - first, hd);
-    if (STAGES == 2) load_tile<W, KEYS, THREADS>(v_tiles, v + at, k_stride, sizes.sk - first, hd);
+    Products::template load<W, QUERIES, THREADS>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
+    Products::template load<W, KEYS, THREADS>(k_tiles, k + at, k_stride, sizes.sk - first, hd);
+    if (STAGES == 2) Products::template load<W, KEYS, THREADS>(v_tiles, v + at, k_stride, sizes.sk - first, hd);
     copy_async_commit();
-    Left<W, M, HELD> queries;
+    typename Products::template Left<W, M, HELD> queries;
     if (HELD) {
         copy_async_wait<0>();
         __syncthreads();
     }
-    queries.hold(q_tile + warp * 16 * M * W);
+    queries.template hold<QUERIES>(q_tile, warp * 16 * M);
 
     float sums[M][W / 8][4], max[M][2], total[M][2];
     clear<W, M>(sums);
@@ -47,22 +47,25 @@ __device__ inline void forward(
     for (int key = first; key < end; key += KEYS) {
         const int next = key + KEYS;
         copy_async_wait<0>();
+        Products::loaded();
         __syncthreads(); // This tile is here, and the last one is done with.
-        if (STAGES == 1) load_tile<W, KEYS, THREADS>(v_tiles, v + at, k_stride, sizes.sk - key, hd);
+        if (STAGES == 1) Products::template load<W, KEYS, THREADS>(v_tiles, v + at, k_stride, sizes.sk - key, hd);
         at += size_t(KEYS) * k_stride;
         if (STAGES == 2 && next < end) {
             const int other = (stage ^ 1) * TILE;
-            load_tile<W, KEYS, THREADS>(k_tiles + other, k + at, k_stride, sizes.sk - next, hd);
-            load_tile<W, KEYS, THREADS>(v_tiles + other, v + at, k_stride, sizes.sk - next, hd);
+            Products::template load<W, KEYS, THREADS>(k_tiles + other, k + at, k_stride, sizes.sk - next, hd);
+            Products::template load<W, KEYS, THREADS>(v_tiles + other, v + at, k_stride, sizes.sk - next, hd);
         }
         copy_async_commit();
 
         float s[M][KEYS / 8][4];
-        multiply<W, M, KEYS>(s, queries, k_tiles + stage * TILE);
+        Products::template multiply<KEYS, KEYS>(s, queries, k_tiles + stage * TILE, 0);
+        Products::template wait<0>(s);
         if (STAGES == 1) {
             copy_async_wait<0>();
+            Products::loaded();
             __syncthreads(); // Values are here, and keys are done with.
-            if (next < end) load_tile<W, KEYS, THREADS>(k_tiles, k + at, k_stride, sizes.sk - next, hd);
+            if (next < end) Products::template load<W, KEYS, THREADS>(k_tiles, k + at, k_stride, sizes.sk - next, hd);
             copy_async_commit();
         }
         if (inner != 0.0f) {
@@ -102,12 +105,13 @@ __device__ inline void forward(
                     sums[m][n][2 * r + 1] *= shrink;
                 }
             }
-        add_product<W, M, KEYS>(sums, s, v_tiles + stage * TILE);
+        Products::template add_product<KEYS, KEYS, W>(sums, s, v_tiles + stage * TILE, 0);
+        Products::template wait<0>(sums);
         if (STAGES == 2) stage ^= 1;
     }
 
     // Computed again, so as not to take registers in the loop.
-    const int own_again = (gridDim.z - 1 - renewed(blockIdx.z)) * QUERIES + warp * 16 * M;
+    const int own_again = (gridDim.x - 1 - renewed(blockIdx.x)) * QUERIES + warp * 16 * M;
     float scale[M][2];
     const float sink = sinks ? sinks[head] * LOG2_E : NONE;
 #pragma unroll
@@ -126,6 +130,7 @@ __device__ inline void forward(
                 logsumexp[(size_t(row) * sizes.h + head) * sizes.sq + i] = new_max + log2f(sum);
             }
         }
+    Products::finish();
     store_sums<W, M>(
         y + sizes.result(row, own_again, head), q_tile + warp * 16 * M * W, sums, scale, sizes.y_stride(),
         sizes.sq - own_again, hd);

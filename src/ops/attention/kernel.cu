@@ -11,8 +11,9 @@
 //            those of k, v, dk and dv k_stride.
 // Types      q, k, v, y and their gradients bf16 or f32, all the same (decode: q and y may differ from k and v);
 //            starts, bounds u32; everything else f32. Products of bf16 on tensor cores, P and dS rounded to bf16 for them.
-// Launch     forward, backward_queries: one block per head and tile of queries, last tiles first as they see most,
-//            grid = (h, b, tiles). backward_keys: one block per key head and tile of keys, grid = (kv, b, tiles).
+// Launch     forward, backward_queries: one block per head and tile of queries, of a head the last first, which sees most,
+//            grid = (tiles, h, b). backward_keys: one block per key head and tile of keys, grid = (tiles, kv, b). The tiles of a
+//            head are side by side, so that what they read is still in the second-level cache.
 //            A kernel's W is the least of 16, 32, 64, 96, 128, 192, 256 that hd fits in; tiles by W in cuda.rs.
 //            stats, sinks, decode: above each.
 // Writes     everything with =, in an order that is always the same; the sinks' gradient with +=. No atomics.
@@ -32,7 +33,7 @@
                   const uint32_t* starts, const uint32_t* bounds, const float* sinks, bf16* y, float* logsumexp, SIZES,     \
                   float inner, float factor) {                                                                              \
         SHARED(shared);                                                                                                     \
-        forward<W, M, WARPS, KEYS, STAGES, HELD>(q, k, v, starts, bounds, sinks, y, logsumexp, SIZES_GIVEN,                 \
+        forward<ByWarps, W, M, WARPS, KEYS, STAGES, HELD>(q, k, v, starts, bounds, sinks, y, logsumexp, SIZES_GIVEN,                 \
                                                  inner, factor, shared);                                                    \
     }
 
@@ -49,7 +50,7 @@ FORWARD_BF16(256, 1, 4, 64, 1, false, 2)
                   const bf16* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, bf16* dk, bf16* dv,   \
                   SIZES, float inner, float factor, float scale, int stages) {                                              \
         SHARED(shared);                                                                                                     \
-        backward_keys<W, M, WARPS, QUERIES, SUB, HELD, DK, DV>(q, k, v, dy, stats, starts, bounds, dk, dv,                  \
+        backward_keys<ByWarps, W, M, WARPS, QUERIES, SUB, HELD, DK, DV>(q, k, v, dy, stats, starts, bounds, dk, dv,                  \
                                                                SIZES_GIVEN, inner, factor, scale, stages,                   \
                                                                shared);                                                     \
     }
@@ -69,7 +70,7 @@ BACKWARD_KEYS_BF16(dv, 256, 1, 4, 32, 32, false, false, true, 2)
                   const bf16* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, bf16* dq, SIZES,      \
                   float inner, float factor, float scale, int stages) {                                                     \
         SHARED(shared);                                                                                                     \
-        backward_queries<W, M, WARPS, KEYS, SUB, HELD>(q, k, v, dy, stats, starts, bounds, dq, SIZES_GIVEN,                 \
+        backward_queries<ByWarps, W, M, WARPS, KEYS, SUB, HELD>(q, k, v, dy, stats, starts, bounds, dq, SIZES_GIVEN,                 \
                                                        inner, factor, scale, stages, shared);                               \
     }
 

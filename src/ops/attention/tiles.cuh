@@ -62,7 +62,7 @@ template <int W, int ROWS> __device__ inline void store_rows(bf16* to, const bf1
 template <int W, int M, bool HELD> struct Left {
     const bf16* tile;
 
-    __device__ void hold(const bf16* tile) { this->tile = tile; }
+    template <int ROWS> __device__ void hold(const bf16* tile, int first) { this->tile = tile + first * W; }
     __device__ void get(uint32_t (&a)[4], int m, int k) const {
         const int lane = threadIdx.x % 32;
         ldmatrix_x4(a, tile + moved<W>(place<W>(lane % 16, lane / 16), 16 * m, 2 * k));
@@ -72,8 +72,9 @@ template <int W, int M, bool HELD> struct Left {
 template <int W, int M> struct Left<W, M, true> {
     uint32_t held[M][W / 16][4];
 
-    __device__ void hold(const bf16* tile) {
+    template <int ROWS> __device__ void hold(const bf16* tile, int first) {
         const int lane = threadIdx.x % 32;
+        tile += first * W;
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -145,6 +146,34 @@ __device__ inline void add_product(float (&d)[M][W / 8][4], const float (&p)[M][
         }
     }
 }
+
+// How a block multiplies: each warp by itself, its products done at once. Tiles have ROWS rows, of which operands have N from
+// `first` on.
+struct ByWarps {
+    // A stage of tiles is a multiple of as many numbers.
+    static constexpr int ALIGNED = 1;
+
+    template <int W, int M, bool HELD> using Left = ::Left<W, M, HELD>;
+
+    template <int W, int ROWS, int THREADS>
+    __device__ static void load(bf16* tile, const bf16* from, int stride, int rows, int hd) {
+        load_tile<W, ROWS, THREADS>(tile, from, stride, rows, hd);
+    }
+    template <int ROWS, int N, int W, int M, bool HELD>
+    __device__ static void multiply(float (&d)[M][N / 8][4], const Left<W, M, HELD>& left, const bf16* b, int first) {
+        ::multiply<W, M, N>(d, left, b + first * W);
+    }
+    template <int ROWS, int N, int W, int M>
+    __device__ static void add_product(float (&d)[M][W / 8][4], const float (&p)[M][N / 8][4], const bf16* b, int first) {
+        ::add_product<W, M, N>(d, p, b + first * W);
+    }
+    // Before d is looked at, when as many later products may be under way.
+    template <int N, int M, int COLS> __device__ static void wait(float (&d)[M][COLS][4]) {}
+    // After copies have been waited for, before the barrier.
+    __device__ static void loaded() {}
+    // Behind the last product, before a warp writes to its own rows of a tile.
+    __device__ static void finish() {}
+};
 
 template <int W, int M> __device__ inline void clear(float (&d)[M][W / 8][4]) {
 #pragma unroll
