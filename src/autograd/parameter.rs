@@ -35,6 +35,11 @@ impl Precision {
         Self { storage: self.compute, ..self }
     }
 
+    /// That of weights which are only looked up, by ops that read them in full precision: they have no copy.
+    pub fn of_lookups(self) -> Self {
+        Self { compute: self.storage, ..self }
+    }
+
     /// What training takes for each parameter: weight, gradient (f32), two moments, and the copy in the compute dtype.
     pub fn training_bytes(self) -> usize {
         3 * self.storage.size_in_bytes() + DType::F32.size_in_bytes() + self.copy_bytes()

@@ -208,7 +208,10 @@ fn what_is_counted(precision: Precision) -> String {
     let Precision { storage, compute } = precision;
     let copy = match storage == compute {
         true => String::new(),
-        false => format!(", and the {} copy that is computed with", hf::dtype_name(compute)),
+        false => format!(
+            ", and the {} copy that is computed with (an embedding that is not the output layer too has none)",
+            hf::dtype_name(compute)
+        ),
     };
     format!(
         "to train: {} bytes per parameter, for weights and optimizer state in {}, gradients in float32{copy}; {} where it is \

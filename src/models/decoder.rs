@@ -186,8 +186,11 @@ impl Decoder {
         self.query_scales = scales.map(|scales| Tensor::new(scales, device)).transpose()?;
         self.expert_loads().values().try_for_each(|load| load.allocate(device))?;
         let Some(adapters) = &self.adapters else {
-            let mut stages = self.stages.iter();
-            return stages.try_for_each(|stage| stage.allocate_apart(precision, device, of_optimizer, with_grads));
+            let (embedding, others) = self.stages.split_first().expect("a model has an embedding");
+            let is_copied = self.args.enable_weight_tying || !device.same_device(of_optimizer);
+            let of_embedding = if is_copied { precision } else { precision.of_lookups() };
+            embedding.allocate_apart(of_embedding, device, of_optimizer, with_grads)?;
+            return others.iter().try_for_each(|it| it.allocate_apart(precision, device, of_optimizer, with_grads));
         };
         self.stages.iter().try_for_each(|stage| stage.allocate(precision.frozen(), device, false))?;
         let mut stages = adapters.stages().iter();
@@ -266,8 +269,13 @@ impl Decoder {
         let count = |stages: &[StageBuilder]| {
             stages.iter().flat_map(StageBuilder::parameters).map(|parameter| parameter.numel() as f64).sum::<f64>()
         };
-        let frozen = if self.adapters.is_some() { count(&self.stages) } else { 0.0 };
-        count(self.trained()) * precision.training_bytes() as f64 + frozen * precision.frozen_bytes() as f64
+        if self.adapters.is_some() {
+            let frozen = count(&self.stages) * precision.frozen_bytes() as f64;
+            return count(self.trained()) * precision.training_bytes() as f64 + frozen;
+        }
+        let looked_up = if self.args.enable_weight_tying { 0.0 } else { count(&self.stages[..1]) };
+        (count(&self.stages) - looked_up) * precision.training_bytes() as f64
+            + looked_up * precision.of_lookups().training_bytes() as f64
     }
 
     /// Number of parameters that a token meets: an expert's count as often as it is chosen.

@@ -3,11 +3,11 @@
 //! All work of a process goes through one stream per device, in the order in which it is launched: a tensor may be dropped
 //! as soon as the kernels that read it are launched, and nothing here waits.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use candle_core::cuda_backend::cudarc::driver::result;
@@ -18,8 +18,9 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::C
 use candle_core::cuda_backend::cudarc::driver::sys::{
     cuMemHostRegister_v2, cuMemHostUnregister, cuMemcpyDtoHAsync_v2, cuMemcpyHtoDAsync_v2,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, DevicePtr, DeviceRepr};
-use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, DevicePtr, DeviceRepr, PinnedHostSlice};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, DeviceId, WrapErr};
+use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
 use half::bf16;
 
@@ -300,6 +301,39 @@ pub fn write(tensor: &Tensor, values: &[f64]) -> Result<()> {
     // pinned when the call returns.
     unsafe { result::memcpy_htod_async(start, values, stream.cu_stream()).w()? };
     Ok(())
+}
+
+/// Memory of the host that GPUs copy from by themselves, by device and length, whoever has been used longest first.
+static STAGED: LazyLock<Mutex<HashMap<(DeviceId, usize), VecDeque<PinnedHostSlice<u32>>>>> =
+    LazyLock::new(Mutex::default);
+
+/// Uploads of a length that may be under way at a time, and lengths that memory is kept for.
+const UNDER_WAY: usize = 4;
+const LENGTHS: usize = 16;
+
+/// A copy of the host's numbers, which the GPU makes in the order of its work: nobody waits for it.
+pub fn upload(values: &[u32], shape: impl Into<Shape>, device: &CudaDevice) -> Result<Tensor> {
+    let stream = device.cuda_stream();
+    // SAFETY: all of it is written by the copy below, before any work that is enqueued later.
+    let mut copy = unsafe { device.alloc::<u32>(values.len())? };
+    if !values.is_empty() {
+        let mut staged = STAGED.lock().unwrap_or_else(PoisonError::into_inner);
+        if staged.len() > LENGTHS {
+            staged.clear();
+        }
+        let slots = staged.entry((device.id(), values.len())).or_default();
+        let slot = if slots.len() < UNDER_WAY { None } else { slots.pop_front() };
+        let mut slot = match slot {
+            Some(slot) => slot,
+            // SAFETY: all of it is written before it is read.
+            None => unsafe { stream.context().alloc_pinned(values.len()).w()? },
+        };
+        slot.as_mut_slice().w()?.copy_from_slice(values);
+        stream.memcpy_htod(&slot, &mut copy).w()?;
+        slots.push_back(slot);
+    }
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(copy, device.clone()));
+    Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
 }
 
 /// What kernels call a dtype in their names.

@@ -186,6 +186,15 @@ pub fn check_tokens<'a>(tokens: impl IntoIterator<Item = &'a u32>, vocab_size: u
     }
 }
 
+/// Ids on `device`, which nobody waits to have copied.
+pub fn upload(ids: Vec<u32>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => super::gpu::upload(&ids, shape, device),
+        _ => Ok(Tensor::from_vec(ids, shape.into(), device)?),
+    }
+}
+
 /// A tensor of `dtype` that holds `values`, rounded where need be.
 pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     let shape = shape.into();

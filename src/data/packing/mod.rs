@@ -5,7 +5,7 @@ mod whole;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Once};
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 
 use crate::data::datasets::Position;
 use crate::data::pipeline::{Tokenized, Tokens};
@@ -39,7 +39,7 @@ impl Batch {
     pub fn micro_batch(self, device: &Device, vocab_size: usize) -> Result<MicroBatch> {
         let labels = self.labels.iter().filter(|label| **label != IGNORE_INDEX);
         ops::check_tokens(self.inputs.iter().chain(labels), vocab_size)?;
-        let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, (self.batch_size, self.seq_len), device);
+        let tensor = |ids| ops::upload(ids, (self.batch_size, self.seq_len), device);
         let (tokens, labels) = (tensor(self.inputs)?, tensor(self.labels)?);
         Ok(MicroBatch { tokens, labels, document_starts: self.document_starts })
     }

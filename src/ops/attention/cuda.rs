@@ -1,6 +1,6 @@
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-use candle_core::{CudaDevice, DType, Device, Tensor};
+use candle_core::{CudaDevice, DType, Tensor};
 
 use super::{AttentionMask, BOUND, Saved, Scores, Starts, bounds};
 use crate::ops::copy;
@@ -102,9 +102,9 @@ pub struct OnGpu {
 impl Starts {
     fn on(&self, device: &CudaDevice, n_queries: usize) -> Result<&OnGpu> {
         if self.on_gpu.get().is_none() {
-            let device = Device::Cuda(device.clone());
-            let starts = Tensor::new(self.values.as_slice(), &device)?;
-            let bounds = Tensor::new(bounds(&self.values, n_queries), &device)?;
+            let starts = gpu::upload(&self.values, self.values.len(), device)?;
+            let bounds = bounds(&self.values, n_queries);
+            let bounds = gpu::upload(&bounds, bounds.len(), device)?;
             // Another thread may have been faster, with the same.
             let _ = self.on_gpu.set(OnGpu { starts, bounds });
         }

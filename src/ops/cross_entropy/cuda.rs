@@ -4,14 +4,16 @@ use crate::Result;
 use crate::ops::gpu::{self, launch, suffix};
 use crate::ops::matmul::cuda::{Mat, Store, multiply};
 
-/// Logits that exist at a time, in bytes: few enough chunks that weights and their gradients, which each chunk reads and
-/// writes whole, do not set the time.
-const LOGITS_BYTES: usize = 512 << 20;
+/// Logits that may exist at a time in any model, in bytes.
+const LOGITS_BYTES: usize = 320 << 20;
 
-/// Chunks of rows of equal size, a multiple of what tensor cores take at a time.
-fn rows_per_chunk(rows: usize, vocab_size: usize, dtype: DType) -> usize {
+/// Chunks of rows of equal size, a multiple of what tensor cores take at a time. Each chunk reads and writes the weight's
+/// gradient whole, so logits may take as much memory as that: chunks are then long enough that it does not set the time.
+fn rows_per_chunk(rows: usize, vocab_size: usize, dim: usize, dtype: DType) -> usize {
     const TILE: usize = 128;
-    let most = (LOGITS_BYTES / (vocab_size * dtype.size_in_bytes())).max(1);
+    let bytes = LOGITS_BYTES.max(vocab_size * dim * size_of::<f32>());
+    let most = (bytes / (vocab_size * dtype.size_in_bytes())).max(1);
+    let most = if most > TILE { most / TILE * TILE } else { most };
     let chunks = rows.div_ceil(most);
     rows.div_ceil(chunks).next_multiple_of(TILE).min(rows).min(most.max(TILE))
 }
@@ -66,7 +68,7 @@ impl<'a> Head<'a> {
             if self.softcap.is_some() { "_capped" } else { "" },
             suffix(weight.dtype())
         );
-        let size = rows_per_chunk(rows, vocab_size, weight.dtype());
+        let size = rows_per_chunk(rows, vocab_size, dim, weight.dtype());
         let buffer = gpu::uninit((size, vocab_size), weight.dtype(), device)?;
         let weight_rows = Mat::new(weight, vocab_size)?;
         for first in (0..rows).step_by(size) {
@@ -98,11 +100,12 @@ mod tests {
 
     #[test]
     fn chunks_are_few_even_and_within_their_memory() {
-        assert_eq!(rows_per_chunk(4096, 202_048, DType::BF16), 1024);
-        assert_eq!(rows_per_chunk(16_384, 2048, DType::BF16), 16_384);
-        assert_eq!(rows_per_chunk(19, 53, DType::F32), 19);
+        assert_eq!(rows_per_chunk(4096, 202_048, 256, DType::BF16), 768);
+        assert_eq!(rows_per_chunk(16_384, 128_256, 2048, DType::BF16), 4096);
+        assert_eq!(rows_per_chunk(16_384, 2048, 256, DType::BF16), 16_384);
+        assert_eq!(rows_per_chunk(19, 53, 16, DType::F32), 19);
         for rows in [1, 127, 129, 5000, 100_000] {
-            let size = rows_per_chunk(rows, 50_304, DType::BF16);
+            let size = rows_per_chunk(rows, 50_304, 768, DType::BF16);
             assert!(size >= 1 && size <= rows && size * 50_304 * 2 <= LOGITS_BYTES, "{rows}: {size}");
         }
     }
