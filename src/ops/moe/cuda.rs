@@ -6,7 +6,7 @@ use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
 use crate::ops::Residual;
-use crate::ops::gpu::{by_eights, device, elements, launch, suffix, uninit};
+use crate::ops::gpu::{by_eights, device, elements, is_hopper, launch, suffix, uninit};
 use crate::ops::sort::Groups;
 
 /// Threads of a block, in `kernel.cu`, and the warps that they are; products have blocks of their own.
@@ -90,6 +90,8 @@ pub fn rebalance(tokens: &Tensor, counted: &Tensor, bias: Option<(&Tensor, f32)>
 enum Engine {
     /// Tiles of 128 x 128 on tensor cores.
     Large,
+    /// The same by warpgroups, on a Hopper.
+    Hopper,
     /// Tiles of 64 x 64 on tensor cores.
     Small,
     /// Tiles of 64 x 64 without tensor cores, for rows of any length.
@@ -119,23 +121,38 @@ impl Engine {
         }
     }
 
+    /// The best for such products that the GPU has.
+    fn on(self, is_hopper: bool) -> Self {
+        if self == Self::Large && is_hopper { Self::Hopper } else { self }
+    }
+
     /// Rows and columns of a tile.
     fn tile(self) -> usize {
-        if self == Self::Large { 128 } else { 64 }
+        if matches!(self, Self::Large | Self::Hopper) { 128 } else { 64 }
     }
 
     fn threads(self) -> usize {
-        if matches!(self, Self::Plain(_)) { 256 } else { 128 }
+        if matches!(self, Self::Plain(_) | Self::Hopper) { 256 } else { 128 }
     }
 
-    /// Four stages of both operands, 32 deep.
+    /// Stages of both operands, so many deep.
     fn shared_bytes(self) -> usize {
-        if matches!(self, Self::Plain(_)) { 0 } else { 4 * 2 * self.tile() * 32 * 2 }
+        let (stages, depth) = match self {
+            Self::Large | Self::Small => (4, 32),
+            Self::Hopper => (3, 64),
+            Self::Plain(_) => return 0,
+        };
+        stages * 2 * self.tile() * depth * 2
+    }
+
+    fn module(self) -> &'static str {
+        if self == Self::Hopper { "moe_hopper" } else { "moe" }
     }
 
     fn kernel(self, product: &str) -> String {
         let end = match self {
             Self::Large => "large",
+            Self::Hopper => "hopper",
             Self::Small => "small",
             Self::Plain(dtype) => suffix(dtype),
         };
@@ -166,6 +183,7 @@ struct Layer<'a> {
     dim: usize,
     /// Whether tensor cores can be given the weights.
     aligned: bool,
+    is_hopper: bool,
 }
 
 impl<'a> Layer<'a> {
@@ -178,12 +196,28 @@ impl<'a> Layer<'a> {
         let device = device(&routing.experts);
         let (slots, dtype) = (routing.n_slots(), w1.dtype());
         let tiles = routing.tiles.as_ref().expect("a routing on a GPU has tiles");
-        let n_tiles = tiles.dim(0)?;
-        Ok(Self { device, routing, experts, w1, w2, w3, tiles, n_tiles, dtype, slots, n_experts, hidden, dim, aligned })
+        let (n_tiles, is_hopper) = (tiles.dim(0)?, is_hopper(device)?);
+        Ok(Self {
+            device,
+            routing,
+            experts,
+            w1,
+            w2,
+            w3,
+            tiles,
+            n_tiles,
+            dtype,
+            slots,
+            n_experts,
+            hidden,
+            dim,
+            aligned,
+            is_hopper,
+        })
     }
 
     fn engine(&self, columns: usize) -> Engine {
-        Engine::of_rows(self.dtype, self.aligned, self.slots, self.n_experts, columns)
+        Engine::of_rows(self.dtype, self.aligned, self.slots, self.n_experts, columns).on(self.is_hopper)
     }
 
     /// A block for each tile of a product of rows, each row tile in parts where tiles are smaller.
@@ -259,7 +293,7 @@ impl<'a> Layer<'a> {
         let ((b1, low), (b3, _)) = (self.bias(0)?, self.bias(2)?);
         let (kind, limit) = self.experts.gate.for_kernel();
         launch!(
-            self.device, "moe", &engine.kernel("up"),
+            self.device, engine.module(), &engine.kernel("up"),
             grid: self.grid(engine, 2 * self.hidden), block: engine.threads(), shared: engine.shared_bytes();
             x, &self.routing.slots.order, weights, self.routing.top_k as i32, &self.w1, &self.w3, b1.as_ref(), b3.as_ref(), low,
             self.tiles, self.dim as i32, self.hidden as i32, kind, limit, &gate, &up, &activated,
@@ -271,7 +305,7 @@ impl<'a> Layer<'a> {
         let result = self.rows(self.dim, self.dtype)?;
         let (b2, low) = self.bias(1)?;
         launch!(
-            self.device, "moe", &engine.kernel("down"),
+            self.device, engine.module(), &engine.kernel("down"),
             grid: self.grid(engine, self.dim), block: engine.threads(), shared: engine.shared_bytes();
             activated, &self.w2, b2.as_ref(), low, self.tiles, self.dim as i32, self.hidden as i32, &result,
         );
@@ -290,7 +324,7 @@ impl<'a> Layer<'a> {
         let (dgate, dup, activated) = (new()?, new()?, wanted.then(new).transpose()?);
         let (kind, limit) = self.experts.gate.for_kernel();
         launch!(
-            self.device, "moe", &engine.kernel("down_backward"),
+            self.device, engine.module(), &engine.kernel("down_backward"),
             grid: self.grid(engine, self.hidden), block: engine.threads(), shared: engine.shared_bytes();
             dresult, &self.w2, self.tiles, self.dim as i32, self.hidden as i32, kind, limit,
             &hidden.gate, &hidden.up, &dgate, &dup, activated.as_ref(),
@@ -302,7 +336,7 @@ impl<'a> Layer<'a> {
     fn up_backward(&self, engine: Engine, dgate: &Tensor, dup: &Tensor) -> Result<Tensor> {
         let dinput = self.rows(self.dim, self.dtype)?;
         launch!(
-            self.device, "moe", &engine.kernel("up_backward"),
+            self.device, engine.module(), &engine.kernel("up_backward"),
             grid: self.grid(engine, self.dim), block: engine.threads(), shared: engine.shared_bytes();
             dgate, dup, &self.w1, &self.w3, self.tiles, self.dim as i32, self.hidden as i32, &dinput,
         );
@@ -317,14 +351,14 @@ impl<'a> Layer<'a> {
             aligned = aligned && by_eights(columns, &[dy, x, grad])?;
         }
         let engine = Engine::of_gradients(self.dtype, aligned, grads.len() * n_experts, rows, columns);
-        self.add_gradients(engine, grads, dys, x)
+        self.add_gradients(engine.on(self.is_hopper), grads, dys, x)
     }
 
     fn add_gradients(&self, engine: Engine, grads: &[Tensor], dys: &[&Tensor], x: &Tensor) -> Result<()> {
         let (n_experts, rows, columns) = grads[0].dims3()?;
         let tiles = |size: usize| size.div_ceil(engine.tile());
         launch!(
-            self.device, "moe", &engine.kernel("gradient"),
+            self.device, engine.module(), &engine.kernel("gradient"),
             grid: [tiles(columns), tiles(rows), grads.len() * n_experts], block: engine.threads(),
             shared: engine.shared_bytes();
             dys[0], dys.get(1).copied(), x, &self.routing.slots.offsets, n_experts as i32, rows as i32, columns as i32,
@@ -494,7 +528,9 @@ mod tests {
                 ])
             };
             let expected = products(Engine::Plain(DType::BF16))?;
-            for engine in [Engine::Small, Engine::Large] {
+            let mut engines = vec![Engine::Small, Engine::Large];
+            engines.extend(layer.is_hopper.then_some(Engine::Hopper));
+            for engine in engines {
                 for ((what, ours), (_, expected)) in products(engine)?.iter().zip(&expected) {
                     // Sums of f32 in another order, which tensor cores cut where others round; stored as bf16, they may fall
                     // on either side.
@@ -530,12 +566,17 @@ mod tests {
         assert_eq!(Engine::of_rows(DType::F32, true, 32_768, 64, 2048), Engine::Plain(DType::F32));
         assert_eq!(Engine::of_gradients(DType::BF16, true, 64, 1408, 2048), Engine::Large);
         assert_eq!(Engine::of_gradients(DType::BF16, true, 8, 256, 256), Engine::Small);
+        let on_hopper = [Engine::Large, Engine::Small, Engine::Plain(DType::BF16)].map(|engine| engine.on(true));
+        assert_eq!(on_hopper, [Engine::Hopper, Engine::Small, Engine::Plain(DType::BF16)]);
+        assert_eq!(Engine::Large.on(false), Engine::Large);
     }
 
     #[test]
     fn kernels_are_called_by_their_names() {
         assert_eq!(Engine::Large.kernel("up"), "moe_up_large");
         assert_eq!(Engine::Plain(DType::BF16).kernel("down_backward"), "moe_down_backward_bf16");
-        assert_eq!([Engine::Large.shared_bytes(), Engine::Small.shared_bytes()], [64 << 10, 32 << 10]);
+        assert_eq!(Engine::Hopper.kernel("gradient"), "moe_gradient_hopper");
+        let shared_bytes = [Engine::Large, Engine::Hopper, Engine::Small].map(Engine::shared_bytes);
+        assert_eq!(shared_bytes, [64 << 10, 96 << 10, 32 << 10]);
     }
 }
