@@ -11,10 +11,10 @@ use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use candle_core::cuda_backend::cudarc::driver::result;
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use candle_core::cuda_backend::cudarc::driver::sys::{
     cuMemHostRegister_v2, cuMemHostUnregister, cuMemcpyDtoHAsync_v2, cuMemcpyHtoDAsync_v2,
 };
@@ -196,7 +196,8 @@ fn load(device: &CudaDevice, op: &'static str, ptx: &str) -> Result<Arc<CudaModu
 pub fn is_hopper(device: &CudaDevice) -> Result<bool> {
     let context = device.cuda_stream().context().clone();
     let part = |attribute| context.attribute(attribute).w();
-    Ok((part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?) == (9, 0))
+    Ok((part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
+        == (9, 0))
 }
 
 /// A kernel of `src/ops/<op>/kernel.cu`, or with an op's name and `_hopper` of its `hopper.cu`, for blocks with `shared` bytes of dynamic shared memory.
