@@ -14,7 +14,7 @@ struct alignas(16) RowTile {
     uint32_t expert, first, end, unused;
 };
 
-// A part of a row-major matrix, from `first` on; outside of `rows` and `cols` it counts as zeros.
+// A part of a row-major matrix, from `first` on; outside of `rows` and `cols` it counts as zeros, whose addresses are not read.
 template <typename T> struct Window {
     const T* first;
     int64_t stride;
@@ -22,7 +22,7 @@ template <typename T> struct Window {
 
     __device__ const T* at(int row, int col, bool& valid) const {
         valid = row < rows && col < cols;
-        return valid ? first + row * stride + col : first;
+        return first + row * stride + col;
     }
 };
 
@@ -35,7 +35,7 @@ template <typename T> struct Picked {
 
     __device__ const T* at(int row, int col, bool& valid) const {
         valid = row < rows && col < cols;
-        return valid ? first + places[row] * stride + col : first;
+        return first + places[row] * stride + col;
     }
 };
 
@@ -50,7 +50,7 @@ template <typename T, int PAIR> struct Paired {
         const T* first = row / HALF % 2 == 0 ? gate : up;
         row = row / PAIR * HALF + row % HALF;
         valid = row < rows && col < cols;
-        return valid ? first + row * stride + col : first;
+        return first + row * stride + col;
     }
 };
 
@@ -327,8 +327,8 @@ __device__ inline void expert_up(const T* x, const uint32_t* sorted, const float
     const int64_t start = (tile.expert * (int64_t)hidden + col) * dim;
     __shared__ uint32_t places[E::ROWS];
     __shared__ float scales[E::ROWS];
-    for (int i = threadIdx.x; i < rows; i += E::THREADS) {
-        const uint32_t slot = sorted[tile.first + i];
+    for (int i = threadIdx.x; i < E::ROWS; i += E::THREADS) {
+        const uint32_t slot = i < rows ? sorted[tile.first + i] : 0;
         places[i] = slot / top_k;
         scales[i] = weights != nullptr ? weights[slot] : 1.0f;
     }

@@ -11,13 +11,15 @@ template <int SIZE, bool ALONG_K> struct Panels {
     static constexpr int NUMBERS = SIZE * DEPTH;
 
     template <int THREADS, typename Source> __device__ static void fetch(bf16* panels, const Source& source) {
-        static_assert(HEIGHT * WIDTH % THREADS == 0, "each thread copies as many chunks");
+        constexpr int ROWS = THREADS / WIDTH; // That all threads copy a chunk of at once.
+        static_assert(HEIGHT % ROWS == 0 && ROWS % 8 == 0, "a thread's chunks are at the same place of their rows");
+        const int row = threadIdx.x / WIDTH, chunk = threadIdx.x % WIDTH;
+        bf16* to = panels + chunk / 8 * (HEIGHT * 64) + in_panel(row, chunk % 8);
 #pragma unroll
-        for (int i = 0; i < HEIGHT * WIDTH / THREADS; i++) {
-            const int at = i * THREADS + threadIdx.x, row = at / WIDTH, chunk = at % WIDTH;
+        for (int i = 0; i < HEIGHT; i += ROWS) {
             bool valid;
-            const bf16* from = source.at(row, chunk * 8, valid);
-            copy_async_16(panels + chunk / 8 * (HEIGHT * 64) + in_panel(row, chunk % 8), from, valid);
+            const bf16* from = source.at(row + i, chunk * 8, valid);
+            copy_async_16(to + i * 64, from, valid);
         }
     }
 
@@ -28,41 +30,45 @@ template <int SIZE, bool ALONG_K> struct Panels {
     }
 };
 
-// Sums of 64 x COLS for each of two warpgroups. Operands as TensorCores has them; at least one step.
-struct Warpgroups {
-    static constexpr int ROWS = 128, COLS = 128, DEPTH = 64, PAIR = 64, N = 8, THREADS = ROWS / 64 * 128, BLOCKS = 2;
-    // One that copies go to, one that products read, and one that the products before may still read.
-    static constexpr int STAGES = 3;
-    typedef float Sums[COLS / 8][4];
+// Sums of 64 x GROUP for each warpgroup, of STAGES of operands one that products read, one that the products before may still
+// read, and the others under way. Operands as TensorCores has them; at least one step.
+template <int COLS_, int GROUP, int BLOCKS_, int STAGES> struct Warpgroups {
+    static constexpr int ROWS = 128, COLS = COLS_, DEPTH = 64, PAIR = 64, N = 8, BLOCKS = BLOCKS_;
+    static constexpr int THREADS = ROWS / 64 * (COLS / GROUP) * 128;
+    typedef float Sums[GROUP / 8][4];
     typedef Gathered<ROWS, COLS, PAIR, N, THREADS> All;
 
     template <bool A_ALONG_K, bool B_ALONG_K, typename A, typename B>
     __device__ static void multiply(Sums& sums, int n_steps, const A& a, const B& b) {
         typedef Panels<ROWS, A_ALONG_K> PanelsA;
         typedef Panels<COLS, B_ALONG_K> PanelsB;
+        constexpr int AHEAD = STAGES - 2;
         SHARED_PANELS(bytes);
         bf16* stages = reinterpret_cast<bf16*>(bytes);
         const auto stage = [&](int step) { return stages + step % STAGES * (PanelsA::NUMBERS + PanelsB::NUMBERS); };
         const auto fetch = [&](int step) {
-            PanelsA::template fetch<THREADS>(stage(step), a(step));
-            PanelsB::template fetch<THREADS>(stage(step) + PanelsA::NUMBERS, b(step));
+            if (step < n_steps) {
+                PanelsA::template fetch<THREADS>(stage(step), a(step));
+                PanelsB::template fetch<THREADS>(stage(step) + PanelsA::NUMBERS, b(step));
+            }
             copy_async_commit();
         };
-        fetch(0);
+        for (int step = 0; step < AHEAD; step++) fetch(step);
         for (int step = 0; step < n_steps; step++) {
-            copy_async_wait<0>();
+            copy_async_wait<AHEAD - 1>();
             shared_for_products();
             product_wait<1>();
             // What this step reads is there for all. Tensor cores are busy with the step before; what the next fetch
             // overwrites was for that before it.
             __syncthreads();
             // Before the products, which a warp may have to wait for to begin.
-            if (step + 1 < n_steps) fetch(step + 1);
+            fetch(step + AHEAD);
             product_begin();
+            // Zeros to begin with would be numbers that threads have written, and products would wait for each other.
 #pragma unroll
             for (int k = 0; k < DEPTH; k += 16)
                 product(sums, PanelsA::operand(stage(step), group_row(), k),
-                        PanelsB::operand(stage(step) + PanelsA::NUMBERS, 0, k), step > 0 || k > 0);
+                        PanelsB::operand(stage(step) + PanelsA::NUMBERS, group_col(), k), step > 0 || k > 0);
             product_commit();
         }
         product_wait<0>();
@@ -84,10 +90,12 @@ struct Warpgroups {
         float* all = reinterpret_cast<float*>(bytes);
         __syncthreads(); // All operands have been read.
 #pragma unroll
-        for (int i = 0; i < COLS / 8; i++) All::put(all, group_row() + threadIdx.x / 32 % 4 * 16, 8 * i, sums[i]);
+        for (int i = 0; i < GROUP / 8; i++)
+            All::put(all, group_row() + threadIdx.x / 32 % 4 * 16, group_col() + 8 * i, sums[i]);
         __syncthreads();
         return all;
     }
 
-    __device__ static int group_row() { return threadIdx.x / 128 * 64; }
+    __device__ static int group_row() { return threadIdx.x / 128 % (ROWS / 64) * 64; }
+    __device__ static int group_col() { return threadIdx.x / 128 / (ROWS / 64) * GROUP; }
 };
