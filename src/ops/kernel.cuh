@@ -167,8 +167,8 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                  : "memory");
 }
 
-// Starts to copy 16 bytes to shared memory, zeros if not `valid`. Both addresses are aligned to 16; `from` is not read if
-// not `valid`, but must be an address.
+// Starts to copy 16 bytes to shared memory, zeros if not `valid`. Both addresses are aligned to 16; `from` may be
+// any such number if not `valid`.
 __device__ inline void copy_async_16(void* to, const void* from, bool valid) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
     const int bytes = valid ? 16 : 0;

@@ -136,14 +136,14 @@ void check_kernels() {
             return fabs(sum - d.at[i]) < 1e-5 ? d.at[i] : float(sum);
         });
     }
-    for (const size_t n : {64, 128}) {
+    for (const size_t n : {64, 128, 256}) {
         for (int what = 0; what < 3; what++) {
             const size_t depth = what == 0 ? 128 : 64;
             const std::string kernel = "test_products_" + std::to_string(n);
             Array<__nv_bfloat16> a(64 * depth, [](size_t) { return __nv_bfloat16(random_number()); });
             Array<__nv_bfloat16> b(n * depth, [](size_t) { return __nv_bfloat16(random_number()); });
             Array<float> d(64 * n);
-            launch(kernel.c_str(), 1, 128, (64 * 128 + 128 * 128) * 2, a.at, b.at, d.at, what);
+            launch(kernel.c_str(), 1, 128, (64 * 128 + n * 128) * 2, a.at, b.at, d.at, what);
             d.check_each(kernel + " of kind " + std::to_string(what), [&](size_t i) {
                 const size_t row = i / n, column = i % n;
                 double sum = what == 0 ? 1 : 0;

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::autograd::Parameter;
 use crate::models::args::ScoreFunc;
 use crate::ops::Residual;
-use crate::ops::gpu::{by_eights, device, elements, launch, suffix, uninit};
+use crate::ops::gpu::{by_eights, device, elements, is_hopper, launch, suffix, uninit};
 use crate::ops::sort::Groups;
 
 /// Threads of a block, in `kernel.cu`, and the warps that they are; products have blocks of their own.
@@ -90,6 +90,10 @@ pub fn rebalance(tokens: &Tensor, counted: &Tensor, bias: Option<(&Tensor, f32)>
 enum Engine {
     /// Tiles of 128 x 128 on tensor cores.
     Large,
+    /// The same by warpgroups, on a Hopper.
+    Hopper,
+    /// Tiles of 128 x 256 by warpgroups of so many columns each, 128 or 256, on a Hopper.
+    Wide(usize),
     /// Tiles of 64 x 64 on tensor cores.
     Small,
     /// Tiles of 64 x 64 without tensor cores, for rows of any length.
@@ -119,23 +123,55 @@ impl Engine {
         }
     }
 
+    /// The best for such products that the GPU has. Wide tiles read less for each product, but have a multiprocessor for
+    /// themselves, which does nothing else while they end.
+    fn on(self, is_hopper: bool, wide: bool) -> Self {
+        match self {
+            Self::Large if is_hopper && wide => Self::Wide(256),
+            Self::Large if is_hopper => Self::Hopper,
+            other => other,
+        }
+    }
+
     /// Rows and columns of a tile.
-    fn tile(self) -> usize {
-        if self == Self::Large { 128 } else { 64 }
+    fn tile(self) -> (usize, usize) {
+        match self {
+            Self::Large | Self::Hopper => (128, 128),
+            Self::Wide(_) => (128, 256),
+            Self::Small | Self::Plain(_) => (64, 64),
+        }
     }
 
     fn threads(self) -> usize {
-        if matches!(self, Self::Plain(_)) { 256 } else { 128 }
+        match self {
+            Self::Large | Self::Small => 128,
+            Self::Hopper | Self::Plain(_) => 256,
+            Self::Wide(columns) => 2 * (256 / columns) * 128,
+        }
     }
 
-    /// Four stages of both operands, 32 deep.
+    /// Stages of both operands, so many deep.
     fn shared_bytes(self) -> usize {
-        if matches!(self, Self::Plain(_)) { 0 } else { 4 * 2 * self.tile() * 32 * 2 }
+        let (stages, depth) = match self {
+            Self::Large | Self::Small => (4, 32),
+            Self::Hopper => (3, 64),
+            Self::Wide(_) => (4, 64),
+            Self::Plain(_) => return 0,
+        };
+        let (rows, columns) = self.tile();
+        stages * (rows + columns) * depth * 2
+    }
+
+    fn module(self) -> &'static str {
+        if matches!(self, Self::Hopper | Self::Wide(_)) { "moe_hopper" } else { "moe" }
     }
 
     fn kernel(self, product: &str) -> String {
         let end = match self {
             Self::Large => "large",
+            Self::Hopper => "hopper",
+            Self::Wide(128) => "wide_128",
+            Self::Wide(_) => "wide_256",
             Self::Small => "small",
             Self::Plain(dtype) => suffix(dtype),
         };
@@ -166,6 +202,7 @@ struct Layer<'a> {
     dim: usize,
     /// Whether tensor cores can be given the weights.
     aligned: bool,
+    is_hopper: bool,
 }
 
 impl<'a> Layer<'a> {
@@ -178,17 +215,34 @@ impl<'a> Layer<'a> {
         let device = device(&routing.experts);
         let (slots, dtype) = (routing.n_slots(), w1.dtype());
         let tiles = routing.tiles.as_ref().expect("a routing on a GPU has tiles");
-        let n_tiles = tiles.dim(0)?;
-        Ok(Self { device, routing, experts, w1, w2, w3, tiles, n_tiles, dtype, slots, n_experts, hidden, dim, aligned })
+        let (n_tiles, is_hopper) = (tiles.dim(0)?, is_hopper(device)?);
+        Ok(Self {
+            device,
+            routing,
+            experts,
+            w1,
+            w2,
+            w3,
+            tiles,
+            n_tiles,
+            dtype,
+            slots,
+            n_experts,
+            hidden,
+            dim,
+            aligned,
+            is_hopper,
+        })
     }
 
     fn engine(&self, columns: usize) -> Engine {
-        Engine::of_rows(self.dtype, self.aligned, self.slots, self.n_experts, columns)
+        Engine::of_rows(self.dtype, self.aligned, self.slots, self.n_experts, columns).on(self.is_hopper, false)
     }
 
     /// A block for each tile of a product of rows, each row tile in parts where tiles are smaller.
     fn grid(&self, engine: Engine, columns: usize) -> [usize; 3] {
-        [columns.div_ceil(engine.tile()), self.n_tiles, TILE_ROWS / engine.tile()]
+        let (tile_rows, tile_columns) = engine.tile();
+        [columns.div_ceil(tile_columns), self.n_tiles, TILE_ROWS / tile_rows]
     }
 
     fn rows(&self, width: usize, dtype: DType) -> Result<Tensor> {
@@ -259,7 +313,7 @@ impl<'a> Layer<'a> {
         let ((b1, low), (b3, _)) = (self.bias(0)?, self.bias(2)?);
         let (kind, limit) = self.experts.gate.for_kernel();
         launch!(
-            self.device, "moe", &engine.kernel("up"),
+            self.device, engine.module(), &engine.kernel("up"),
             grid: self.grid(engine, 2 * self.hidden), block: engine.threads(), shared: engine.shared_bytes();
             x, &self.routing.slots.order, weights, self.routing.top_k as i32, &self.w1, &self.w3, b1.as_ref(), b3.as_ref(), low,
             self.tiles, self.dim as i32, self.hidden as i32, kind, limit, &gate, &up, &activated,
@@ -271,7 +325,7 @@ impl<'a> Layer<'a> {
         let result = self.rows(self.dim, self.dtype)?;
         let (b2, low) = self.bias(1)?;
         launch!(
-            self.device, "moe", &engine.kernel("down"),
+            self.device, engine.module(), &engine.kernel("down"),
             grid: self.grid(engine, self.dim), block: engine.threads(), shared: engine.shared_bytes();
             activated, &self.w2, b2.as_ref(), low, self.tiles, self.dim as i32, self.hidden as i32, &result,
         );
@@ -290,7 +344,7 @@ impl<'a> Layer<'a> {
         let (dgate, dup, activated) = (new()?, new()?, wanted.then(new).transpose()?);
         let (kind, limit) = self.experts.gate.for_kernel();
         launch!(
-            self.device, "moe", &engine.kernel("down_backward"),
+            self.device, engine.module(), &engine.kernel("down_backward"),
             grid: self.grid(engine, self.hidden), block: engine.threads(), shared: engine.shared_bytes();
             dresult, &self.w2, self.tiles, self.dim as i32, self.hidden as i32, kind, limit,
             &hidden.gate, &hidden.up, &dgate, &dup, activated.as_ref(),
@@ -302,7 +356,7 @@ impl<'a> Layer<'a> {
     fn up_backward(&self, engine: Engine, dgate: &Tensor, dup: &Tensor) -> Result<Tensor> {
         let dinput = self.rows(self.dim, self.dtype)?;
         launch!(
-            self.device, "moe", &engine.kernel("up_backward"),
+            self.device, engine.module(), &engine.kernel("up_backward"),
             grid: self.grid(engine, self.dim), block: engine.threads(), shared: engine.shared_bytes();
             dgate, dup, &self.w1, &self.w3, self.tiles, self.dim as i32, self.hidden as i32, &dinput,
         );
@@ -317,15 +371,18 @@ impl<'a> Layer<'a> {
             aligned = aligned && by_eights(columns, &[dy, x, grad])?;
         }
         let engine = Engine::of_gradients(self.dtype, aligned, grads.len() * n_experts, rows, columns);
-        self.add_gradients(engine, grads, dys, x)
+        // Sums over the rows of an expert are long.
+        let tiles = grads.len() * n_experts * rows.div_ceil(128) * columns.div_ceil(256);
+        let wide = columns.is_multiple_of(256) && tiles >= MANY_TILES;
+        self.add_gradients(engine.on(self.is_hopper, wide), grads, dys, x)
     }
 
     fn add_gradients(&self, engine: Engine, grads: &[Tensor], dys: &[&Tensor], x: &Tensor) -> Result<()> {
         let (n_experts, rows, columns) = grads[0].dims3()?;
-        let tiles = |size: usize| size.div_ceil(engine.tile());
+        let (tile_rows, tile_columns) = engine.tile();
         launch!(
-            self.device, "moe", &engine.kernel("gradient"),
-            grid: [tiles(columns), tiles(rows), grads.len() * n_experts], block: engine.threads(),
+            self.device, engine.module(), &engine.kernel("gradient"),
+            grid: [columns.div_ceil(tile_columns), rows.div_ceil(tile_rows), grads.len() * n_experts], block: engine.threads(),
             shared: engine.shared_bytes();
             dys[0], dys.get(1).copied(), x, &self.routing.slots.offsets, n_experts as i32, rows as i32, columns as i32,
             &grads[0], grads.get(1),
@@ -494,7 +551,11 @@ mod tests {
                 ])
             };
             let expected = products(Engine::Plain(DType::BF16))?;
-            for engine in [Engine::Small, Engine::Large] {
+            let mut engines = vec![Engine::Small, Engine::Large];
+            if layer.is_hopper {
+                engines.extend([Engine::Hopper, Engine::Wide(128), Engine::Wide(256)]);
+            }
+            for engine in engines {
                 for ((what, ours), (_, expected)) in products(engine)?.iter().zip(&expected) {
                     // Sums of f32 in another order, which tensor cores cut where others round; stored as bf16, they may fall
                     // on either side.
@@ -530,12 +591,20 @@ mod tests {
         assert_eq!(Engine::of_rows(DType::F32, true, 32_768, 64, 2048), Engine::Plain(DType::F32));
         assert_eq!(Engine::of_gradients(DType::BF16, true, 64, 1408, 2048), Engine::Large);
         assert_eq!(Engine::of_gradients(DType::BF16, true, 8, 256, 256), Engine::Small);
+        let on_hopper = [Engine::Large, Engine::Small, Engine::Plain(DType::BF16)].map(|engine| engine.on(true, false));
+        assert_eq!(on_hopper, [Engine::Hopper, Engine::Small, Engine::Plain(DType::BF16)]);
+        assert_eq!(
+            [true, false].map(|is_hopper| Engine::Large.on(is_hopper, true)),
+            [Engine::Wide(256), Engine::Large]
+        );
     }
 
     #[test]
     fn kernels_are_called_by_their_names() {
         assert_eq!(Engine::Large.kernel("up"), "moe_up_large");
         assert_eq!(Engine::Plain(DType::BF16).kernel("down_backward"), "moe_down_backward_bf16");
-        assert_eq!([Engine::Large.shared_bytes(), Engine::Small.shared_bytes()], [64 << 10, 32 << 10]);
+        assert_eq!(Engine::Hopper.kernel("gradient"), "moe_gradient_hopper");
+        let engines = [Engine::Large, Engine::Hopper, Engine::Wide(256), Engine::Small];
+        assert_eq!(engines.map(Engine::shared_bytes), [64 << 10, 96 << 10, 192 << 10, 32 << 10]);
     }
 }

@@ -11,11 +11,12 @@
 //            moe_gather: one warp per row, 8 per block. moe_scatter: one block per token. moe_tiles, moe_rebalance: one
 //            block of 256. Products of rows: grid (tiles of columns, n_tiles, 128 / ROWS), in moe_up with columns of gate
 //            and up in pairs; gradients of one or two matrices: grid (tiles of columns, tiles of rows, n_experts or twice
-//            as many). _large: tiles of 128 x 128 by
-//            128 threads, 64 KiB of shared memory; _small: 64 x 64 by 128, 32 KiB; _f32 and _bf16: 64 x 64 by 256.
+//            as many). _large: tiles of 128 x 128 by 128 threads, 64 KiB of shared memory; _small: 64 x 64 by 128,
+//            32 KiB; _f32 and _bf16: 64 x 64 by 256; _hopper, in hopper.cu: 128 x 128 by 256, 96 KiB;
+//            _wide_128 and _wide_256: 128 x 256 by 512 and 256, 192 KiB.
 // Writes     gradients of weights and biases with +=, each by one thread; all else with =. The same bits every time.
-// Requires   _large, _small: dim and hidden multiples of 8, addresses of 16; kernels that end in _8: rows as gpu::by_eights.
-//            n_experts <= 1024.
+// Requires   _large, _small and hopper.cu: dim and hidden multiples of 8, addresses of 16; kernels that end in _8: rows as
+//            gpu::by_eights. n_experts <= 1024.
 // Reference  routing_weights_match_their_reference and experts_match_their_reference in mod.rs.
 #include "moe/products.cuh"
 
@@ -340,32 +341,6 @@ __device__ inline void bias_gradient(const T* dy, const uint32_t* offsets, int64
 BIAS_GRADIENT(f32)
 BIAS_GRADIENT(bf16)
 
-#define PRODUCTS(NAME, E, T)                                                                                            \
-    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_up_##NAME, const T* x, const uint32_t* sorted, const float* weights,       \
-                  int top_k, const T* w1, const T* w3, const void* b1, const void* b3, int low, const RowTile* tiles,   \
-                  int dim, int hidden, int kind, float limit, T* gate, T* up, T* activated) {                           \
-        expert_up<E, T>(x, sorted, weights, top_k, w1, w3, b1, b3, low, tiles, dim, hidden, kind, limit, gate, up,      \
-                        activated);                                                                                     \
-    }                                                                                                                   \
-    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_down_##NAME, const T* activated, const T* w2, const void* b2, int low,     \
-                  const RowTile* tiles, int dim, int hidden, T* result) {                                               \
-        expert_down<E, T>(activated, w2, b2, low, tiles, dim, hidden, result);                                          \
-    }                                                                                                                   \
-    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_down_backward_##NAME, const T* dresult, const T* w2, const RowTile* tiles, \
-                  int dim, int hidden, int kind, float limit, const T* gate, const T* up, T* dgate, T* dup,             \
-                  T* activated) {                                                                                       \
-        expert_down_backward<E, T>(dresult, w2, tiles, dim, hidden, kind, limit, gate, up, dgate, dup, activated);      \
-    }                                                                                                                   \
-    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_up_backward_##NAME, const T* dgate, const T* dup, const T* w1,             \
-                  const T* w3, const RowTile* tiles, int dim, int hidden, T* dinput) {                                  \
-        expert_up_backward<E, T>(dgate, dup, w1, w3, tiles, dim, hidden, dinput);                                       \
-    }                                                                                                                   \
-    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_gradient_##NAME, const T* dy, const T* dy2, const T* x,                    \
-                  const uint32_t* offsets, int n_experts, int height, int width, float* grad, float* grad2) {           \
-        const bool first = blockIdx.z < n_experts;                                                                      \
-        expert_gradient<E, T>(first ? dy : dy2, x, offsets, blockIdx.z % n_experts, height, width,                      \
-                              first ? grad : grad2);                                                                    \
-    }
 typedef TensorCores<128, 128, 64, 2> Large;
 typedef TensorCores<64, 64, 32, 4> Small;
 PRODUCTS(large, Large, bf16)

@@ -14,7 +14,7 @@ struct alignas(16) RowTile {
     uint32_t expert, first, end, unused;
 };
 
-// A part of a row-major matrix, from `first` on; outside of `rows` and `cols` it counts as zeros.
+// A part of a row-major matrix, from `first` on; outside of `rows` and `cols` it counts as zeros, whose addresses are not read.
 template <typename T> struct Window {
     const T* first;
     int64_t stride;
@@ -22,7 +22,7 @@ template <typename T> struct Window {
 
     __device__ const T* at(int row, int col, bool& valid) const {
         valid = row < rows && col < cols;
-        return valid ? first + row * stride + col : first;
+        return first + row * stride + col;
     }
 };
 
@@ -35,7 +35,7 @@ template <typename T> struct Picked {
 
     __device__ const T* at(int row, int col, bool& valid) const {
         valid = row < rows && col < cols;
-        return valid ? first + places[row] * stride + col : first;
+        return first + places[row] * stride + col;
     }
 };
 
@@ -50,7 +50,7 @@ template <typename T, int PAIR> struct Paired {
         const T* first = row / HALF % 2 == 0 ? gate : up;
         row = row / PAIR * HALF + row % HALF;
         valid = row < rows && col < cols;
-        return valid ? first + row * stride + col : first;
+        return first + row * stride + col;
     }
 };
 
@@ -91,6 +91,46 @@ template <int SIZE, int DEPTH, bool ALONG_K> struct Tile {
     }
 };
 
+// The sums of ROWS x COLS in shared memory, in place of the operands: rows can then be moved 16 bytes at a time, by code that
+// is not repeated for each sum.
+template <int ROWS, int COLS, int PAIR, int N, int THREADS> struct Gathered {
+    // Groups of 8 change places so that those of 4 rows lie in different banks.
+    __device__ static int place(int row, int col) { return row * COLS + (col ^ row % 4 * 8); }
+
+    // Sums of 16 x 8 as mma_16x8x16 has them.
+    __device__ static void put(float* all, int row, int col, const float (&sums)[4]) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float two[2] = {sums[2 * half], sums[2 * half + 1]};
+            store_all(all + place(row + lane / 4 + 8 * half, col + lane % 4 * 2), two);
+        }
+    }
+
+    template <typename Write> __device__ static void each(const float* all, const Write& write) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < ROWS * COLS / N; i += THREADS) {
+            const int row = i / (COLS / N), col = i % (COLS / N) * N;
+            float values[N];
+            load_all(values, all + place(row, col));
+            write(row, col, values);
+        }
+    }
+
+    template <typename Write> __device__ static void each_pair(const float* all, const Write& write) {
+        constexpr int HALF = PAIR / 2;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < ROWS * COLS / 2 / N; i += THREADS) {
+            const int row = i / (COLS / 2 / N), col = i % (COLS / 2 / N) * N;
+            const int of_gate = col / HALF * PAIR + col % HALF;
+            float gate[N], up[N];
+            load_all(gate, all + place(row, of_gate));
+            load_all(up, all + place(row, of_gate + HALF));
+            write(row, col, gate, up);
+        }
+    }
+};
+
 // On tensor cores: sums of WARP x WARP for each warp, STAGES of operands under way. Operands are bf16, their rows and what is
 // summed over multiples of 8, their addresses of 16.
 template <int ROWS_, int COLS_, int WARP, int BLOCKS_> struct TensorCores {
@@ -98,6 +138,7 @@ template <int ROWS_, int COLS_, int WARP, int BLOCKS_> struct TensorCores {
     static constexpr int THREADS = ROWS / WARP * (COLS / WARP) * 32, BLOCKS = BLOCKS_, STAGES = 4;
     static constexpr int DOWN = WARP / 16, ACROSS = WARP / 8;
     typedef float Sums[DOWN][ACROSS][4];
+    typedef Gathered<ROWS, COLS, PAIR, N, THREADS> All;
 
     template <bool A_ALONG_K, bool B_ALONG_K, typename A, typename B>
     __device__ static void multiply(Sums& sums, int n_steps, const A& a, const B& b) {
@@ -147,50 +188,23 @@ template <int ROWS_, int COLS_, int WARP, int BLOCKS_> struct TensorCores {
 
     // write(row, col, N sums) for all sums of the block.
     template <typename Write> __device__ static void each(const Sums& sums, const Write& write) {
-        const float* all = gather(sums);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < ROWS * COLS / N; i += THREADS) {
-            const int row = i / (COLS / N), col = i % (COLS / N) * N;
-            float values[N];
-            load_all(values, all + sum_place(row, col));
-            write(row, col, values);
-        }
+        All::each(gather(sums), write);
     }
 
     // write(row, col, N sums of gates, N of ups), where b was Paired.
     template <typename Write> __device__ static void each_pair(const Sums& sums, const Write& write) {
-        constexpr int HALF = PAIR / 2;
-        const float* all = gather(sums);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < ROWS * COLS / 2 / N; i += THREADS) {
-            const int row = i / (COLS / 2 / N), col = i % (COLS / 2 / N) * N;
-            const int of_gate = col / HALF * PAIR + col % HALF;
-            float gate[N], up[N];
-            load_all(gate, all + sum_place(row, of_gate));
-            load_all(up, all + sum_place(row, of_gate + HALF));
-            write(row, col, gate, up);
-        }
+        All::each_pair(gather(sums), write);
     }
-
-    // The sums in shared memory, in place of the operands: rows can then be moved 16 bytes at a time, by code that is not
-    // repeated for each sum. Groups of 8 change places so that those of 4 rows lie in different banks.
-    __device__ static int sum_place(int row, int col) { return row * COLS + (col ^ row % 4 * 8); }
 
     __device__ static const float* gather(const Sums& sums) {
         static_assert(ROWS * COLS * sizeof(float) <= STAGES * (ROWS + COLS) * DEPTH * sizeof(bf16), "sums fit");
         SHARED(bytes);
         float* all = reinterpret_cast<float*>(bytes);
-        const int row = warp_row() + threadIdx.x % 32 / 4, col = warp_col() + threadIdx.x % 4 * 2;
         __syncthreads(); // All operands have been read.
 #pragma unroll
         for (int i = 0; i < DOWN; i++)
 #pragma unroll
-            for (int j = 0; j < ACROSS; j++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const float two[2] = {sums[i][j][2 * half], sums[i][j][2 * half + 1]};
-                    store_all(all + sum_place(row + 16 * i + 8 * half, col + 8 * j), two);
-                }
+            for (int j = 0; j < ACROSS; j++) All::put(all, warp_row() + 16 * i, warp_col() + 8 * j, sums[i][j]);
         __syncthreads();
         return all;
     }
@@ -313,8 +327,8 @@ __device__ inline void expert_up(const T* x, const uint32_t* sorted, const float
     const int64_t start = (tile.expert * (int64_t)hidden + col) * dim;
     __shared__ uint32_t places[E::ROWS];
     __shared__ float scales[E::ROWS];
-    for (int i = threadIdx.x; i < rows; i += E::THREADS) {
-        const uint32_t slot = sorted[tile.first + i];
+    for (int i = threadIdx.x; i < E::ROWS; i += E::THREADS) {
+        const uint32_t slot = i < rows ? sorted[tile.first + i] : 0;
         places[i] = slot / top_k;
         scales[i] = weights != nullptr ? weights[slot] : 1.0f;
     }
@@ -470,3 +484,31 @@ __device__ inline void expert_gradient(const T* dy, const T* x, const uint32_t* 
         store_all(to, sum);
     });
 }
+
+// The kernels of an engine, whose names end in NAME.
+#define PRODUCTS(NAME, E, T)                                                                                            \
+    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_up_##NAME, const T* x, const uint32_t* sorted, const float* weights,       \
+                  int top_k, const T* w1, const T* w3, const void* b1, const void* b3, int low, const RowTile* tiles,   \
+                  int dim, int hidden, int kind, float limit, T* gate, T* up, T* activated) {                           \
+        expert_up<E, T>(x, sorted, weights, top_k, w1, w3, b1, b3, low, tiles, dim, hidden, kind, limit, gate, up,      \
+                        activated);                                                                                     \
+    }                                                                                                                   \
+    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_down_##NAME, const T* activated, const T* w2, const void* b2, int low,     \
+                  const RowTile* tiles, int dim, int hidden, T* result) {                                               \
+        expert_down<E, T>(activated, w2, b2, low, tiles, dim, hidden, result);                                          \
+    }                                                                                                                   \
+    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_down_backward_##NAME, const T* dresult, const T* w2, const RowTile* tiles, \
+                  int dim, int hidden, int kind, float limit, const T* gate, const T* up, T* dgate, T* dup,             \
+                  T* activated) {                                                                                       \
+        expert_down_backward<E, T>(dresult, w2, tiles, dim, hidden, kind, limit, gate, up, dgate, dup, activated);      \
+    }                                                                                                                   \
+    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_up_backward_##NAME, const T* dgate, const T* dup, const T* w1,             \
+                  const T* w3, const RowTile* tiles, int dim, int hidden, T* dinput) {                                  \
+        expert_up_backward<E, T>(dgate, dup, w1, w3, tiles, dim, hidden, dinput);                                       \
+    }                                                                                                                   \
+    KERNEL_BOUNDS(E::THREADS, E::BLOCKS, moe_gradient_##NAME, const T* dy, const T* dy2, const T* x,                    \
+                  const uint32_t* offsets, int n_experts, int height, int width, float* grad, float* grad2) {           \
+        const bool first = blockIdx.z < n_experts;                                                                      \
+        expert_gradient<E, T>(first ? dy : dy2, x, offsets, blockIdx.z % n_experts, height, width,                      \
+                              first ? grad : grad2);                                                                    \
+    }
