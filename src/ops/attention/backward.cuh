@@ -47,8 +47,8 @@ __device__ inline void backward_keys(
     bf16* const v_tile = k_tile + KEYS * W;
     bf16* const tiles = v_tile + (DK ? KEYS * W : 0);
 
-    const int row = blockIdx.z, key_head = blockIdx.y, group = sizes.h / sizes.kv;
-    const int key = blockIdx.x * KEYS, past = sizes.past(), hd = sizes.hd;
+    const int row = sizes.row(sizes.kv), key_head = blockIdx.x % sizes.kv, group = sizes.h / sizes.kv;
+    const int key = blockIdx.y * KEYS, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = key + warp * 16 * M; // the warp's first key
     const Mask mask{starts, bounds, row, sizes.sq};
@@ -159,7 +159,7 @@ __device__ inline void backward_keys(
     copy_async_wait<0>();
     __syncthreads(); // If there was no query, keys and values may still be on their way.
     // Computed again, so as not to take registers in the loop.
-    const int own_again = renewed(blockIdx.x) * KEYS + warp * 16 * M;
+    const int own_again = renewed(blockIdx.y) * KEYS + warp * 16 * M;
     const size_t to = sizes.key(row, own_again, key_head);
     float scales[M][2];
 #pragma unroll
@@ -182,8 +182,8 @@ __device__ inline void backward_queries(
     bf16* const dy_tile = q_tile + QUERIES * W;
     bf16* const tiles = dy_tile + QUERIES * W;
 
-    const int row = blockIdx.z, head = blockIdx.y;
-    const int query = (gridDim.x - 1 - blockIdx.x) * QUERIES, past = sizes.past(), hd = sizes.hd;
+    const int row = sizes.row(sizes.h), head = blockIdx.x % sizes.h;
+    const int query = (gridDim.y - 1 - blockIdx.y) * QUERIES, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = query + warp * 16 * M; // the warp's first query
     const Mask mask{starts, bounds, row, sizes.sq};

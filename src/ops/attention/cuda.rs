@@ -59,7 +59,7 @@ const WIDTHS: [Widths; 7] = [
 
 /// As [`WIDTHS`], of `hopper.cu`.
 const HOPPER: [Widths; 2] = [
-    widths(64, Blocks::new(128, 8, 64, 2), Blocks::new(64, 4, 64, 2), Blocks::new(128, 8, 64, 2), 0),
+    widths(64, Blocks::new(64, 4, 128, 2), Blocks::new(64, 4, 64, 2), Blocks::new(64, 4, 64, 2), 0),
     widths(128, Blocks::new(128, 8, 128, 2), Blocks::new(64, 4, 64, 2), Blocks::new(64, 4, 64, 2), 0),
 ];
 
@@ -165,9 +165,33 @@ impl<'a> Plan<'a> {
         })
     }
 
+    /// Blocks for each of `tiles` of `heads`, which read two rows of numbers for each of `others` of a row of the batch.
+    fn grid(&self, heads: usize, tiles: usize, others: usize) -> [usize; 3] {
+        let rows = rows_at_once(self.b, heads * tiles, 2 * others * self.hd * size_of::<half::bf16>());
+        [rows * heads, tiles, self.b / rows]
+    }
+
     fn sizes(&self) -> [i32; 5] {
         [self.sq, self.sk, self.h, self.kv, self.hd].map(|size| size as i32)
     }
+}
+
+/// What any second-level cache holds beside what passes by, and blocks of unequal length that keep a GPU busy to their end.
+/// So little in tests that they launch some of a batch at a time.
+const CACHED_BYTES: usize = if cfg!(test) { 1 << 10 } else { 32 << 20 };
+const BLOCKS_AT_ONCE: usize = if cfg!(test) { 4 } else { 1024 };
+
+/// Rows of a batch whose blocks are launched together, the longest of all of them first: few enough that what they read again
+/// and again stays in the cache, and enough that some are left when the longest end.
+fn rows_at_once(b: usize, blocks_of_row: usize, bytes_of_row: usize) -> usize {
+    let mut rows = b;
+    for fewer in (1..b).rev().filter(|rows| b.is_multiple_of(*rows)) {
+        if rows * bytes_of_row <= CACHED_BYTES || fewer * blocks_of_row < BLOCKS_AT_ONCE {
+            break;
+        }
+        rows = fewer;
+    }
+    rows
 }
 
 /// Numbers from one position to the next in each of these `(b, s, heads, hd)`, all that kernels are told of where they lie.
@@ -218,7 +242,7 @@ pub fn forward_of([q, k, v]: [&Tensor; 3], mask: &AttentionMask, scores: &Scores
     // Blocks for all queries of all heads, each of which stays inside these sizes.
     launch!(
         plan.device, module, &format!("attention_forward_{suffix}_{width}"),
-        grid: [plan.sq.div_ceil(rows), plan.h, plan.b], block: threads, shared: shared;
+        grid: plan.grid(plan.h, plan.sq.div_ceil(rows), plan.kv * plan.sk), block: threads, shared: shared;
         q, k, v, plan.starts, plan.bounds, plan.sinks.as_ref(), &y, &logsumexp,
         sq, sk, h, kv, hd, q_stride, k_stride, plan.inner, plan.factor,
     );
@@ -291,7 +315,7 @@ pub fn backward_into(
         // Blocks for all keys of all key heads.
         launch!(
             device, module, &format!("attention_backward_{part}_{suffix}_{width}"),
-            grid: [plan.sk.div_ceil(rows), plan.kv, b], block: threads, shared: shared;
+            grid: plan.grid(plan.kv, plan.sk.div_ceil(rows), plan.h * plan.sq), block: threads, shared: shared;
             q, k, v, &dy, &stats, starts, bounds, dk, dv, sq, sk, h, kv, hd, q_stride, k_stride, inner, factor,
             scores.scale, stages as i32,
         );
@@ -305,7 +329,7 @@ pub fn backward_into(
     // Blocks for all queries of all heads.
     launch!(
         device, module, &format!("attention_backward_queries_{suffix}_{width}"),
-        grid: [plan.sq.div_ceil(rows), plan.h, b], block: threads, shared: shared;
+        grid: plan.grid(plan.h, plan.sq.div_ceil(rows), plan.kv * plan.sk), block: threads, shared: shared;
         q, k, v, &dy, &stats, starts, bounds, dq, sq, sk, h, kv, hd, q_stride, k_stride, inner, factor, scores.scale,
         stages as i32,
     );

@@ -112,8 +112,8 @@ __device__ inline void forward_f32(
     float* const k_tile = q_tile + R * ROW_F32<W>; // values too, after the keys
     float* const p_tile = k_tile + R * ROW_F32<W>;
 
-    const int row = blockIdx.z, head = blockIdx.y;
-    const int query = (gridDim.x - 1 - blockIdx.x) * R, past = sizes.past(), hd = sizes.hd;
+    const int row = sizes.row(sizes.h), head = blockIdx.x % sizes.h;
+    const int query = (gridDim.y - 1 - blockIdx.y) * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
     const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
     const int k_stride = sizes.k_stride;
@@ -190,8 +190,8 @@ __device__ inline void backward_keys_f32(
     float *const v_tile = k_tile + TILE, *const q_tile = v_tile + TILE, *const dy_tile = q_tile + TILE;
     float* const p_tile = dy_tile + TILE; // P^T, then dS^T
 
-    const int row = blockIdx.z, key_head = blockIdx.y, group = sizes.h / sizes.kv;
-    const int key = blockIdx.x * R, past = sizes.past(), hd = sizes.hd;
+    const int row = sizes.row(sizes.kv), key_head = blockIdx.x % sizes.kv, group = sizes.h / sizes.kv;
+    const int key = blockIdx.y * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
     const int k_stride = sizes.k_stride;
     const size_t own = sizes.key(row, key, key_head);
@@ -258,8 +258,8 @@ __device__ inline void backward_queries_f32(
     float *const dy_tile = q_tile + TILE, *const k_tile = dy_tile + TILE, *const v_tile = k_tile + TILE;
     float* const ds_tile = v_tile + TILE;
 
-    const int row = blockIdx.z, head = blockIdx.y;
-    const int query = (gridDim.x - 1 - blockIdx.x) * R, past = sizes.past(), hd = sizes.hd;
+    const int row = sizes.row(sizes.h), head = blockIdx.x % sizes.h;
+    const int query = (gridDim.y - 1 - blockIdx.y) * R, past = sizes.past(), hd = sizes.hd;
     const Mask mask{starts, bounds, row, sizes.sq};
     const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
     const int k_stride = sizes.k_stride;

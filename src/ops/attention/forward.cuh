@@ -15,8 +15,8 @@ __device__ inline void forward(
     bf16* const k_tiles = q_tile + QUERIES * W;
     bf16* const v_tiles = k_tiles + STAGES * TILE;
 
-    const int row = blockIdx.z, head = blockIdx.y;
-    const int query = (gridDim.x - 1 - blockIdx.x) * QUERIES, past = sizes.past(), hd = sizes.hd;
+    const int row = sizes.row(sizes.h), head = blockIdx.x % sizes.h;
+    const int query = (gridDim.y - 1 - blockIdx.y) * QUERIES, past = sizes.past(), hd = sizes.hd;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = query + warp * 16 * M; // the warp's first query
     const Mask mask{starts, bounds, row, sizes.sq};
@@ -111,7 +111,7 @@ __device__ inline void forward(
     }
 
     // Computed again, so as not to take registers in the loop.
-    const int own_again = (gridDim.x - 1 - renewed(blockIdx.x)) * QUERIES + warp * 16 * M;
+    const int own_again = (gridDim.y - 1 - renewed(blockIdx.y)) * QUERIES + warp * 16 * M;
     float scale[M][2];
     const float sink = sinks ? sinks[head] * LOG2_E : NONE;
 #pragma unroll

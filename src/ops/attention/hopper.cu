@@ -32,13 +32,9 @@
                                                                           SIZES_GIVEN, inner, factor, scale, stages,        \
                                                                           shared);                                          \
     }
-#ifdef VARIANTS
-#include VARIANTS
-#else
-FORWARD(hopper_64, 64, 2, 64, 2)
+FORWARD(hopper_64, 64, 1, 128, 3)
 FORWARD(hopper_128, 128, 2, 128, 1)
 KEYS(hopper_64, 64, 1, 64, 64, 3)
 KEYS(hopper_128, 128, 1, 64, 64, 2)
-QUERIES(hopper_64, 64, 2, 64, 64, 2)
+QUERIES(hopper_64, 64, 1, 64, 64, 4)
 QUERIES(hopper_128, 128, 1, 64, 64, 2)
-#endif

@@ -11,9 +11,9 @@
 //            those of k, v, dk and dv k_stride.
 // Types      q, k, v, y and their gradients bf16 or f32, all the same (decode: q and y may differ from k and v);
 //            starts, bounds u32; everything else f32. Products of bf16 on tensor cores, P and dS rounded to bf16 for them.
-// Launch     forward, backward_queries: one block per head and tile of queries, of a head the last first, which sees most,
-//            grid = (tiles, h, b). backward_keys: one block per key head and tile of keys, grid = (tiles, kv, b). The tiles of a
-//            head are side by side, so that what they read is still in the second-level cache.
+// Launch     forward, backward_queries: one block per head and tile of queries, the last tile of all heads first, which sees
+//            most, grid = (rows * h, tiles, b / rows). backward_keys: one block per key head and tile of keys, grid = (rows * kv,
+//            tiles, b / rows). So many rows at once as what they read stays in the second-level cache: see cuda.rs.
 //            A kernel's W is the least of 16, 32, 64, 96, 128, 192, 256 that hd fits in; tiles by W in cuda.rs.
 //            stats, sinks, decode: above each.
 // Writes     everything with =, in an order that is always the same; the sinks' gradient with +=. No atomics.

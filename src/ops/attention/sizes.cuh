@@ -16,6 +16,8 @@ struct Sizes {
     // From one position to the next, in q and dq, and in k, v, dk and dv; unknown where nothing asks for their rows.
     int q_stride, k_stride;
 
+    // The row of the batch of a block, where each has a head of one.
+    __device__ int row(int heads) const { return blockIdx.z * (gridDim.x / heads) + blockIdx.x / heads; }
     __device__ int past() const { return sk - sq; }
     __device__ int key_head(int head) const { return head / (h / kv); }
     // Offset of row i of a head.
