@@ -29,12 +29,12 @@ generation    90 the same greedy text from both
 repeat        60 two deterministic runs: losses and checkpoints bit for bit
 graphs        60 a recorded step: compile.enable gives the losses of a run without
 offload       60 training.enable_cpu_offload gives the losses of a run without
-memcheck     120 compute-sanitizer: addresses
-racecheck    120 compute-sanitizer: shared memory without a barrier
-initcheck    100 compute-sanitizer: memory that nothing has written
+memcheck      90 compute-sanitizer: addresses
+racecheck     90 compute-sanitizer: shared memory without a barrier
+initcheck     90 compute-sanitizer: memory that nothing has written
 '
 # Lanes of parts that run beside each other, and what needs their results.
-LANES=('ops golden launches memcheck racecheck initcheck' 'curve_cpu f32_cpu' 'curve_gpu f32_gpu repeat graphs offload end_to_end')
+LANES=('ops golden launches memcheck' 'curve_cpu f32_cpu racecheck' 'curve_gpu f32_gpu repeat graphs offload end_to_end initcheck')
 LAST='curve cpu_to_gpu gpu_to_cpu generation'
 
 # Curves: the mean over all steps of the relative difference of losses, and the relative difference of the means of the
@@ -150,8 +150,9 @@ agree() { # folder, folder, most, [first step]
 # Tests, each in a process of its own: one that leaves the GPU unusable spoils no other. After `stop_at` (seconds since
 # 1970), if set, none is begun.
 run_tests() { # executable, command before it, filters...
-    local executable=$DIR/bin/$1 before=$2 names
+    local executable=$1 before=$2 names
     shift 2
+    [[ $executable == */* ]] || executable=$DIR/bin/$executable
     mkdir -p "$logs/$part"
     names=$("$executable" --list --format terse 2>/dev/null | sed -n 's/: test$//p')
     [ -n "$names" ] || fail "$executable lists no tests"
@@ -164,7 +165,8 @@ run_tests() { # executable, command before it, filters...
     xargs -P "$at_once" -I {} bash -c '
         name=$1 log=$logs/$part/${1//::/.}.log begin=$(date +%s.%N)
         [ "${begin%.*}" -lt "${stop_at:-9999999999}" ] || exit 0
-        RAYON_NUM_THREADS=${threads_of_a_test:-2} timeout --foreground -k 5 "$test_limit" $before "$executable" --exact "$name" --show-output \
+        left=$((part_ends - ${begin%.*} - 3))
+        RAYON_NUM_THREADS=${threads_of_a_test:-2} timeout --foreground -k 1 $((left < test_limit ? left : test_limit)) $before "$executable" --exact "$name" --show-output \
             >"$log" 2>&1
         status=$?
         result="exit $status"
@@ -300,7 +302,9 @@ sanitize() { # tool, arguments...
     [ -x "$sanitizer" ] || pass_over "there is no compute-sanitizer"
     [ "$gpu" != cpu ] || pass_over "needs a GPU"
     export stop_at=$((part_ends - 25))
-    without='::cpu::\|::host::\|::tiles\|::rows::\|thread' run_tests lib_tests \
+    # By a name of its own, so that what it leaves behind can be told from others' tests.
+    ln -sf "$DIR/bin/lib_tests" "$work/${tool}_tests"
+    without='::cpu::\|::host::\|::tiles\|::rows::\|thread' run_tests "$work/${tool}_tests" \
         "$sanitizer --tool $tool --error-exitcode 9 --report-api-errors no --print-limit 10 $*" \
         ops::attention ops::moe ops::sort ops::cross_entropy ops::rms_norm ops::embedding ops::adamw ops::
     # What took too long, or was not reached, has not failed.
@@ -334,7 +338,7 @@ run_part() { # name
         part_ends=$(($(date +%s) + limit)) timeout -k 5 "$limit" bash "$self" --part "$name" >"$logs/$name.log" 2>&1
         status=$?
         # What a sanitizer ran may outlive it, and would slow down all that comes after.
-        case $name in *check) pkill -KILL -f "$DIR/bin/lib_tests" ;; esac
+        case $name in *check) pkill -KILL -f "$work/${name}_tests" ;; esac
         case $status in
             0) result=passed ;;
             77) result='passed over' ;;

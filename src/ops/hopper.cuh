@@ -65,13 +65,13 @@ template <bool A, bool B> __device__ inline void product(float (&d)[8][4], Opera
 }
 
 // The same with a left operand in registers, as that of mma_16x8x16.
-template <bool B> __device__ inline void product(float (&d)[8][4], const uint32_t (&a)[4], Operand<B> b, bool add) {
+__device__ inline void product(float (&d)[8][4], const uint32_t (&a)[4], Operand<true> b, bool add) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PRODUCTS_64 "}, {%32,%33,%34,%35}, %36, p, 1, 1, "
         "%38;\n}\n"
         : D32(0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(int(add)), "n"(int(B)));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(int(add)), "n"(1));
 }
 
 #define PRODUCTS_128 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
@@ -86,29 +86,17 @@ template <bool A, bool B> __device__ inline void product(float (&d)[16][4], Oper
 }
 
 // The same with a left operand in registers, as that of mma_16x8x16.
-template <bool B> __device__ inline void product(float (&d)[16][4], const uint32_t (&a)[4], Operand<B> b, bool add) {
+__device__ inline void product(float (&d)[16][4], const uint32_t (&a)[4], Operand<true> b, bool add) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PRODUCTS_128 "}, {%64,%65,%66,%67}, %68, p, 1, 1, "
         "%70;\n}\n"
         : D32(0), D32(8)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(int(add)), "n"(int(B)));
-}
-
-#define PRODUCTS_256 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-
-// d = a b, or d += a b with `add`, of 64 x 16 by 16 x 256 numbers.
-template <bool A, bool B> __device__ inline void product(float (&d)[32][4], Operand<A> a, Operand<B> b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" PRODUCTS_256 "}, %128, %129, p, 1, 1, %131, %132;\n}\n"
-        : D32(0), D32(8), D32(16), D32(24)
-        : "l"(a.bits), "l"(b.bits), "r"(int(add)), "n"(int(A)), "n"(int(B)));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(int(add)), "n"(1));
 }
 
 #undef D4
 #undef D32
 #undef PRODUCTS_64
 #undef PRODUCTS_128
-#undef PRODUCTS_256
 #endif

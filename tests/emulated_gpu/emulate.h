@@ -634,8 +634,8 @@ template <int N, bool A, bool B>
 inline void product(float (&d)[N][4], Operand<A> a, Operand<B> b, bool add, int line = __builtin_LINE()) {
     emulated::product({d[0], 8 * N, false, {}, a.panel(), b.panel(), add, 0, line, nullptr});
 }
-template <int N, bool B>
-inline void product(float (&d)[N][4], const uint32_t (&a)[4], Operand<B> b, bool add, int line = __builtin_LINE()) {
+template <int N>
+inline void product(float (&d)[N][4], const uint32_t (&a)[4], Operand<true> b, bool add, int line = __builtin_LINE()) {
     emulated::product({d[0], 8 * N, true, {a[0], a[1], a[2], a[3]}, {}, b.panel(), add, 0, line, nullptr});
 }
 inline void product_begin() { emulated::product_begin(); }

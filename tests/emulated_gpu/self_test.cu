@@ -76,7 +76,6 @@ template <int N> __device__ inline void products(const bf16* a, const bf16* b, f
 }
 KERNEL(test_products_64, const bf16* a, const bf16* b, float* d, int what) { products<64>(a, b, d, what); }
 KERNEL(test_products_128, const bf16* a, const bf16* b, float* d, int what) { products<128>(a, b, d, what); }
-KERNEL(test_products_256, const bf16* a, const bf16* b, float* d, int what) { products<256>(a, b, d, what); }
 
 // A product's result read before it is waited for.
 KERNEL(test_product_in_haste, float* d) {

@@ -92,8 +92,6 @@ enum Engine {
     Large,
     /// The same by warpgroups, on a Hopper.
     Hopper,
-    /// Tiles of 128 x 256 by warpgroups of so many columns each, 128 or 256, on a Hopper.
-    Wide(usize),
     /// Tiles of 64 x 64 on tensor cores.
     Small,
     /// Tiles of 64 x 64 without tensor cores, for rows of any length.
@@ -123,22 +121,16 @@ impl Engine {
         }
     }
 
-    /// The best for such products that the GPU has. Wide tiles read less for each product, but have a multiprocessor for
-    /// themselves, which does nothing else while they end.
-    fn on(self, is_hopper: bool, wide: bool) -> Self {
-        match self {
-            Self::Large if is_hopper && wide => Self::Wide(256),
-            Self::Large if is_hopper => Self::Hopper,
-            other => other,
-        }
+    /// The best for such products that the GPU has.
+    fn on(self, is_hopper: bool) -> Self {
+        if is_hopper && self == Self::Large { Self::Hopper } else { self }
     }
 
-    /// Rows and columns of a tile.
-    fn tile(self) -> (usize, usize) {
+    /// Rows of a tile, and its columns.
+    fn tile(self) -> usize {
         match self {
-            Self::Large | Self::Hopper => (128, 128),
-            Self::Wide(_) => (128, 256),
-            Self::Small | Self::Plain(_) => (64, 64),
+            Self::Large | Self::Hopper => 128,
+            Self::Small | Self::Plain(_) => 64,
         }
     }
 
@@ -146,7 +138,6 @@ impl Engine {
         match self {
             Self::Large | Self::Small => 128,
             Self::Hopper | Self::Plain(_) => 256,
-            Self::Wide(columns) => 2 * (256 / columns) * 128,
         }
     }
 
@@ -155,23 +146,19 @@ impl Engine {
         let (stages, depth) = match self {
             Self::Large | Self::Small => (4, 32),
             Self::Hopper => (3, 64),
-            Self::Wide(_) => (4, 64),
             Self::Plain(_) => return 0,
         };
-        let (rows, columns) = self.tile();
-        stages * (rows + columns) * depth * 2
+        stages * 2 * self.tile() * depth * 2
     }
 
     fn module(self) -> &'static str {
-        if matches!(self, Self::Hopper | Self::Wide(_)) { "moe_hopper" } else { "moe" }
+        if self == Self::Hopper { "moe_hopper" } else { "moe" }
     }
 
     fn kernel(self, product: &str) -> String {
         let end = match self {
             Self::Large => "large",
             Self::Hopper => "hopper",
-            Self::Wide(128) => "wide_128",
-            Self::Wide(_) => "wide_256",
             Self::Small => "small",
             Self::Plain(dtype) => suffix(dtype),
         };
@@ -236,13 +223,12 @@ impl<'a> Layer<'a> {
     }
 
     fn engine(&self, columns: usize) -> Engine {
-        Engine::of_rows(self.dtype, self.aligned, self.slots, self.n_experts, columns).on(self.is_hopper, false)
+        Engine::of_rows(self.dtype, self.aligned, self.slots, self.n_experts, columns).on(self.is_hopper)
     }
 
     /// A block for each tile of a product of rows, each row tile in parts where tiles are smaller.
     fn grid(&self, engine: Engine, columns: usize) -> [usize; 3] {
-        let (tile_rows, tile_columns) = engine.tile();
-        [columns.div_ceil(tile_columns), self.n_tiles, TILE_ROWS / tile_rows]
+        [columns.div_ceil(engine.tile()), self.n_tiles, TILE_ROWS / engine.tile()]
     }
 
     fn rows(&self, width: usize, dtype: DType) -> Result<Tensor> {
@@ -371,18 +357,15 @@ impl<'a> Layer<'a> {
             aligned = aligned && by_eights(columns, &[dy, x, grad])?;
         }
         let engine = Engine::of_gradients(self.dtype, aligned, grads.len() * n_experts, rows, columns);
-        // Sums over the rows of an expert are long.
-        let tiles = grads.len() * n_experts * rows.div_ceil(128) * columns.div_ceil(256);
-        let wide = columns.is_multiple_of(256) && tiles >= MANY_TILES;
-        self.add_gradients(engine.on(self.is_hopper, wide), grads, dys, x)
+        self.add_gradients(engine.on(self.is_hopper), grads, dys, x)
     }
 
     fn add_gradients(&self, engine: Engine, grads: &[Tensor], dys: &[&Tensor], x: &Tensor) -> Result<()> {
         let (n_experts, rows, columns) = grads[0].dims3()?;
-        let (tile_rows, tile_columns) = engine.tile();
+        let tiles = |size: usize| size.div_ceil(engine.tile());
         launch!(
             self.device, engine.module(), &engine.kernel("gradient"),
-            grid: [columns.div_ceil(tile_columns), rows.div_ceil(tile_rows), grads.len() * n_experts], block: engine.threads(),
+            grid: [tiles(columns), tiles(rows), grads.len() * n_experts], block: engine.threads(),
             shared: engine.shared_bytes();
             dys[0], dys.get(1).copied(), x, &self.routing.slots.offsets, n_experts as i32, rows as i32, columns as i32,
             &grads[0], grads.get(1),
@@ -553,7 +536,7 @@ mod tests {
             let expected = products(Engine::Plain(DType::BF16))?;
             let mut engines = vec![Engine::Small, Engine::Large];
             if layer.is_hopper {
-                engines.extend([Engine::Hopper, Engine::Wide(128), Engine::Wide(256)]);
+                engines.push(Engine::Hopper);
             }
             for engine in engines {
                 for ((what, ours), (_, expected)) in products(engine)?.iter().zip(&expected) {
@@ -591,12 +574,9 @@ mod tests {
         assert_eq!(Engine::of_rows(DType::F32, true, 32_768, 64, 2048), Engine::Plain(DType::F32));
         assert_eq!(Engine::of_gradients(DType::BF16, true, 64, 1408, 2048), Engine::Large);
         assert_eq!(Engine::of_gradients(DType::BF16, true, 8, 256, 256), Engine::Small);
-        let on_hopper = [Engine::Large, Engine::Small, Engine::Plain(DType::BF16)].map(|engine| engine.on(true, false));
+        let on_hopper = [Engine::Large, Engine::Small, Engine::Plain(DType::BF16)].map(|engine| engine.on(true));
         assert_eq!(on_hopper, [Engine::Hopper, Engine::Small, Engine::Plain(DType::BF16)]);
-        assert_eq!(
-            [true, false].map(|is_hopper| Engine::Large.on(is_hopper, true)),
-            [Engine::Wide(256), Engine::Large]
-        );
+        assert_eq!(Engine::Large.on(false), Engine::Large);
     }
 
     #[test]
@@ -604,7 +584,7 @@ mod tests {
         assert_eq!(Engine::Large.kernel("up"), "moe_up_large");
         assert_eq!(Engine::Plain(DType::BF16).kernel("down_backward"), "moe_down_backward_bf16");
         assert_eq!(Engine::Hopper.kernel("gradient"), "moe_gradient_hopper");
-        let engines = [Engine::Large, Engine::Hopper, Engine::Wide(256), Engine::Small];
-        assert_eq!(engines.map(Engine::shared_bytes), [64 << 10, 96 << 10, 192 << 10, 32 << 10]);
+        let engines = [Engine::Large, Engine::Hopper, Engine::Small];
+        assert_eq!(engines.map(Engine::shared_bytes), [64 << 10, 96 << 10, 32 << 10]);
     }
 }

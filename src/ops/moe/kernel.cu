@@ -12,8 +12,7 @@
 //            block of 256. Products of rows: grid (tiles of columns, n_tiles, 128 / ROWS), in moe_up with columns of gate
 //            and up in pairs; gradients of one or two matrices: grid (tiles of columns, tiles of rows, n_experts or twice
 //            as many). _large: tiles of 128 x 128 by 128 threads, 64 KiB of shared memory; _small: 64 x 64 by 128,
-//            32 KiB; _f32 and _bf16: 64 x 64 by 256; _hopper, in hopper.cu: 128 x 128 by 256, 96 KiB;
-//            _wide_128 and _wide_256: 128 x 256 by 512 and 256, 192 KiB.
+//            32 KiB; _f32 and _bf16: 64 x 64 by 256; _hopper, in hopper.cu: 128 x 128 by 256, 96 KiB.
 // Writes     gradients of weights and biases with +=, each by one thread; all else with =. The same bits every time.
 // Requires   _large, _small and hopper.cu: dim and hidden multiples of 8, addresses of 16; kernels that end in _8: rows as
 //            gpu::by_eights. n_experts <= 1024.

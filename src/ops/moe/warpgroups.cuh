@@ -30,12 +30,12 @@ template <int SIZE, bool ALONG_K> struct Panels {
     }
 };
 
-// Sums of 64 x GROUP for each warpgroup, of STAGES of operands one that products read, one that the products before may still
-// read, and the others under way. Operands as TensorCores has them; at least one step.
-template <int COLS_, int GROUP, int BLOCKS_, int STAGES> struct Warpgroups {
-    static constexpr int ROWS = 128, COLS = COLS_, DEPTH = 64, PAIR = 64, N = 8, BLOCKS = BLOCKS_;
-    static constexpr int THREADS = ROWS / 64 * (COLS / GROUP) * 128;
-    typedef float Sums[GROUP / 8][4];
+// Sums of 64 x COLS for each warpgroup, of STAGES of operands one that products read, one that the products before may still
+// read, and one under way. Operands as TensorCores has them; at least one step.
+struct Warpgroups {
+    static constexpr int ROWS = 128, COLS = 128, DEPTH = 64, PAIR = 64, N = 8, BLOCKS = 2, STAGES = 3;
+    static constexpr int THREADS = ROWS / 64 * 128;
+    typedef float Sums[COLS / 8][4];
     typedef Gathered<ROWS, COLS, PAIR, N, THREADS> All;
 
     template <bool A_ALONG_K, bool B_ALONG_K, typename A, typename B>
@@ -68,7 +68,7 @@ template <int COLS_, int GROUP, int BLOCKS_, int STAGES> struct Warpgroups {
 #pragma unroll
             for (int k = 0; k < DEPTH; k += 16)
                 product(sums, PanelsA::operand(stage(step), group_row(), k),
-                        PanelsB::operand(stage(step) + PanelsA::NUMBERS, group_col(), k), step > 0 || k > 0);
+                        PanelsB::operand(stage(step) + PanelsA::NUMBERS, 0, k), step > 0 || k > 0);
             product_commit();
         }
         product_wait<0>();
@@ -90,12 +90,11 @@ template <int COLS_, int GROUP, int BLOCKS_, int STAGES> struct Warpgroups {
         float* all = reinterpret_cast<float*>(bytes);
         __syncthreads(); // All operands have been read.
 #pragma unroll
-        for (int i = 0; i < GROUP / 8; i++)
-            All::put(all, group_row() + threadIdx.x / 32 % 4 * 16, group_col() + 8 * i, sums[i]);
+        for (int i = 0; i < COLS / 8; i++)
+            All::put(all, group_row() + threadIdx.x / 32 % 4 * 16, 8 * i, sums[i]);
         __syncthreads();
         return all;
     }
 
-    __device__ static int group_row() { return threadIdx.x / 128 % (ROWS / 64) * 64; }
-    __device__ static int group_col() { return threadIdx.x / 128 / (ROWS / 64) * GROUP; }
+    __device__ static int group_row() { return threadIdx.x / 128 * 64; }
 };
