@@ -263,9 +263,11 @@ impl Parameter {
     /// If the shape of `values` is another.
     pub fn set(&self, values: &Tensor) -> Result<()> {
         let buffers = self.buffers();
-        let flat = values.reshape(self.shape.as_slice())?.flatten_all()?;
+        let mut flat = values.reshape(self.shape.as_slice())?.flatten_all()?;
         for buffer in [&buffers.weights, &buffers.compute] {
-            buffer.slice_set(&flat.to_dtype(buffer.dtype())?.to_device(buffer.device())?, 0, self.offset)?;
+            // Moved once, and cast where it is then.
+            flat = flat.to_device(buffer.device())?;
+            buffer.slice_set(&flat.to_dtype(buffer.dtype())?, 0, self.offset)?;
         }
         Ok(())
     }
