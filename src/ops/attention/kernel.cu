@@ -19,68 +19,35 @@
 // Writes     everything with =, in an order that is always the same; the sinks' gradient with +=. No atomics.
 // Requires   hd % 8 == 0 (16-byte copies), sq <= sk, h % kv == 0, checked in cuda.rs.
 // Reference  reference_of in mod.rs. Speed: benches/ops.rs.
-#include "attention/backward.cuh"
 #include "attention/decode.cuh"
 #include "attention/f32.cuh"
-#include "attention/forward.cuh"
+#include "attention/kernels.cuh"
 
-// What kernels are told of where rows lie.
-#define SIZES int sq, int sk, int h, int kv, int hd, int q_stride, int k_stride
-#define SIZES_GIVEN Sizes{sq, sk, h, kv, hd, q_stride, k_stride}
+FORWARD_BF16(bf16, ByWarps, SHARED, 16, 2, 4, 64, 2, true, 3)
+FORWARD_BF16(bf16, ByWarps, SHARED, 32, 2, 4, 64, 2, false, 3)
+FORWARD_BF16(bf16, ByWarps, SHARED, 64, 2, 4, 64, 2, true, 2)
+FORWARD_BF16(bf16, ByWarps, SHARED, 96, 2, 4, 64, 1, false, 2)
+FORWARD_BF16(bf16, ByWarps, SHARED, 128, 2, 4, 64, 1, false, 2)
+FORWARD_BF16(bf16, ByWarps, SHARED, 192, 1, 8, 64, 1, false, 1)
+FORWARD_BF16(bf16, ByWarps, SHARED, 256, 1, 4, 64, 1, false, 2)
 
-#define FORWARD_BF16(W, M, WARPS, KEYS, STAGES, HELD, BLOCKS)                                                               \
-    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_forward_bf16_##W, const bf16* q, const bf16* k, const bf16* v,              \
-                  const uint32_t* starts, const uint32_t* bounds, const float* sinks, bf16* y, float* logsumexp, SIZES,     \
-                  float inner, float factor) {                                                                              \
-        SHARED(shared);                                                                                                     \
-        forward<ByWarps, W, M, WARPS, KEYS, STAGES, HELD>(q, k, v, starts, bounds, sinks, y, logsumexp, SIZES_GIVEN,                 \
-                                                 inner, factor, shared);                                                    \
-    }
+BACKWARD_KEYS_BF16(keys, bf16, ByWarps, SHARED, 16, 2, 4, 64, 32, false, true, true, 3)
+BACKWARD_KEYS_BF16(keys, bf16, ByWarps, SHARED, 32, 2, 4, 64, 32, true, true, true, 2)
+BACKWARD_KEYS_BF16(keys, bf16, ByWarps, SHARED, 64, 2, 4, 64, 32, false, true, true, 2)
+BACKWARD_KEYS_BF16(keys, bf16, ByWarps, SHARED, 96, 1, 8, 64, 64, false, true, true, 1)
+BACKWARD_KEYS_BF16(keys, bf16, ByWarps, SHARED, 128, 1, 8, 64, 64, false, true, true, 1)
+BACKWARD_KEYS_BF16(dk, bf16, ByWarps, SHARED, 192, 1, 4, 64, 64, false, true, false, 2)
+BACKWARD_KEYS_BF16(dv, bf16, ByWarps, SHARED, 192, 1, 4, 64, 64, false, false, true, 2)
+BACKWARD_KEYS_BF16(dk, bf16, ByWarps, SHARED, 256, 1, 4, 32, 32, false, true, false, 2)
+BACKWARD_KEYS_BF16(dv, bf16, ByWarps, SHARED, 256, 1, 4, 32, 32, false, false, true, 2)
 
-FORWARD_BF16(16, 2, 4, 64, 2, true, 3)
-FORWARD_BF16(32, 2, 4, 64, 2, false, 3)
-FORWARD_BF16(64, 2, 4, 64, 2, true, 2)
-FORWARD_BF16(96, 2, 4, 64, 1, false, 2)
-FORWARD_BF16(128, 2, 4, 64, 1, false, 2)
-FORWARD_BF16(192, 1, 8, 64, 1, false, 1)
-FORWARD_BF16(256, 1, 4, 64, 1, false, 2)
-
-#define BACKWARD_KEYS_BF16(NAME, W, M, WARPS, QUERIES, SUB, HELD, DK, DV, BLOCKS)                                           \
-    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_backward_##NAME##_bf16_##W, const bf16* q, const bf16* k, const bf16* v,    \
-                  const bf16* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, bf16* dk, bf16* dv,   \
-                  SIZES, float inner, float factor, float scale, int stages) {                                              \
-        SHARED(shared);                                                                                                     \
-        backward_keys<ByWarps, W, M, WARPS, QUERIES, SUB, HELD, DK, DV>(q, k, v, dy, stats, starts, bounds, dk, dv,                  \
-                                                               SIZES_GIVEN, inner, factor, scale, stages,                   \
-                                                               shared);                                                     \
-    }
-
-BACKWARD_KEYS_BF16(keys, 16, 2, 4, 64, 32, false, true, true, 3)
-BACKWARD_KEYS_BF16(keys, 32, 2, 4, 64, 32, true, true, true, 2)
-BACKWARD_KEYS_BF16(keys, 64, 2, 4, 64, 32, false, true, true, 2)
-BACKWARD_KEYS_BF16(keys, 96, 1, 8, 64, 64, false, true, true, 1)
-BACKWARD_KEYS_BF16(keys, 128, 1, 8, 64, 64, false, true, true, 1)
-BACKWARD_KEYS_BF16(dk, 192, 1, 4, 64, 64, false, true, false, 2)
-BACKWARD_KEYS_BF16(dv, 192, 1, 4, 64, 64, false, false, true, 2)
-BACKWARD_KEYS_BF16(dk, 256, 1, 4, 32, 32, false, true, false, 2)
-BACKWARD_KEYS_BF16(dv, 256, 1, 4, 32, 32, false, false, true, 2)
-
-#define BACKWARD_QUERIES_BF16(W, M, WARPS, KEYS, SUB, HELD, BLOCKS)                                                         \
-    KERNEL_BOUNDS(32 * WARPS, BLOCKS, attention_backward_queries_bf16_##W, const bf16* q, const bf16* k, const bf16* v,     \
-                  const bf16* dy, const float* stats, const uint32_t* starts, const uint32_t* bounds, bf16* dq, SIZES,      \
-                  float inner, float factor, float scale, int stages) {                                                     \
-        SHARED(shared);                                                                                                     \
-        backward_queries<ByWarps, W, M, WARPS, KEYS, SUB, HELD>(q, k, v, dy, stats, starts, bounds, dq, SIZES_GIVEN,                 \
-                                                       inner, factor, scale, stages, shared);                               \
-    }
-
-BACKWARD_QUERIES_BF16(16, 2, 4, 64, 32, true, 3)
-BACKWARD_QUERIES_BF16(32, 2, 4, 64, 32, false, 3)
-BACKWARD_QUERIES_BF16(64, 2, 4, 64, 32, false, 2)
-BACKWARD_QUERIES_BF16(96, 2, 4, 64, 32, false, 2)
-BACKWARD_QUERIES_BF16(128, 2, 4, 64, 32, false, 2)
-BACKWARD_QUERIES_BF16(192, 1, 4, 64, 64, false, 2)
-BACKWARD_QUERIES_BF16(256, 1, 4, 32, 32, false, 2)
+BACKWARD_QUERIES_BF16(bf16, ByWarps, SHARED, 16, 2, 4, 64, 32, true, 3)
+BACKWARD_QUERIES_BF16(bf16, ByWarps, SHARED, 32, 2, 4, 64, 32, false, 3)
+BACKWARD_QUERIES_BF16(bf16, ByWarps, SHARED, 64, 2, 4, 64, 32, false, 2)
+BACKWARD_QUERIES_BF16(bf16, ByWarps, SHARED, 96, 2, 4, 64, 32, false, 2)
+BACKWARD_QUERIES_BF16(bf16, ByWarps, SHARED, 128, 2, 4, 64, 32, false, 2)
+BACKWARD_QUERIES_BF16(bf16, ByWarps, SHARED, 192, 1, 4, 64, 64, false, 2)
+BACKWARD_QUERIES_BF16(bf16, ByWarps, SHARED, 256, 1, 4, 32, 32, false, 2)
 
 #define F32(W, R)                                                                                                           \
     KERNEL_BOUNDS(THREADS_F32, 1, attention_forward_f32_##W, const float* q, const float* k, const float* v,                \

@@ -9,7 +9,7 @@ namespace {
 // As ByWarps, but products go on while threads do, until they are waited for. Tiles are panels of 64 columns, all rows of
 // one after another, and begin at multiples of 1,024 bytes.
 struct ByWarpgroups {
-    static constexpr int ALIGNED = 512;
+    static constexpr int ALIGNED = 512; // 1,024 bytes.
 
     // The 64 rows of this thread's warpgroup.
     template <int W, int M, bool HELD> struct Left {

@@ -91,9 +91,9 @@ template <int SIZE, int DEPTH, bool ALONG_K> struct Tile {
     }
 };
 
-// The sums of ROWS x COLS in shared memory, in place of the operands: rows can then be moved 16 bytes at a time, by code that
-// is not repeated for each sum.
-template <int ROWS, int COLS, int PAIR, int N, int THREADS> struct Gathered {
+// What engines have in common that gather their sums of ROWS x COLS in shared memory, in place of the operands: rows can then
+// be moved 16 bytes at a time, by code that is not repeated for each sum.
+template <typename Engine, int ROWS, int COLS, int PAIR, int N, int THREADS> struct Gathered {
     // Groups of 8 change places so that those of 4 rows lie in different banks.
     __device__ static int place(int row, int col) { return row * COLS + (col ^ row % 4 * 8); }
 
@@ -107,7 +107,9 @@ template <int ROWS, int COLS, int PAIR, int N, int THREADS> struct Gathered {
         }
     }
 
-    template <typename Write> __device__ static void each(const float* all, const Write& write) {
+    // write(row, col, N sums) for all sums of the block.
+    template <typename Sums, typename Write> __device__ static void each(const Sums& sums, const Write& write) {
+        const float* all = Engine::gather(sums);
 #pragma unroll 1
         for (int i = threadIdx.x; i < ROWS * COLS / N; i += THREADS) {
             const int row = i / (COLS / N), col = i % (COLS / N) * N;
@@ -117,8 +119,10 @@ template <int ROWS, int COLS, int PAIR, int N, int THREADS> struct Gathered {
         }
     }
 
-    template <typename Write> __device__ static void each_pair(const float* all, const Write& write) {
+    // write(row, col, N sums of gates, N of ups), where b was Paired.
+    template <typename Sums, typename Write> __device__ static void each_pair(const Sums& sums, const Write& write) {
         constexpr int HALF = PAIR / 2;
+        const float* all = Engine::gather(sums);
 #pragma unroll 1
         for (int i = threadIdx.x; i < ROWS * COLS / 2 / N; i += THREADS) {
             const int row = i / (COLS / 2 / N), col = i % (COLS / 2 / N) * N;
@@ -133,12 +137,13 @@ template <int ROWS, int COLS, int PAIR, int N, int THREADS> struct Gathered {
 
 // On tensor cores: sums of WARP x WARP for each warp, STAGES of operands under way. Operands are bf16, their rows and what is
 // summed over multiples of 8, their addresses of 16.
-template <int ROWS_, int COLS_, int WARP, int BLOCKS_> struct TensorCores {
+template <int ROWS_, int COLS_, int WARP, int BLOCKS_>
+struct TensorCores
+    : Gathered<TensorCores<ROWS_, COLS_, WARP, BLOCKS_>, ROWS_, COLS_, WARP, 8, ROWS_ / WARP * (COLS_ / WARP) * 32> {
     static constexpr int ROWS = ROWS_, COLS = COLS_, DEPTH = 32, PAIR = WARP, N = 8;
     static constexpr int THREADS = ROWS / WARP * (COLS / WARP) * 32, BLOCKS = BLOCKS_, STAGES = 4;
     static constexpr int DOWN = WARP / 16, ACROSS = WARP / 8;
     typedef float Sums[DOWN][ACROSS][4];
-    typedef Gathered<ROWS, COLS, PAIR, N, THREADS> All;
 
     template <bool A_ALONG_K, bool B_ALONG_K, typename A, typename B>
     __device__ static void multiply(Sums& sums, int n_steps, const A& a, const B& b) {
@@ -186,16 +191,6 @@ template <int ROWS_, int COLS_, int WARP, int BLOCKS_> struct TensorCores {
         }
     }
 
-    // write(row, col, N sums) for all sums of the block.
-    template <typename Write> __device__ static void each(const Sums& sums, const Write& write) {
-        All::each(gather(sums), write);
-    }
-
-    // write(row, col, N sums of gates, N of ups), where b was Paired.
-    template <typename Write> __device__ static void each_pair(const Sums& sums, const Write& write) {
-        All::each_pair(gather(sums), write);
-    }
-
     __device__ static const float* gather(const Sums& sums) {
         static_assert(ROWS * COLS * sizeof(float) <= STAGES * (ROWS + COLS) * DEPTH * sizeof(bf16), "sums fit");
         SHARED(bytes);
@@ -204,7 +199,7 @@ template <int ROWS_, int COLS_, int WARP, int BLOCKS_> struct TensorCores {
 #pragma unroll
         for (int i = 0; i < DOWN; i++)
 #pragma unroll
-            for (int j = 0; j < ACROSS; j++) All::put(all, warp_row() + 16 * i, warp_col() + 8 * j, sums[i][j]);
+            for (int j = 0; j < ACROSS; j++) TensorCores::put(all, warp_row() + 16 * i, warp_col() + 8 * j, sums[i][j]);
         __syncthreads();
         return all;
     }

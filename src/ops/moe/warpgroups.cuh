@@ -32,11 +32,10 @@ template <int SIZE, bool ALONG_K> struct Panels {
 
 // Sums of 64 x COLS for each warpgroup, of STAGES of operands one that products read, one that the products before may still
 // read, and one under way. Operands as TensorCores has them; at least one step.
-struct Warpgroups {
+struct Warpgroups : Gathered<Warpgroups, 128, 128, 64, 8, 256> {
     static constexpr int ROWS = 128, COLS = 128, DEPTH = 64, PAIR = 64, N = 8, BLOCKS = 2, STAGES = 3;
     static constexpr int THREADS = ROWS / 64 * 128;
     typedef float Sums[COLS / 8][4];
-    typedef Gathered<ROWS, COLS, PAIR, N, THREADS> All;
 
     template <bool A_ALONG_K, bool B_ALONG_K, typename A, typename B>
     __device__ static void multiply(Sums& sums, int n_steps, const A& a, const B& b) {
@@ -74,24 +73,13 @@ struct Warpgroups {
         product_wait<0>();
     }
 
-    // write(row, col, N sums) for all sums of the block.
-    template <typename Write> __device__ static void each(const Sums& sums, const Write& write) {
-        All::each(gather(sums), write);
-    }
-
-    // write(row, col, N sums of gates, N of ups), where b was Paired.
-    template <typename Write> __device__ static void each_pair(const Sums& sums, const Write& write) {
-        All::each_pair(gather(sums), write);
-    }
-
     __device__ static const float* gather(const Sums& sums) {
         static_assert(ROWS * COLS * sizeof(float) <= STAGES * (ROWS + COLS) * DEPTH * sizeof(bf16), "sums fit");
         SHARED_PANELS(bytes);
         float* all = reinterpret_cast<float*>(bytes);
         __syncthreads(); // All operands have been read.
 #pragma unroll
-        for (int i = 0; i < COLS / 8; i++)
-            All::put(all, group_row() + threadIdx.x / 32 % 4 * 16, 8 * i, sums[i]);
+        for (int i = 0; i < COLS / 8; i++) put(all, group_row() + threadIdx.x / 32 % 4 * 16, 8 * i, sums[i]);
         __syncthreads();
         return all;
     }
