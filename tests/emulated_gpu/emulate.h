@@ -125,6 +125,7 @@ struct GroupProduct {
     int group, line;
     void* caller;
 };
+void shared_for_products();
 void product_begin();
 void product(GroupProduct product);
 void product_commit();
@@ -642,7 +643,7 @@ inline void product_begin() { emulated::product_begin(); }
 inline void product_commit() { emulated::product_commit(); }
 template <int N> inline void product_wait(int line = __builtin_LINE()) { emulated::product_wait(N, line); }
 template <int N> inline void product_result(float (&)[N][4]) {}
-inline void shared_for_products() {}
+inline void shared_for_products() { emulated::shared_for_products(); }
 
 inline int renewed(int x) { return x; }
 inline float reciprocal_fast(float x) { return 1.0f / x; }

@@ -72,6 +72,8 @@ struct Thread : Identity {
     void* caller;
     std::vector<Copy> copies;
     int n_groups;
+    // Rows that its copies have written, and no fence has shown to products yet.
+    std::vector<const void*> unshown;
     // Products under way, and what their results are added to.
     std::vector<GroupProduct> products;
     std::map<float*, std::vector<float>> sums;
@@ -516,6 +518,7 @@ void copy_async_wait(int n_under_way) {
         if (copy.valid) memcpy(copy.to, copy.from, 16);
         else memset(copy.to, 0, 16);
         check_access(Access::Write, copy.to, 16, self, call_of(caller));
+        self.unshown.push_back(copy.to);
     }
     self.copies.erase(self.copies.begin(), self.copies.begin() + long(n_done));
 }
@@ -581,6 +584,8 @@ void ldmatrix(Meeting& meeting, bool transposed) {
 void ldmatrix_x4(Meeting& meeting) { ldmatrix(meeting, false); }
 void ldmatrix_x4_trans(Meeting& meeting) { ldmatrix(meeting, true); }
 
+void shared_for_products() { machine->running->unshown.clear(); }
+
 void product_begin() {}
 
 void product(GroupProduct product) {
@@ -608,6 +613,11 @@ template <typename To> void read_panel(const Panel& panel, int first, int n, Thr
         const uintptr_t address = reinterpret_cast<uintptr_t>(panel.start) + 2 * intptr_t(at);
         const void* const from = reinterpret_cast<const void*>(address ^ (address >> 7 & 7) << 4);
         if (!is_shared(from, 16)) fail("a product of what is not in shared memory", caller);
+        for (unsigned i = 0; i < here.block_dim.x; i++) {
+            const auto& unshown = machine->threads[i].unshown;
+            if (!unshown.empty() && std::find(unshown.begin(), unshown.end(), from) != unshown.end())
+                fail("a product of a copy without shared_for_products behind its wait", caller);
+        }
         check_access(Access::Read, from, 16, lanes[chunk % 32], call_of(caller));
         uint16_t numbers[8];
         memcpy(numbers, from, 16);
@@ -765,6 +775,7 @@ void run_block(unsigned n_threads) {
     for (unsigned i = 0; i < n_threads; i++) {
         m.threads[i].copies.clear();
         m.threads[i].n_groups = 0;
+        m.threads[i].unshown.clear();
         m.threads[i].products.clear();
         m.threads[i].sums.clear();
         m.threads[i].n_product_groups = 0;

@@ -283,6 +283,10 @@ void check_faults() {
             launch("test_fault", 1, 64, 16384, fault.which, x.at, fault.which == 12 ? 16384 : 11);
         });
     check_dies("an argument that is no device memory", "argument 1", [] { launch("test_fault", 1, 1, 0, 99, (float*)&n_faults, 1); });
+    check_dies("a product of what no fence has shown it", "without shared_for_products", [] {
+        Array<__nv_bfloat16> from(64 * 64, [](size_t) { return __nv_bfloat16(random_number()); });
+        launch("test_product_unshown", 1, 128, 16384, from.at);
+    });
     check_dies("memory that is released", "that were released", [] {
         Array<float> x(8);
         release(x.at);

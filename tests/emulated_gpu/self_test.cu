@@ -77,6 +77,22 @@ template <int N> __device__ inline void products(const bf16* a, const bf16* b, f
 KERNEL(test_products_64, const bf16* a, const bf16* b, float* d, int what) { products<64>(a, b, d, what); }
 KERNEL(test_products_128, const bf16* a, const bf16* b, float* d, int what) { products<128>(a, b, d, what); }
 
+// A product of what has been copied, but not shown to it.
+KERNEL(test_product_unshown, const bf16* from) {
+    SHARED_PANELS(bytes);
+    bf16* const to = reinterpret_cast<bf16*>(bytes);
+    for (int row = threadIdx.x / 8; row < 64; row += 16)
+        copy_async_16(to + in_panel(row, threadIdx.x % 8), from + row * 64 + threadIdx.x % 8 * 8, true);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    float sums[8][4];
+    product_begin();
+    product(sums, along_rows(to), along_rows(to), false);
+    product_commit();
+    product_wait<0>();
+}
+
 // A product's result read before it is waited for.
 KERNEL(test_product_in_haste, float* d) {
     SHARED_PANELS(bytes);
