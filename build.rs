@@ -1,5 +1,9 @@
 //! Compiles the kernels of the `cuda` feature: one PTX per `src/ops/*/kernel.cu`, for compute capability 8.0 and up, and one per
-//! `src/ops/*/hopper.cu`, for 9.0 alone. The driver translates PTX for the card at hand when a kernel is first used.
+//! `src/ops/*/hopper.cu`, for 9.0 alone; and of these machine code for the card that the build is for, which is the one at hand
+//! or CUDA_COMPUTE_CAP's. For others the driver translates PTX when a program first starts, which takes it seconds.
+
+#[cfg(feature = "cuda")]
+use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -9,9 +13,7 @@ fn main() {
 
 #[cfg(feature = "cuda")]
 fn kernels() {
-    use std::path::Path;
-
-    for variable in ["NVCC", "CUDA_HOME"] {
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_COMPUTE_CAP"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     println!("cargo::rerun-if-changed=src/ops");
@@ -21,6 +23,7 @@ fn kernels() {
     let shared = std::iter::once(Path::new("src/ops").to_path_buf()).chain(folders.iter().cloned());
     let files = shared.filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten().map(|it| it.path());
     let headers: Vec<_> = files.filter(|file| file.extension().is_some_and(|end| end == "cuh")).collect();
+    let card = cudaforge::detect_compute_cap().ok().map(|card| card.base()).filter(|card| *card >= 80);
     let mut modules = String::new();
     let sources = folders.iter().flat_map(|folder| [("kernel", "80"), ("hopper", "90a")].map(|it| (folder, it)));
     for (folder, (name, capability)) in sources {
@@ -43,8 +46,37 @@ fn kernels() {
         if let Err(error) = compiled {
             panic!("the kernels of {module} do not compile: {error}");
         }
-        modules += &format!("({module:?}, include_str!({:?})),\n", ptx_folder.join(name).with_extension("ptx"));
+        let ptx = ptx_folder.join(name).with_extension("ptx");
+        let machine_code = match card {
+            Some(90) if name == "hopper" => assemble(&ptx, "sm_90a").map(|code| (code, 90)),
+            Some(card) if name == "kernel" => assemble(&ptx, &format!("sm_{card}")).map(|code| (code, card)),
+            _ => None,
+        };
+        let machine_code = match machine_code {
+            Some((code, card)) => format!("Some((include_bytes!({code:?}), ({}, {})))", card / 10, card % 10),
+            None => "None".into(),
+        };
+        modules +=
+            &format!("Module {{ name: {module:?}, ptx: include_str!({ptx:?}), machine_code: {machine_code} }},\n");
     }
     let table = format!("&[\n{modules}]");
     std::fs::write(Path::new(&out).join("modules.rs"), table).expect("the folder for outputs can be written");
+}
+
+/// Machine code of PTX beside it; `None`, and a warning, where there is no assembler for that.
+#[cfg(feature = "cuda")]
+fn assemble(ptx: &Path, architecture: &str) -> Option<PathBuf> {
+    let code = ptx.with_extension("cubin");
+    let beside_nvcc = cudaforge::CudaToolkit::detect().ok().map(|toolkit| toolkit.nvcc_path.with_file_name("ptxas"));
+    let of_home = std::env::var("CUDA_HOME").ok().map(|home| Path::new(&home).join("bin/ptxas"));
+    let ptxas = [beside_nvcc, of_home].into_iter().flatten().find(|path| path.exists())?;
+    let status =
+        std::process::Command::new(ptxas).args(["-O3", "--gpu-name", architecture, "-o"]).args([&code, ptx]).status();
+    match status {
+        Ok(status) if status.success() => Some(code),
+        _ => {
+            println!("cargo::warning={} cannot be assembled for {architecture}; the driver will", ptx.display());
+            None
+        }
+    }
 }

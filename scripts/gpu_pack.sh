@@ -7,6 +7,7 @@
 # --programs leaves out the files, for a machine that has a clone of the repository with these scripts.
 #
 # There: scripts/gpu_check.sh FOLDER, scripts/gpu_bench.sh FOLDER. Building needs what `cargo build --features cuda` does.
+# CUDA_COMPUTE_CAP: that of the other machine's card (90: H100), so that its driver need not compile the kernels.
 set -euo pipefail
 
 programs_only=''

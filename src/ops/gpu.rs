@@ -19,6 +19,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     cuMemHostRegister_v2, cuMemHostUnregister, cuMemcpyDtoHAsync_v2, cuMemcpyHtoDAsync_v2,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, DevicePtr, DeviceRepr, PinnedHostSlice};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, DeviceId, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Shape, Storage, Tensor};
@@ -27,8 +28,15 @@ use half::bf16;
 use crate::Result;
 pub use crate::ops::copy::cuda::elements;
 
-/// The PTX of each `kernel.cu`, by the name of its op, and of each `hopper.cu`, by that name and [`HOPPER`].
-const MODULES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+/// The kernels of a `kernel.cu`, by the name of its op, or of a `hopper.cu`, by that name and [`HOPPER`].
+struct Module {
+    name: &'static str,
+    ptx: &'static str,
+    /// And the capability that it is for.
+    machine_code: Option<(&'static [u8], (i32, i32))>,
+}
+
+const MODULES: &[Module] = include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
 const HOPPER: &str = "_hopper";
 
@@ -165,11 +173,11 @@ pub fn load_all(device: &CudaDevice, waiting: impl FnOnce()) -> Result<()> {
     let (sender, results) = mpsc::channel();
     std::thread::scope(|scope| {
         let is_hopper = is_hopper(device)?;
-        for (op, ptx) in MODULES.iter().filter(|(op, _)| is_hopper || !op.ends_with(HOPPER)) {
+        for module in MODULES.iter().filter(|module| is_hopper || !module.name.ends_with(HOPPER)) {
             let sender = sender.clone();
             scope.spawn(move || {
                 // Who has gone has met another fault.
-                let _ = sender.send(load(device, op, ptx));
+                let _ = sender.send(load(device, module));
             });
         }
         drop(sender);
@@ -187,21 +195,34 @@ pub fn load_all(device: &CudaDevice, waiting: impl FnOnce()) -> Result<()> {
     })
 }
 
-fn load(device: &CudaDevice, op: &'static str, ptx: &str) -> Result<Arc<CudaModule>> {
-    let module = device.cuda_stream().context().load_module(ptx.into()).w()?;
+fn load(device: &CudaDevice, module: &Module) -> Result<Arc<CudaModule>> {
+    let (context, found) = (device.cuda_stream().context().clone(), capability(device)?);
+    // Machine code runs on cards of its generation that are not older.
+    let runs = |of: (i32, i32)| found.0 == of.0 && found.1 >= of.1;
+    let made = module.machine_code.filter(|(_, of)| runs(*of));
+    let made = made.and_then(|(code, _)| context.load_module(Ptx::from_binary(code.to_vec())).ok());
+    let made = match made {
+        Some(made) => made,
+        None => context.load_module(module.ptx.into()).w()?,
+    };
     let mut loaded = LOADED.write().unwrap_or_else(PoisonError::into_inner);
-    Ok(loaded.entry((device.id(), op)).or_insert(module).clone())
+    Ok(loaded.entry((device.id(), module.name)).or_insert(made).clone())
+}
+
+/// Major and minor.
+pub fn capability(device: &CudaDevice) -> Result<(i32, i32)> {
+    let context = device.cuda_stream().context().clone();
+    let part = |attribute| context.attribute(attribute).w();
+    Ok((part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?))
 }
 
 /// Whether a GPU can run what `hopper.cu` is compiled to, which no later one can.
 pub fn is_hopper(device: &CudaDevice) -> Result<bool> {
-    let context = device.cuda_stream().context().clone();
-    let part = |attribute| context.attribute(attribute).w();
-    Ok((part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, part(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?)
-        == (9, 0))
+    Ok(capability(device)? == (9, 0))
 }
 
-/// A kernel of `src/ops/<op>/kernel.cu`, or with an op's name and `_hopper` of its `hopper.cu`, for blocks with `shared` bytes of dynamic shared memory.
+/// A kernel of `src/ops/<op>/kernel.cu`, or with an op's name and [`HOPPER`] of its `hopper.cu`, for blocks with `shared` bytes
+/// of dynamic shared memory.
 pub fn kernel(device: &CudaDevice, op: &'static str, name: &str, shared: usize) -> Result<CudaFunction> {
     let known =
         |kernels: &HashMap<DeviceId, HashMap<String, CudaFunction>>| kernels.get(&device.id())?.get(name).cloned();
@@ -212,11 +233,7 @@ pub fn kernel(device: &CudaDevice, op: &'static str, name: &str, shared: usize) 
             let loaded = LOADED.read().unwrap_or_else(PoisonError::into_inner).get(&(device.id(), op)).cloned();
             let module = match loaded {
                 Some(module) => module,
-                None => {
-                    let (op, ptx) =
-                        MODULES.iter().find(|(module, _)| *module == op).expect("ops name their own kernels");
-                    load(device, op, ptx)?
-                }
+                None => load(device, MODULES.iter().find(|it| it.name == op).expect("ops name their own kernels"))?,
             };
             let function = module.load_function(name).w()?;
             let mut kernels = KERNELS.write().unwrap_or_else(PoisonError::into_inner);

@@ -56,7 +56,7 @@ pub use glu::{Gate, feed_forward, glu};
 #[cfg(feature = "cuda")]
 pub use gpu::launches;
 #[cfg(feature = "cuda")]
-pub(crate) use gpu::load_all as load_kernels;
+pub(crate) use gpu::{capability as gpu_capability, load_all as load_kernels};
 pub(crate) use host::{check_tokens, upload};
 pub use layer_norm::layer_norm;
 pub use linear::{by_head, linear, linear_onto, logits};

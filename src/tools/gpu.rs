@@ -13,14 +13,14 @@ use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute_enum::{
 };
 use candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
 use candle_core::cuda_backend::cudarc::driver::sys::{
-    CUdevice_attribute_enum, CUgraphInstantiate_flags, CUmemoryPool, cuDeviceGetGraphMemAttribute,
+    CUgraphInstantiate_flags, CUmemoryPool, cuDeviceGetGraphMemAttribute,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, DriverError, result};
 use candle_core::{CudaDevice, Device};
 use tracing::info;
 
 use super::device::{DeviceFacts, MemoryUse, gpu_peak_flops};
-use crate::ops::{load_kernels, measured_gpu_peak_flops};
+use crate::ops::{gpu_capability as capability, load_kernels, measured_gpu_peak_flops};
 use crate::{Error, Result};
 
 /// What titan's kernels are compiled for at least.
@@ -71,16 +71,6 @@ fn open_anew(index: usize) -> Result<Device> {
         info!("The driver compiles titan's kernels for this GPU; it keeps them for the next time")
     })?;
     Ok(Device::Cuda(device))
-}
-
-/// Major and minor.
-fn capability(device: &CudaDevice) -> Result<(i32, i32)> {
-    let context = device.cuda_stream().context().clone();
-    let of = |attribute| context.attribute(attribute).map_err(candle_core::Error::wrap);
-    Ok((
-        of(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-        of(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-    ))
 }
 
 /// Why a GPU cannot multiply matrices of 8-bit floats; `None` if it can.
