@@ -320,9 +320,11 @@ pub fn write(tensor: &Tensor, values: &[f64]) -> Result<()> {
     Ok(())
 }
 
-/// Memory of the host that GPUs copy from by themselves, by device and length, whoever has been used longest first.
-static STAGED: LazyLock<Mutex<HashMap<(DeviceId, usize), VecDeque<PinnedHostSlice<u32>>>>> =
-    LazyLock::new(Mutex::default);
+/// By device and length, whatever was used least recently first.
+type Staged = HashMap<(DeviceId, usize), VecDeque<PinnedHostSlice<u32>>>;
+
+/// Memory of the host that GPUs copy from by themselves.
+static STAGED: LazyLock<Mutex<Staged>> = LazyLock::new(Mutex::default);
 
 /// Uploads of a length that may be under way at a time, and lengths that memory is kept for.
 const UNDER_WAY: usize = 4;
