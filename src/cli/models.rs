@@ -209,7 +209,7 @@ fn what_is_counted(precision: Precision) -> String {
     let copy = match storage == compute {
         true => String::new(),
         false => format!(
-            ", and the {} copy that is computed with (an embedding that is not the output layer too has none)",
+            ", and the {} copy that is\ncomputed with (an embedding that is not the output layer too has none)",
             hf::dtype_name(compute)
         ),
     };
