@@ -24,6 +24,7 @@ fn kernels() {
     let files = shared.filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten().map(|it| it.path());
     let headers: Vec<_> = files.filter(|file| file.extension().is_some_and(|end| end == "cuh")).collect();
     let card = cudaforge::detect_compute_cap().ok().map(|card| card.base()).filter(|card| *card >= 80);
+    let assembler = assembler();
     let mut modules = String::new();
     let sources = folders.iter().flat_map(|folder| [("kernel", "80"), ("hopper", "90a")].map(|it| (folder, it)));
     for (folder, (name, capability)) in sources {
@@ -47,12 +48,13 @@ fn kernels() {
             panic!("the kernels of {module} do not compile: {error}");
         }
         let ptx = ptx_folder.join(name).with_extension("ptx");
-        let machine_code = match card {
-            Some(90) if name == "hopper" => assemble(&ptx, "sm_90a").map(|code| (code, 90)),
-            Some(card) if name == "kernel" => assemble(&ptx, &format!("sm_{card}")).map(|code| (code, card)),
+        let architecture = match card {
+            Some(90) if name == "hopper" => Some("sm_90a".into()),
+            Some(card) if name == "kernel" => Some(format!("sm_{card}")),
             _ => None,
         };
-        let machine_code = match machine_code {
+        let code = architecture.zip(assembler.as_ref()).and_then(|(card, assembler)| assemble(assembler, &ptx, &card));
+        let machine_code = match code.zip(card) {
             Some((code, card)) => format!("Some((include_bytes!({code:?}), ({}, {})))", card / 10, card % 10),
             None => "None".into(),
         };
@@ -63,16 +65,24 @@ fn kernels() {
     std::fs::write(Path::new(&out).join("modules.rs"), table).expect("the folder for outputs can be written");
 }
 
-/// Machine code of PTX beside it; `None`, and a warning, where there is no assembler for that.
+/// What makes machine code of PTX: beside nvcc, or where CUDA_HOME says.
 #[cfg(feature = "cuda")]
-fn assemble(ptx: &Path, architecture: &str) -> Option<PathBuf> {
-    let code = ptx.with_extension("cubin");
+fn assembler() -> Option<PathBuf> {
     let beside_nvcc = cudaforge::CudaToolkit::detect().ok().map(|toolkit| toolkit.nvcc_path.with_file_name("ptxas"));
     let of_home = std::env::var("CUDA_HOME").ok().map(|home| Path::new(&home).join("bin/ptxas"));
-    let ptxas = [beside_nvcc, of_home].into_iter().flatten().find(|path| path.exists())?;
-    let status =
-        std::process::Command::new(ptxas).args(["-O3", "--gpu-name", architecture, "-o"]).args([&code, ptx]).status();
-    match status {
+    [beside_nvcc, of_home].into_iter().flatten().find(|path| path.exists())
+}
+
+/// Machine code beside its PTX; `None`, and a warning, where the assembler does not know the card.
+#[cfg(feature = "cuda")]
+fn assemble(assembler: &Path, ptx: &Path, architecture: &str) -> Option<PathBuf> {
+    let code = ptx.with_extension(format!("{architecture}.cubin"));
+    let made = |path: &Path| path.metadata().and_then(|it| it.modified()).ok();
+    if made(&code) > made(ptx) {
+        return Some(code);
+    }
+    let mut command = std::process::Command::new(assembler);
+    match command.args(["-O3", "--gpu-name", architecture, "-o"]).args([&code, ptx]).status() {
         Ok(status) if status.success() => Some(code),
         _ => {
             println!("cargo::warning={} cannot be assembled for {architecture}; the driver will", ptx.display());

@@ -166,7 +166,9 @@ run_tests() { # executable, command before it, filters...
         name=$1 log=$logs/$part/${1//::/.}.log begin=$(date +%s.%N)
         [ "${begin%.*}" -lt "${stop_at:-9999999999}" ] || exit 0
         left=$((part_ends - ${begin%.*} - 3))
-        RAYON_NUM_THREADS=${threads_of_a_test:-2} timeout --foreground -k 1 $((left < test_limit ? left : test_limit)) $before "$executable" --exact "$name" --show-output \
+        limit=$((left < test_limit ? left : test_limit))
+        RAYON_NUM_THREADS=${threads_of_a_test:-2} timeout --foreground -k 1 "$limit" $before \
+            "$executable" --exact "$name" --show-output \
             >"$log" 2>&1
         status=$?
         result="exit $status"

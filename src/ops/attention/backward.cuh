@@ -182,14 +182,10 @@ __device__ inline void backward_queries(
     bf16* const dy_tile = q_tile + QUERIES * W;
     bf16* const tiles = dy_tile + QUERIES * W;
 
-    const int row = sizes.row(sizes.h), head = blockIdx.x % sizes.h;
-    const int query = (gridDim.y - 1 - blockIdx.y) * QUERIES, past = sizes.past(), hd = sizes.hd;
+    const auto [row, head, query, first, end, common, mask] = OfQueries(sizes, starts, bounds, QUERIES, KEYS);
+    const int past = sizes.past(), hd = sizes.hd, k_stride = sizes.k_stride;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = query + warp * 16 * M; // the warp's first query
-    const Mask mask{starts, bounds, row, sizes.sq};
-    const int first = mask.first(query, QUERIES) / KEYS * KEYS, end = past + min(query + QUERIES, sizes.sq);
-    const int common = mask.common(query, QUERIES);
-    const int k_stride = sizes.k_stride;
     size_t at = sizes.key(row, first, sizes.key_head(head)); // where the tile of keys is that is copied next
     const auto load = [&](int stage, int key) {
         bf16* const tile = tiles + stage * 2 * TILE;

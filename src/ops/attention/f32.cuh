@@ -112,11 +112,8 @@ __device__ inline void forward_f32(
     float* const k_tile = q_tile + R * ROW_F32<W>; // values too, after the keys
     float* const p_tile = k_tile + R * ROW_F32<W>;
 
-    const int row = sizes.row(sizes.h), head = blockIdx.x % sizes.h;
-    const int query = (gridDim.y - 1 - blockIdx.y) * R, past = sizes.past(), hd = sizes.hd;
-    const Mask mask{starts, bounds, row, sizes.sq};
-    const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
-    const int k_stride = sizes.k_stride;
+    const auto [row, head, query, first, end, common, mask] = OfQueries(sizes, starts, bounds, R, R);
+    const int past = sizes.past(), hd = sizes.hd, k_stride = sizes.k_stride;
     load_tile_f32<W, R>(q_tile, q + sizes.query(row, query, head), sizes.q_stride, sizes.sq - query, hd);
 
     float sums[R / 16][PARTS_F32<W>][4], max[R / 16], total[R / 16];
@@ -258,11 +255,8 @@ __device__ inline void backward_queries_f32(
     float *const dy_tile = q_tile + TILE, *const k_tile = dy_tile + TILE, *const v_tile = k_tile + TILE;
     float* const ds_tile = v_tile + TILE;
 
-    const int row = sizes.row(sizes.h), head = blockIdx.x % sizes.h;
-    const int query = (gridDim.y - 1 - blockIdx.y) * R, past = sizes.past(), hd = sizes.hd;
-    const Mask mask{starts, bounds, row, sizes.sq};
-    const int first = mask.first(query, R) / R * R, end = past + min(query + R, sizes.sq);
-    const int k_stride = sizes.k_stride;
+    const auto [row, head, query, first, end, common, mask] = OfQueries(sizes, starts, bounds, R, R);
+    const int past = sizes.past(), hd = sizes.hd, k_stride = sizes.k_stride;
     const float* const stat = stats + (size_t(row) * sizes.h + head) * sizes.padded() * 2;
     const size_t own = sizes.query(row, query, head);
     load_tile_f32<W, R>(q_tile, q + own, sizes.q_stride, sizes.sq - query, hd);

@@ -62,6 +62,21 @@ struct Mask {
     __device__ int first_from(int i) const { return starts ? bound(i, 2) : 0; }
 };
 
+// Which queries a block has, of tiles of so many, the last of all heads first; and which keys these see, from a multiple of
+// `n_keys` on: some of them up to `common`, and all of them from there.
+struct OfQueries {
+    int row, head, query, first, end, common;
+    Mask mask;
+
+    __device__ OfQueries(const Sizes& sizes, const uint32_t* starts, const uint32_t* bounds, int n_queries, int n_keys)
+        : row(sizes.row(sizes.h)), head(blockIdx.x % sizes.h), query((gridDim.y - 1 - blockIdx.y) * n_queries),
+          mask{starts, bounds, row, sizes.sq} {
+        first = mask.first(query, n_queries) / n_keys * n_keys;
+        end = sizes.past() + min(query + n_queries, sizes.sq);
+        common = mask.common(query, n_queries);
+    }
+};
+
 // tanh(x), for inner = 2 log2(e) x / score.
 __device__ inline float capped(float score, float inner) { return 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(score * inner)); }
 
