@@ -417,6 +417,8 @@ fn tokenizer_path_is_taken_for_hf_assets_path_and_said_to_be_deprecated() {
             .lines()
             .any(|line| line.starts_with("hf_assets_path") && line.ends_with("job.toml:2"))
     );
+    let Err(error) = load("[model]\ntokenizer_path = \"\"", "") else { panic!("an empty path names nothing") };
+    assert!(error.to_string().contains("`model.tokenizer_path` cannot be empty"), "{error}");
 }
 
 #[test]

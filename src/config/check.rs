@@ -71,6 +71,7 @@ fn empty_paths(config: &JobConfig) -> impl Iterator<Item = Fault> {
     let paths = [
         ("job.save_config_file", config.job.save_config_file.clone()),
         ("model.hf_assets_path", Some(config.model.hf_assets_path.clone())),
+        ("model.tokenizer_path", config.model.tokenizer_path.clone()),
         ("training.dataset_path", text(&config.training.dataset_path)),
         ("validation.dataset_path", text(&config.validation.dataset_path)),
         ("checkpoint.initial_load_path", config.checkpoint.initial_load_path.clone()),

@@ -123,6 +123,7 @@ fn absurd_sizes_are_refused_before_they_take_memory() {
         ("--data.num_workers=1000000000", &["`data.num_workers`"]),
         ("--model.lora.rank=1000000000000", &["`model.lora.rank`"]),
         ("--model.hf_assets_path=", &["`model.hf_assets_path`", "cannot be empty"]),
+        ("--model.tokenizer_path=", &["`model.tokenizer_path`", "cannot be empty"]),
         ("--validation.enable --validation.local_batch_size=1000000000", &["[validation]"]),
     ];
     let folder = tempfile::tempdir().unwrap();
