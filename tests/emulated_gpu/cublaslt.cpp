@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "races.h"
 
 namespace emulated {
 
@@ -80,8 +81,21 @@ void multiply_panels(float (&sums)[COLS][ROWS], const float* a, const float* b, 
     memcpy(sums, own, sizeof(own));
 }
 
+void check_written(const Matrix& of, const char* name, int64_t batch) {
+    for (int64_t column = 0; column < batch * of.cols; column++) {
+        const int64_t at = column / of.cols * of.batch_stride + column % of.cols * of.ld;
+        const size_t bytes = bytes_of(of.dtype);
+        const void* const start = static_cast<const char*>(of.address) + size_t(at) * bytes;
+        if (const void* const found = first_unwritten(start, size_t(of.rows) * bytes))
+            die(std::string("a product of matrices reads what nothing has written: ") + name + ", " + describe(found) + "\n");
+    }
+}
+
 int run_product(const Product& of) {
     const int64_t m = of.d.rows, n = of.d.cols, k = of.transpose_a ? of.a.rows : of.a.cols;
+    check_written(of.a, "a", of.batch);
+    check_written(of.b, "b", of.batch);
+    if (of.beta != 0) check_written(of.c, "c", of.batch);
     for (int64_t batch = 0; batch < of.batch; batch++) {
         const std::vector<float> a = panels(of.a, batch, of.transpose_a, m, k, ROWS, of.compute);
         const std::vector<float> b = panels(of.b, batch, !of.transpose_b, n, k, COLS, of.compute);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "races.h"
 
 using namespace emulated;
 
@@ -384,7 +385,11 @@ int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stre
 }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
     if (const int refused = check_range("a copy from", from, bytes)) return refused;
-    return perform(stream, [=] { return copy(reinterpret_cast<uint64_t>(to), from, bytes); });
+    return perform(stream, [=] {
+        if (const void* const found = first_unwritten(reinterpret_cast<void*>(from), bytes))
+            die("a copy to the host reads what nothing has written: " + describe(found) + "\n");
+        return copy(reinterpret_cast<uint64_t>(to), from, bytes);
+    });
 }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) {
     if (const int refused = check_range("a copy from", from, bytes)) return refused;

@@ -186,7 +186,10 @@ std::string describe(const void* address) {
 
 void forget(void* address) {
     const std::lock_guard<std::mutex> lock(memory().lock);
-    if (const Allocation* it = find(memory().live, address)) fill_with_nothing(it->pages, it->page_bytes);
+    const Allocation* it = find(memory().live, address);
+    if (!it) return;
+    fill_with_nothing(it->pages, it->page_bytes);
+    forget_accesses(it->pages, it->page_bytes);
 }
 
 size_t allocated_bytes() {

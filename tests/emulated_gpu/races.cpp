@@ -1,6 +1,7 @@
 #include "races.h"
 
 #include <dlfcn.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -32,6 +33,8 @@ constexpr size_t WORD_BYTES = 4;
 // Of a word that was accessed whole; once it is accessed in parts, until the launch ends, its bytes have cells of their own.
 struct WordCell : Cell {
     uint32_t split_time;
+    uint32_t written_time; // The last write of any of its bytes.
+    uint32_t written;      // Those that kernels have written, a bit each; in shared memory those that this block has.
 };
 
 constexpr uint16_t THREAD = 1023;
@@ -164,6 +167,32 @@ __attribute__((noinline)) void check_cell(Cell& cell, Access access, const void*
     cell.read_sync = sync;
 }
 
+// Those of a word at `from`, a bit each, that are between two places.
+inline unsigned bytes_of_word(size_t from, size_t first, size_t end) {
+    const size_t low = first > from ? first - from : 0, high = end < from + WORD_BYTES ? end - from : WORD_BYTES;
+    return (1u << high) - (1u << low);
+}
+
+// Whether these bytes of a word, a bit each, are numbers that nothing has written. They look like NOTHING, as what the host
+// and other libraries write does not: only kernels are asked for what they write.
+inline __attribute__((always_inline)) bool is_unwritten(const WordCell& word, unsigned bytes, const unsigned char* at,
+                                                        bool is_shared_memory) {
+    uint32_t content, mask = 0;
+    memcpy(&content, at, WORD_BYTES);
+    for (unsigned i = 0; i < WORD_BYTES; i++) mask |= bytes >> i & 1 ? 0xffu << 8 * i : 0;
+    if ((content ^ uint32_t(NOTHING)) & mask) return false;
+    const bool has_writes = word.written_time >= (is_shared_memory ? time_of_block.block : 1);
+    // A byte may be anything.
+    return (bytes & (bytes - 1)) && !(has_writes && word.written & bytes);
+}
+
+[[noreturn]] void unwritten(const void* address, const Identity& thread, const void* at) {
+    std::string text;
+    say(text, "thread %u reads what nothing has written: %p, %s\n", thread.number, address, describe(address).c_str());
+    say(text, "  at  %s\n", place(at).c_str());
+    die_in_kernel(text);
+}
+
 inline __attribute__((always_inline)) void check_each(Access access, const void* address, size_t n, const Identity& thread,
                                                      const void* at) {
     const unsigned char* const start = static_cast<const unsigned char*>(address);
@@ -185,6 +214,14 @@ inline __attribute__((always_inline)) void check_each(Access access, const void*
         WordCell& whole = area->words[word];
         const size_t from = word * WORD_BYTES, to = from + WORD_BYTES;
         const bool is_split = whole.split_time >= time_of_block.launch;
+        const unsigned bytes = bytes_of_word(from, first, end);
+        if (access != Access::Write && is_unwritten(whole, bytes, area->start + from, area != areas[0]))
+            unwritten(area->start + from, thread, at);
+        if (access != Access::Read) {
+            if (area != areas[0] && whole.written_time < time_of_block.block) whole.written = 0;
+            whole.written |= bytes;
+            whole.written_time = time_of_block.now;
+        }
         if (!is_split && first <= from && to <= end) {
             check(whole);
             continue;
@@ -193,13 +230,26 @@ inline __attribute__((always_inline)) void check_each(Access access, const void*
             for (size_t byte = from; byte < to; byte++) area->bytes[byte] = whole;
             whole.split_time = time_of_block.now;
         }
-        for (size_t byte = first > from ? first : from; byte < to && byte < end; byte++) check(area->bytes[byte]);
+        for (unsigned byte = 0; byte < WORD_BYTES; byte++)
+            if (bytes >> byte & 1) check(area->bytes[from + byte]);
     }
 }
 
 } // namespace
 
 bool races_are_found() { return is_on; }
+
+const void* first_unwritten(const void* start, size_t bytes) {
+    if (!is_on || !bytes) return nullptr;
+    const Area& area = device_area();
+    const size_t first = size_t(static_cast<const unsigned char*>(start) - area.start), end = first + bytes;
+    for (size_t word = first / WORD_BYTES; word * WORD_BYTES < end; word++) {
+        const size_t from = word * WORD_BYTES;
+        const unsigned own = bytes_of_word(from, first, end);
+        if (is_unwritten(area.words[word], own, area.start + from, false)) return area.start + from;
+    }
+    return nullptr;
+}
 
 void start_launch() {
     if (!is_on) return;

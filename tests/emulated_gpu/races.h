@@ -1,4 +1,4 @@
-// Accesses of threads to the same memory that nothing orders: found if kernels are compiled with -fsanitize=thread, whose
+// Accesses of threads to the same memory that nothing orders, and reads of what nothing has written: found if kernels are compiled with -fsanitize=thread, whose
 // calls for each access come here instead of to a library.
 #pragma once
 
@@ -26,6 +26,8 @@ enum class Access { Read, Write, Atomic };
 
 // One access by a thread of the block that runs; `at` is an address of code.
 void check_access(Access access, const void* address, size_t bytes, const Identity& thread, const void* at);
+// Where device memory is that nothing has written since it was allocated, or null.
+const void* first_unwritten(const void* start, size_t bytes);
 // That memory is used for other things now.
 void forget_accesses(const void* start, size_t bytes);
 

@@ -97,6 +97,9 @@ KERNEL(test_product_unshown, const bf16* from) {
 KERNEL(test_product_in_haste, float* d) {
     SHARED_PANELS(bytes);
     const auto panel = along_rows(reinterpret_cast<bf16*>(bytes));
+    for (int i = threadIdx.x; i < 64 * 64; i += blockDim.x) reinterpret_cast<bf16*>(bytes)[i] = 0;
+    shared_for_products();
+    __syncthreads();
     float sums[8][4] = {};
     product_begin();
     product(sums, panel, panel, false);
@@ -209,7 +212,11 @@ KERNEL(test_race, uint32_t* out, int is_right) {
 // What nothing orders, by number; the even ones are ordered.
 KERNEL(test_order, int which, float* x, float* y) {
     __shared__ float shared[64];
+    SHARED(bytes);
     const int i = threadIdx.x, block = blockIdx.x;
+    shared[i] = 0;
+    reinterpret_cast<float4*>(bytes)[i] = float4();
+    __syncthreads();
     switch (which) {
     case 0: // Within a warp.
         shared[i] = x[i];
@@ -249,7 +256,6 @@ KERNEL(test_order, int which, float* x, float* y) {
         break;
     case 9: // Where a copy arrives.
     case 10: {
-        SHARED(bytes);
         float4* packs = reinterpret_cast<float4*>(bytes);
         copy_async_16(&packs[i], reinterpret_cast<float4*>(x) + i % 16, true);
         copy_async_commit();
@@ -268,6 +274,35 @@ KERNEL(test_order, int which, float* x, float* y) {
         shared[i] = 0;
         reinterpret_cast<unsigned char*>(shared)[(4 * i + 7) % 256] = i;
         break;
+    }
+}
+
+// Reads of what nothing has written, by number, and of what something has; `x` is written, `y` and `halves` are not.
+KERNEL(test_unwritten, int which, const float* x, float* y, bf16* halves) {
+    __shared__ float shared[64];
+    const int i = threadIdx.x;
+    switch (which) {
+    case 0: y[i] = x[i], y[i] += 1; break; // The device's.
+    case 1: y[i] += x[i]; break;
+    case 2: y[i] = x[i], atomicAdd(&y[i], x[i]); break;
+    case 3: atomicAdd(&y[i], x[i]); break;
+    case 4: halves[2 * i] = 1, y[i] = float(halves[2 * i]); break; // One half of a word.
+    case 5: halves[2 * i] = 1, y[i] = float(halves[2 * i + 1]); break;
+    case 6: shared[i] = NAN, y[i] = shared[i], y[i] += 1; break; // Shared by a block, and what the block before has left.
+    case 7:
+        if (blockIdx.x == 0) shared[i] = 1;
+        y[i + 64 * blockIdx.x] = shared[i];
+        break;
+    case 8: // NaNs that are written.
+        halves[i] = __ushort_as_bfloat16(0x7fff), y[i] = float(halves[i]);
+        break;
+    case 9: { // By a copy.
+        SHARED(bytes);
+        copy_async_16(bytes + 16 * i, reinterpret_cast<const float4*>(y) + i, true);
+        copy_async_commit();
+        copy_async_wait<0>();
+        break;
+    }
     }
 }
 
