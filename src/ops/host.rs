@@ -30,8 +30,8 @@ macro_rules! vectorized {
 }
 /// What a closure consumes, so that it can be called but once. Such a closure is inlined into the vectorised function
 /// itself; any other kind is called through a shim, which is compiled for the narrowest vectors.
-pub(in crate::ops) struct Once;
-pub(in crate::ops) use vectorized;
+pub(crate) struct Once;
+pub(crate) use vectorized;
 
 /// Evaluates an expression with names for the types that dtypes stand for: `typed!(X = x.dtype(); f::<X>(x))`.
 macro_rules! typed {

@@ -27,7 +27,7 @@ mod float8;
 mod glu;
 #[cfg(feature = "cuda")]
 mod gpu;
-mod host;
+pub(crate) mod host;
 mod layer_norm;
 mod linear;
 mod magnitude;
