@@ -6,7 +6,8 @@
 #   cargo test --release --features cuda --lib ops::
 #
 #   scripts/emulated_gpu.sh FOLDER                 build into FOLDER; default: target/emulated_gpu
-#   scripts/emulated_gpu.sh --races [FOLDER]       find accesses that nothing orders; slower. Default: target/emulated_gpu_races
+#   scripts/emulated_gpu.sh --races [FOLDER]       find accesses that nothing orders, and reads of device or shared memory that
+#                                                  nothing has written; slower. Default: target/emulated_gpu_races
 #   scripts/emulated_gpu.sh --self-test ...        also hold the emulated GPU to plain computations
 #
 # Standard output holds `export` lines and nothing else. What changed is compiled again. TITAN_EMULATED_ORDER says which
