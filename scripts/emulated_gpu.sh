@@ -11,9 +11,9 @@
 #   scripts/emulated_gpu.sh --self-test ...        also hold the emulated GPU to plain computations
 #
 # Standard output holds `export` lines and nothing else. What changed is compiled again. TITAN_EMULATED_ORDER says which
-# thread goes on where several can: forward (the default), backward, random or random:SEED. TITAN_EMULATED_GPUS=0: there is
-# no GPU after all. Results that differ between
-# orders come from threads that do not wait for each other.
+# thread goes on where several can: forward (the default), backward, random or random:SEED; results that differ between orders
+# come from threads that do not wait for each other. TITAN_EMULATED_CAPABILITY=86: a GPU of compute capability 8.6, with as much
+# shared memory; the default is 90. TITAN_EMULATED_GPUS=0: there is no GPU after all.
 #
 # A kernel that does what a GPU would not allow, or not answer for, ends the process and says where it was.
 #

@@ -217,17 +217,15 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
         {38, 50 << 20},     // L2_CACHE_SIZE
         {39, 2048},         // MAX_THREADS_PER_MULTIPROCESSOR
         {41, 1},            // UNIFIED_ADDRESSING
-        {75, 9},            // COMPUTE_CAPABILITY_MAJOR
-        {76, 0},            // COMPUTE_CAPABILITY_MINOR
-        {81, 228 << 10},    // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
         {82, 65536},        // MAX_REGISTERS_PER_MULTIPROCESSOR
-        {97, 227 << 10},    // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         {106, 32},          // MAX_BLOCKS_PER_MULTIPROCESSOR
         {115, 1},           // MEMORY_POOLS_SUPPORTED
     };
-    if (const char* capability = getenv("TITAN_EMULATED_CAPABILITY"); capability && (attribute == 75 || attribute == 76)) {
-        *value = attribute == 75 ? atoi(capability) / 10 : atoi(capability) % 10;
-        return SUCCESS;
+    switch (attribute) {
+    case 75: return *value = capability() / 10, SUCCESS;                     // COMPUTE_CAPABILITY_MAJOR
+    case 76: return *value = capability() % 10, SUCCESS;                     // COMPUTE_CAPABILITY_MINOR
+    case 81: return *value = int(max_shared_bytes() + 1024), SUCCESS;        // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
+    case 97: return *value = int(max_shared_bytes()), SUCCESS;               // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     }
     const auto found = values.find(attribute);
     *value = found == values.end() ? 0 : found->second;
@@ -424,8 +422,8 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuFuncSetAttribute(void* function, int attribute, int value) {
     if (attribute != 8) return SUCCESS; // MAX_DYNAMIC_SHARED_SIZE_BYTES
     Function& of = *static_cast<Function*>(function);
-    if (value < 0 || size_t(value) > MAX_SHARED_BYTES)
-        return refuse(INVALID_VALUE, "%s: %d bytes of shared memory, more than %zu", of.name.c_str(), value, MAX_SHARED_BYTES);
+    if (value < 0 || size_t(value) > max_shared_bytes())
+        return refuse(INVALID_VALUE, "%s: %d bytes of shared memory, more than %zu", of.name.c_str(), value, max_shared_bytes());
     of.max_shared_bytes = std::max(size_t(value), DEFAULT_SHARED_BYTES);
     return SUCCESS;
 }
@@ -436,7 +434,7 @@ int cuFuncGetAttribute(int* value, int attribute, void* function) {
 }
 int cuFuncSetCacheConfig(void*, int) { return SUCCESS; }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int threads, size_t shared_bytes) {
-    *blocks = int(std::min(size_t(2048 / threads), (size_t(228) << 10) / (shared_bytes + 1024)));
+    *blocks = int(std::min(size_t(2048 / threads), (max_shared_bytes() + 1024) / (shared_bytes + 1024)));
     return SUCCESS;
 }
 

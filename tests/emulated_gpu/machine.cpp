@@ -800,12 +800,26 @@ std::string refusal(const Launch& launch) {
     else if (n_threads > MAX_THREADS || block.z > 64) say(text, "a block of %llu threads: at most 1024", n_threads);
     else if (n_threads > unsigned(launch.kernel->max_threads))
         say(text, "a block of %llu threads for a kernel that is bounded to %d", n_threads, launch.kernel->max_threads);
-    else if (launch.shared_bytes > MAX_SHARED_BYTES)
-        say(text, "%zu bytes of shared memory: at most %zu", launch.shared_bytes, MAX_SHARED_BYTES);
+    else if (launch.shared_bytes > max_shared_bytes())
+        say(text, "%zu bytes of shared memory: at most %zu", launch.shared_bytes, max_shared_bytes());
     return text;
 }
 
 } // namespace
+
+int capability() {
+    const char* wish = getenv("TITAN_EMULATED_CAPABILITY");
+    return wish ? atoi(wish) : 90;
+}
+
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+size_t max_shared_bytes() {
+    switch (capability()) {
+    case 80: case 87: return 163 << 10;
+    case 86: case 89: case 120: return 99 << 10;
+    default: return MAX_SHARED_BYTES;
+    }
+}
 
 void add_kernel(const Kernel& kernel) {
     if (!kernels().emplace(kernel.name, kernel).second) {

@@ -21,7 +21,11 @@ struct Launch {
     void** arguments;
 };
 
+// What the device has, times ten and added: TITAN_EMULATED_CAPABILITY, else 90.
+int capability();
+// Of a block on any device, and on one of this capability.
 constexpr size_t MAX_SHARED_BYTES = 227 << 10;
+size_t max_shared_bytes();
 
 // Runs a kernel to its end. Refuses, in words, what a device would refuse.
 std::string run(const Launch& launch);
