@@ -222,7 +222,7 @@ fn run<'a>(name: &'a str, case: &Case, dtype: ParamDtype, choice: &Choice, optio
             device::synchronize(device).unwrap();
             if options.profile {
                 profiler::wait_for(device);
-                profiler::start();
+                profiler::start(false);
             }
             (begin, launched) = (Instant::now(), launches());
         }

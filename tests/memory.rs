@@ -1,8 +1,7 @@
 //! What forward and backward hold at each moment, under each way of recomputing.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::RefCell;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::alloc::System;
+use std::cell::{Cell, RefCell};
 
 use candle_core::{DType, Device, Tensor};
 use titan::autograd::{Precision, StageBuilder, Value};
@@ -10,32 +9,10 @@ use titan::engine::{self, MicroBatch, Pass, Recompute, Stages};
 use titan::models::args::DecoderArgs;
 use titan::models::{self, Decoder};
 use titan::ops::LossAndGrad;
-
-/// The system's allocator, counted.
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to `System` as it came; counting beside it touches no memory that is handed out. `realloc`
-// and `alloc_zeroed` come here by their default implementations.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let live = LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(live, Ordering::Relaxed);
-        // SAFETY: the caller's promise about `layout`, passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: `memory` came from `System.alloc` with this layout, as the caller promises of `alloc`.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
+use titan::tools::memory::{self, Counted};
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: Counted<System, 0> = Counted(System);
 
 const ROWS: usize = 2;
 const SEQ_LEN: usize = 128;
@@ -84,14 +61,16 @@ type Call = (&'static str, usize, usize);
 /// A model that notes each call.
 struct Watched {
     model: Decoder,
-    before: usize,
+    before: u64,
     calls: RefCell<Vec<Call>>,
+    peak: Cell<u64>,
 }
 
 impl Watched {
     fn note(&self, name: &'static str, index: usize) {
-        let live = LIVE.load(Ordering::Relaxed) - self.before;
-        self.calls.borrow_mut().push((name, index, live));
+        let now = memory::mark();
+        self.peak.set(self.peak.get().max(now.peak));
+        self.calls.borrow_mut().push((name, index, (now.held - self.before) as usize));
     }
 }
 
@@ -150,17 +129,18 @@ fn measure(args: &DecoderArgs, compute: DType, recompute: Recompute) -> Measured
     model.parameters().for_each(|parameter| models::initialize(parameter, 0).unwrap());
     let ids: Vec<u32> = (0..TOKENS).map(|i| (i * 7919 % args.vocab_size) as u32).collect();
     let tokens = Tensor::from_vec(ids, (ROWS, SEQ_LEN), &Device::Cpu).unwrap();
-    let mut watched = Watched { model, before: 0, calls: RefCell::default() };
+    let mut watched = Watched { model, before: 0, calls: RefCell::default(), peak: Cell::default() };
     let batch = MicroBatch::new(tokens.clone(), tokens);
     let pass = |watched: &Watched| engine::forward_backward(watched, &batch, 1.0, recompute).unwrap();
     pass(&watched);
 
     watched.calls = RefCell::new(Vec::with_capacity(3 * args.n_layers)); // noting a call takes no memory
-    watched.before = LIVE.load(Ordering::Relaxed);
-    PEAK.store(watched.before, Ordering::Relaxed);
+    watched.peak.set(0);
+    watched.before = memory::mark().held;
     pass(&watched);
-    let left = LIVE.load(Ordering::Relaxed) as isize - watched.before as isize;
-    let peak = PEAK.load(Ordering::Relaxed) - watched.before;
+    let now = memory::mark();
+    let left = now.held as isize - watched.before as isize;
+    let peak = (now.peak.max(watched.peak.get()) - watched.before) as usize;
     Measured { calls: watched.calls.take(), peak, left }
 }
 

@@ -118,3 +118,56 @@ fn a_trace_holds_every_op_of_every_block_both_ways_and_leaves_no_gaps() {
         }
     }
 }
+
+#[test]
+fn a_memory_snapshot_says_what_is_held_when_and_by_whom() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_titan"))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env("TITAN_DEVICE", "cpu")
+        .args(["train", "--config", "configs/debug_model.toml", "--training.steps=2"])
+        .args(["--checkpoint.no-enable", "--validation.no-enable", "--metrics.no-enable_tensorboard"])
+        .args(["--profiling.enable_memory_snapshot", "--profiling.profile_freq=2"])
+        .arg("--job.dump_folder")
+        .arg(folder.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    assert!(!folder.path().join("profile_traces").exists(), "nobody has asked for traces");
+
+    let path = folder.path().join("memory_snapshot/iteration_2/rank0_memory_snapshot.json");
+    let trace: Json = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let spans = || events.iter().filter(|event| event["ph"] == "X");
+    let bytes = |event: &Json, when: &str| event["args"]["memory"][when].as_u64().unwrap();
+    let step = spans().find(|event| event["cat"] == "step").unwrap();
+    // In a program whose weights are f32, but for the copy in bf16 of all but the embedding.
+    let n = 15_017_216_u64;
+    let of_states = (4 + 2 + 4 + 8) * n - 2 * 2048 * 256;
+    let before = bytes(step, "before");
+    assert!(
+        (of_states..of_states + of_states / 20).contains(&before),
+        "{before} bytes before the step, not {of_states}"
+    );
+    assert!(bytes(step, "after").abs_diff(before) < 1 << 20, "a step gives back what it takes");
+
+    let peak = spans().map(|event| bytes(event, "peak")).max().unwrap();
+    assert_eq!(bytes(step, "peak"), peak);
+    assert!(peak > before + (20 << 20) && peak < before + (200 << 20), "a peak of {peak} bytes, {before} before");
+    for event in spans() {
+        assert!(bytes(event, "peak") >= bytes(event, "before").max(bytes(event, "after")), "{event}");
+    }
+    let counted = |name: &'static str| events.iter().filter(move |it| it["ph"] == "C" && it["name"] == name);
+    assert_eq!(counted("memory at most").map(|it| it["args"]["bytes"].as_u64().unwrap()).max().unwrap(), peak);
+    assert_eq!(counted("memory held").count(), 2 * counted("memory at most").count());
+
+    let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+    let table = &log[log.find("What holds").unwrap()..];
+    assert!(table.contains(&format!("the {} MiB at the peak of step 2", mib(peak))), "{log}");
+    let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    for (name, bytes) in [("gradients", 4 * n), ("moments", 8 * n)] {
+        assert!(rows.iter().any(|row| row.len() == 3 && row[..2] == [name, &mib(bytes)]), "{name} in {table}");
+    }
+}

@@ -20,8 +20,8 @@ pub struct Profiling {
     /// Steps that the profiler runs before a trace, so that its own start does not show.
     #[schemars(extend("x-no-effect" = "titan's profiler is warm at once"))]
     pub profiler_warmup: usize,
-    /// Write a record of every allocation with each trace.
-    #[schemars(extend("x-not-yet" = "titan does not write memory snapshots yet"))]
+    /// Log what holds memory at the peak of a step, and write a Chrome trace with the memory held before, during and after
+    /// each op, of the same steps.
     pub enable_memory_snapshot: bool,
     /// Folder of the memory snapshots, in `job.dump_folder`.
     pub save_memory_snapshot_folder: PathBuf,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUgraphMem_attribute_enum::{
@@ -20,6 +21,7 @@ use candle_core::{CudaDevice, Device};
 use tracing::info;
 
 use super::device::{DeviceFacts, MemoryUse, gpu_peak_flops};
+use super::memory::Mark;
 use crate::ops::{gpu_capability as capability, load_kernels, measured_gpu_peak_flops};
 use crate::{Error, Result};
 
@@ -103,9 +105,23 @@ pub fn memory_use(index: usize) -> MemoryUse {
     let reserved = get(CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT) + of_graphs(CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH);
     MemoryUse {
         current_bytes: used + of_graphs(CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT),
-        peak_bytes: get(CU_MEMPOOL_ATTR_USED_MEM_HIGH).max(with_graphs),
+        peak_bytes: get(CU_MEMPOOL_ATTR_USED_MEM_HIGH).max(HIGHEST.load(Ordering::Relaxed)).max(with_graphs),
         peak_reserved_bytes: get(CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH).max(reserved),
     }
+}
+
+/// The most that was used before [`mark`] began to count anew.
+static HIGHEST: AtomicU64 = AtomicU64::new(0);
+
+/// What the pool of an open GPU has handed out, and the most since the last call.
+pub fn mark(device: &CudaDevice) -> Mark {
+    let index = device.cuda_stream().context().ordinal();
+    let get = |attribute| attribute_of(index, attribute).unwrap_or(0);
+    let (held, peak) = (get(CU_MEMPOOL_ATTR_USED_MEM_CURRENT), get(CU_MEMPOOL_ATTR_USED_MEM_HIGH));
+    HIGHEST.fetch_max(peak, Ordering::Relaxed);
+    // If the driver refuses, peaks are those of the run.
+    let _ = set_attribute(index, CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0);
+    Mark { held, peak }
 }
 
 fn pool(index: usize) -> Result<CUmemoryPool, DriverError> {

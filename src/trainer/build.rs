@@ -188,7 +188,7 @@ impl Trainer {
             #[cfg(feature = "cuda")]
             recorder: None,
             run: RunFacts { device: facts, flops_per_token: flops_per_token as f64 },
-            profiler: profiling.enable_profiling.then(|| StepProfiler::new(profiling, &config.job.dump_folder)),
+            profiler: StepProfiler::new(profiling, &config.job.dump_folder),
             config,
             device,
             model,

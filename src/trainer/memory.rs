@@ -77,6 +77,11 @@ impl Classes {
         }
     }
 
+    /// Names and bytes.
+    pub fn held(&self) -> [(&'static str, f64); 3] {
+        [("weights", self.weights), ("gradients", self.gradients), ("moments", self.moments)]
+    }
+
     /// `error`, or if it says that memory is not there, what of the run holds how much, and what would help. `class`: what
     /// was being allocated.
     pub fn explain(&self, error: Error, class: &str, config: &JobConfig, facts: &DeviceFacts) -> Error {

@@ -103,7 +103,7 @@ impl Trainer {
             }
             let signal = interrupt.requested().filter(|_| self.step < last_step);
             if let Some(profiler) = &mut self.profiler {
-                profiler.step_ends(self.step, signal.is_some() || self.step == last_step);
+                profiler.step_ends(self.step, signal.is_some() || self.step == last_step, &self.classes);
             }
             if let Some(signal) = signal {
                 drop(metrics); // The progress bar leaves the terminal before the last words.

@@ -113,6 +113,8 @@ struct Module {
 std::mutex lock;
 int context, pool;
 uint64_t release_threshold;
+// What is reserved is what is in use, and its peak is not reset with that of the latter.
+size_t peak_before_reset;
 __thread void* current_context;
 
 // Streams of these numbers always exist.
@@ -343,14 +345,19 @@ int cuDeviceSetMemPool(int, void*) { return SUCCESS; }
 int cuMemPoolTrimTo(void*, size_t) { return SUCCESS; }
 int cuMemPoolSetAttribute(void*, int attribute, void* value) {
     if (attribute == 4) release_threshold = *static_cast<uint64_t*>(value);
-    if (attribute == 6 || attribute == 8) peak_bytes() = allocated_bytes();
+    if (attribute == 6) peak_before_reset = 0;
+    if (attribute == 8) {
+        peak_before_reset = std::max(peak_before_reset, peak_bytes());
+        peak_bytes() = allocated_bytes();
+    }
     return SUCCESS;
 }
 int cuMemPoolGetAttribute(void*, int attribute, void* value) {
     switch (attribute) {
     case 4: *static_cast<uint64_t*>(value) = release_threshold; break;
     case 5: case 7: *static_cast<uint64_t*>(value) = allocated_bytes(); break;
-    case 6: case 8: *static_cast<uint64_t*>(value) = peak_bytes(); break;
+    case 6: *static_cast<uint64_t*>(value) = std::max(peak_before_reset, peak_bytes()); break;
+    case 8: *static_cast<uint64_t*>(value) = peak_bytes(); break;
     default: *static_cast<int*>(value) = 1;
     }
     return SUCCESS;

@@ -1,8 +1,9 @@
-//! Where time goes: nested spans, written down while a recording runs.
+//! Where time and memory go: nested spans, written down while a recording runs.
 //!
 //! Whoever does something worth knowing about opens a [`span`]; it ends when it is dropped. While nothing records, that
 //! costs one load of a flag.
 
+mod memory;
 mod table;
 pub mod trace;
 
@@ -15,6 +16,9 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use serde::Serialize;
 
+use super::memory::Mark;
+
+pub use memory::MemoryTable;
 pub use table::Table;
 
 /// What a span is part of.
@@ -63,9 +67,31 @@ pub struct Event {
     pub thread: usize,
     /// Whether no span lies inside it.
     pub is_leaf: bool,
+    /// If the recording watches memory.
+    pub memory: Option<Memory>,
+}
+
+/// Bytes that were held of the memory of the device that computes, by whatever runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// When the span began.
+    pub before: u64,
+    pub after: u64,
+    /// The most meanwhile.
+    pub peak: u64,
+}
+
+impl Memory {
+    /// What is held more afterwards.
+    fn growth(&self) -> f64 {
+        self.after as f64 - self.before as f64
+    }
 }
 
 static RECORDING: AtomicBool = AtomicBool::new(false);
+/// The thread whose spans say what memory is held, for one alone sees all peaks; [`NOBODY`] if it is not watched.
+static WATCHER: AtomicUsize = AtomicUsize::new(NOBODY);
+const NOBODY: usize = usize::MAX;
 static EVENTS: Mutex<Vec<Event>> = Mutex::new(Vec::new());
 
 /// Whether a recording runs.
@@ -92,9 +118,24 @@ fn wait() {
     }
 }
 
-/// Begins a recording.
-pub fn start() {
+fn watches_memory() -> bool {
+    WATCHER.load(Ordering::Relaxed) == THREAD.with(|thread| *thread)
+}
+
+/// How much of the device's memory is held now, if this thread watches it.
+fn mark_memory() -> Mark {
+    match GPU.get() {
+        _ if !watches_memory() => Mark::default(),
+        #[cfg(feature = "cuda")]
+        Some(Device::Cuda(device)) => super::gpu::mark(device),
+        _ => super::memory::mark(),
+    }
+}
+
+/// Begins a recording; with `watch_memory`, spans of this thread say how much memory is held.
+pub fn start(watch_memory: bool) {
     EVENTS.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    WATCHER.store(if watch_memory { THREAD.with(|thread| *thread) } else { NOBODY }, Ordering::Relaxed);
     RECORDING.store(true, Ordering::Relaxed);
 }
 
@@ -144,6 +185,8 @@ thread_local! {
     };
     /// Of a span that begins now and does not say its own.
     static CATEGORY: Cell<Category> = const { Cell::new(Category::Forward) };
+    /// The most memory that was held since the span began that is open now, as far as it was asked for.
+    static PEAK: Cell<u64> = const { Cell::new(0) };
     /// Spans begun on this thread so far.
     static BEGUN: Cell<u64> = const { Cell::new(0) };
 }
@@ -154,6 +197,8 @@ struct Open {
     around: Category,
     shapes: Vec<Vec<usize>>,
     number: u64,
+    held: u64,
+    peak_around: u64,
     start: Instant,
 }
 
@@ -163,12 +208,15 @@ impl Open {
         let number = BEGUN.get() + 1;
         BEGUN.set(number);
         wait();
+        let Mark { held, peak } = mark_memory();
         Self {
             name,
             category,
             around: CATEGORY.replace(category.inside()),
             shapes: vec![],
             number,
+            held,
+            peak_around: PEAK.replace(held).max(peak),
             start: Instant::now(),
         }
     }
@@ -178,6 +226,9 @@ impl Drop for Open {
     fn drop(&mut self) {
         wait();
         let duration = self.start.elapsed();
+        let Mark { held, peak } = mark_memory();
+        let peak = PEAK.get().max(peak);
+        PEAK.set(self.peak_around.max(peak));
         CATEGORY.set(self.around);
         if !RECORDING.load(Ordering::Relaxed) {
             return;
@@ -190,6 +241,7 @@ impl Drop for Open {
             duration,
             thread: THREAD.with(|thread| *thread),
             is_leaf: BEGUN.get() == self.number,
+            memory: watches_memory().then_some(Memory { before: self.held, after: held, peak }),
         });
     }
 }
@@ -207,7 +259,7 @@ mod tests {
     #[test]
     fn spans_nest_inherit_their_category_and_are_kept_only_while_a_recording_runs() {
         let before = span("before");
-        start();
+        start(false);
         drop(before);
         let outer = span_in(Category::Backward, format_args!("layers.{}", 3));
         span("linear").shapes(&[&[2, 3], &[4]]).around(|| std::thread::sleep(Duration::from_millis(1)));
@@ -231,7 +283,7 @@ mod tests {
         assert!(inner.duration >= Duration::from_millis(1));
         assert!(outer.start <= inner.start && inner.start + inner.duration <= outer.start + outer.duration);
         assert_eq!(CATEGORY.get(), Category::Forward, "spans that end give back the category around them");
-        start();
+        start(false);
         assert!(own(stop()).is_empty(), "a recording begins empty");
     }
 }

@@ -59,9 +59,9 @@ impl Display for Table {
             1 => write!(f, "Where the {:.1} ms of a step went:", ms(self.total))?,
             n => write!(f, "Where the {:.1} ms of a step went, mean of {n}:", ms(self.total))?,
         }
-        write!(f, "\n  {:<16} {:<16} {:>10} {:>7} {:>7}", "op", "in", "ms", "%", "calls")?;
+        write!(f, "\n  {:<20} {:<16} {:>10} {:>7} {:>7}", "op", "in", "ms", "%", "calls")?;
         let mut line = |name: &str, category: &str, time, calls: &str| {
-            write!(f, "\n  {name:<16} {category:<16} {:>10.2} {:>7.1} {calls:>7}", ms(time), self.pct(time))
+            write!(f, "\n  {name:<20} {category:<16} {:>10.2} {:>7.1} {calls:>7}", ms(time), self.pct(time))
         };
         let (large, small): (Vec<_>, Vec<_>) = self.rows.iter().partition(|row| self.pct(row.time) >= SMALLEST_PCT);
         for row in large {
@@ -92,6 +92,7 @@ mod tests {
             duration: Duration::from_millis(ms),
             thread,
             is_leaf,
+            memory: None,
         };
         let events = [
             event("linear", Category::Forward, 20, 0, true),
