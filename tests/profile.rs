@@ -43,23 +43,37 @@ fn read_trace(path: &Path) -> Vec<Span> {
     spans
 }
 
-#[test]
-fn a_trace_holds_every_op_of_every_block_both_ways_and_leaves_no_gaps() {
-    let folder = tempfile::tempdir().unwrap();
+/// What a run of the debug model into `folder` logs.
+fn train(folder: &Path, args: &[&str]) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_titan"))
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .env("TITAN_DEVICE", "cpu") // a GPU makes one op of some
-        .args(["train", "--config", "configs/debug_model.toml", "--training.steps=5"])
-        .args(["--checkpoint.no-enable", "--validation.no-enable"])
-        .args(["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"])
-        .args(["--profiling.enable_profiling", "--profiling.profile_freq=3", "--profiling.profiler_active=2"])
+        .args(["train", "--config", "configs/debug_model.toml", "--checkpoint.no-enable", "--validation.no-enable"])
+        .args(args)
         .arg("--job.dump_folder")
-        .arg(folder.path())
+        .arg(folder)
         .stdin(Stdio::null())
         .output()
         .unwrap();
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{log}");
+    log.into_owned()
+}
+
+#[test]
+fn a_trace_holds_every_op_of_every_block_both_ways_and_leaves_no_gaps() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = train(
+        folder.path(),
+        &[
+            "--training.steps=5",
+            "--activation_checkpoint.mode=selective",
+            "--activation_checkpoint.selective_ac_option=2",
+            "--profiling.enable_profiling",
+            "--profiling.profile_freq=3",
+            "--profiling.profiler_active=2",
+        ],
+    );
     for line in ["ms of a step went, mean of 2", "not accounted for", "Dumping profiler traces at step 3"] {
         assert!(log.contains(line), "{line} is missing in:\n{log}");
     }
@@ -122,19 +136,10 @@ fn a_trace_holds_every_op_of_every_block_both_ways_and_leaves_no_gaps() {
 #[test]
 fn a_memory_snapshot_says_what_is_held_when_and_by_whom() {
     let folder = tempfile::tempdir().unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_titan"))
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .env("TITAN_DEVICE", "cpu")
-        .args(["train", "--config", "configs/debug_model.toml", "--training.steps=2"])
-        .args(["--checkpoint.no-enable", "--validation.no-enable", "--metrics.no-enable_tensorboard"])
-        .args(["--profiling.enable_memory_snapshot", "--profiling.profile_freq=2"])
-        .arg("--job.dump_folder")
-        .arg(folder.path())
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let log = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{log}");
+    let log = train(
+        folder.path(),
+        &["--training.steps=2", "--profiling.enable_memory_snapshot", "--profiling.profile_freq=2"],
+    );
     assert!(!folder.path().join("profile_traces").exists(), "nobody has asked for traces");
 
     let path = folder.path().join("memory_snapshot/iteration_2/rank0_memory_snapshot.json");
