@@ -55,9 +55,9 @@ if [ -z "$programs_only" ]; then
     cp -r tests/golden "$content/tests"
 fi
 
-# Two blocks, as fast to write as to read. The first two programs come together: they share most of candle's kernels.
-programs=(bin/titan bin/lib_tests)
-for name in "${tests[@]}" "${benches[@]}"; do programs+=("bin/$name"); done
+# The programs share most of what they are: a dictionary that reaches back over several of them finds it again.
+programs=()
+for name in titan lib_tests "${tests[@]}" "${benches[@]}"; do programs+=("bin/$name"); done
 tar -C "$content" -c "${programs[@]}" $(cd "$content" && ls -d COMMIT configs assets scripts benches tests 2>/dev/null) |
-    xz -T2 --block-size=160MiB --x86 --lzma2=preset=6,dict=96MiB >"$out/titan-gpu.tar.xz"
+    xz -T1 --x86 --lzma2=preset=2,dict=256MiB >"$out/titan-gpu.tar.xz"
 ls -l "$out/titan-gpu.tar.xz" >&2
