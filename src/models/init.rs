@@ -66,8 +66,8 @@ fn unit(word: u32) -> f64 {
     (f64::from(word) + 0.5) / (f64::from(u32::MAX) + 1.0)
 }
 
-/// By Box and Muller's transform: a word for the radius and one for the turn make two numbers. Within 1e-6 of them, by
-/// additions, products, quotients and square roots of f32 alone, whose bits are the same on every system.
+/// By Box and Muller's transform: a word for the radius and one for the turn make two numbers. By additions, products,
+/// quotients and square roots of f32 alone, whose bits are the same on every system.
 fn standard_normals(rng: &mut ChaCha8Rng) -> [f32; BLOCK] {
     const HALF: usize = BLOCK / 2;
     let words: [u32; BLOCK] = from_fn(|_| rng.next_u32());
@@ -97,10 +97,10 @@ fn log(x: f32) -> f32 {
     exponent * std::f32::consts::LN_2 + 2.0 * s * series
 }
 
-/// Sine and cosine of one of 2³² turns, each within 2e-7. They are around the circle, and not the multiples of any.
+/// Sine and cosine of `(word + ½) / 2³² - ⅛` turns, each within 2e-7.
 ///
-/// The upper two bits choose a quarter, the others an angle of at most π/4 around its middle, for which Taylor's series
-/// are short.
+/// The upper two bits choose a multiple of π/2, the others an angle of at most π/4 around it, for which Taylor's series are
+/// short.
 #[inline(always)]
 fn sin_cos(word: u32) -> (f32, f32) {
     let quarters = ((word & 0x3fff_ffff) as f32 + 0.5) * 2f32.powi(-30) - 0.5;

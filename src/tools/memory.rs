@@ -8,7 +8,7 @@ use libmimalloc_sys::{mi_option_set, mi_option_t};
 static HELD: AtomicU64 = AtomicU64::new(0);
 static PEAK: AtomicU64 = AtomicU64::new(0);
 
-/// What a global allocator handed out, and has not got back, in bytes.
+/// How much of a device's memory is held, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
     pub held: u64,
@@ -16,7 +16,7 @@ pub struct Mark {
     pub peak: u64,
 }
 
-/// What [`Counted`] handed out; zeros in a program with another allocator. One caller at a time sees all peaks.
+/// What [`Counted`] handed out and has not got back; zeros in a program with another allocator. One caller at a time sees all peaks.
 pub fn mark() -> Mark {
     let held = HELD.load(Ordering::Relaxed);
     Mark { held, peak: PEAK.swap(held, Ordering::Relaxed).max(held) }
@@ -27,16 +27,17 @@ pub fn mark() -> Mark {
 pub struct Counted<A, const LEAST: usize>(pub A);
 
 impl<A, const LEAST: usize> Counted<A, LEAST> {
-    fn took(bytes: usize) {
-        if bytes >= LEAST {
+    fn handed_out(memory: *mut u8, bytes: usize) -> *mut u8 {
+        if bytes >= LEAST && !memory.is_null() {
             let held = HELD.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
             if held > PEAK.load(Ordering::Relaxed) {
                 PEAK.fetch_max(held, Ordering::Relaxed);
             }
         }
+        memory
     }
 
-    fn gave_back(bytes: usize) {
+    fn got_back(bytes: usize) {
         if bytes >= LEAST {
             HELD.fetch_sub(bytes as u64, Ordering::Relaxed);
         }
@@ -46,28 +47,27 @@ impl<A, const LEAST: usize> Counted<A, LEAST> {
 // SAFETY: every call goes to the allocator inside as it came; counting beside it touches no memory that is handed out.
 unsafe impl<A: GlobalAlloc, const LEAST: usize> GlobalAlloc for Counted<A, LEAST> {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        Self::took(layout.size());
         // SAFETY: the caller's promise about `layout`, passed on.
-        unsafe { self.0.alloc(layout) }
+        Self::handed_out(unsafe { self.0.alloc(layout) }, layout.size())
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        Self::took(layout.size());
         // SAFETY: as in `alloc`.
-        unsafe { self.0.alloc_zeroed(layout) }
+        Self::handed_out(unsafe { self.0.alloc_zeroed(layout) }, layout.size())
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        Self::gave_back(layout.size());
+        Self::got_back(layout.size());
         // SAFETY: `memory` came from the allocator inside with this layout, as the caller promises of this one.
         unsafe { self.0.dealloc(memory, layout) }
     }
 
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, new_bytes: usize) -> *mut u8 {
-        Self::took(new_bytes);
         // SAFETY: as in `dealloc`; the new size is the caller's promise too.
-        let moved = unsafe { self.0.realloc(memory, layout, new_bytes) };
-        Self::gave_back(if moved.is_null() { new_bytes } else { layout.size() });
+        let moved = Self::handed_out(unsafe { self.0.realloc(memory, layout, new_bytes) }, new_bytes);
+        if !moved.is_null() {
+            Self::got_back(layout.size()); // After the new, as both are there while numbers are copied.
+        }
         moved
     }
 }

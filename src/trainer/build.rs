@@ -120,7 +120,7 @@ impl Trainer {
         let (storage, compute) = (config.training.dtype.into(), config.training.mixed_precision_param.into());
         let precision = Precision { storage, compute };
         memory::check(&model, precision, &config, &facts)?;
-        let classes = Classes::of(&model, precision, config.training.enable_cpu_offload);
+        let classes = Classes::of(&model, precision, config.training.enable_cpu_offload && !device.is_cpu());
         let explain = |class, error| classes.explain(error, class, &config, &facts);
 
         // Data before memory is taken: what is wrong with a dataset shows at once.

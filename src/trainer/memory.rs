@@ -53,7 +53,7 @@ pub fn check(model: &Decoder, precision: Precision, config: &JobConfig, facts: &
 /// What the driver calls memory that is not there.
 const OUT_OF_MEMORY: &str = "CUDA_ERROR_OUT_OF_MEMORY";
 
-/// What a run holds of its GPU, by what it is for; known before it is taken.
+/// What a run holds of its device's memory, by what it is for; known before it is taken.
 #[derive(Clone, Debug)]
 pub struct Classes {
     weights: f64,

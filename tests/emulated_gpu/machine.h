@@ -21,7 +21,7 @@ struct Launch {
     void** arguments;
 };
 
-// What the device has, times ten and added: TITAN_EMULATED_CAPABILITY, else 90.
+// Ten times the device's major compute capability and its minor one: TITAN_EMULATED_CAPABILITY, else 90.
 int capability();
 // Of a block on any device, and on one of this capability.
 constexpr size_t MAX_SHARED_BYTES = 227 << 10;

@@ -173,8 +173,9 @@ inline unsigned bytes_of_word(size_t from, size_t first, size_t end) {
     return (1u << high) - (1u << low);
 }
 
-// Whether these bytes of a word, a bit each, are numbers that nothing has written. They look like NOTHING, as what the host
-// and other libraries write does not: only kernels are asked for what they write.
+// Whether these bytes of a word, a bit each, are numbers that nothing has written: none of them, so that a read of a word of
+// which half is written passes. They look like NOTHING, as what the host and other libraries write does not: only kernels are
+// asked for what they write.
 inline __attribute__((always_inline)) bool is_unwritten(const WordCell& word, unsigned bytes, const unsigned char* at,
                                                         bool is_shared_memory) {
     uint32_t content, mask = 0;

@@ -1,5 +1,5 @@
-// Accesses of threads to the same memory that nothing orders, and reads of what nothing has written: found if kernels are compiled with -fsanitize=thread, whose
-// calls for each access come here instead of to a library.
+// Accesses of threads to the same memory that nothing orders, and reads of what nothing has written: found if kernels are
+// compiled with -fsanitize=thread, whose calls for each access come here instead of to a library.
 #pragma once
 
 #include <stddef.h>

@@ -437,7 +437,10 @@ int main() {
     }
     check(found[0] != found[1], "a missing barrier shows");
     check_faults();
-    if (races_are_found()) check_order(), check_unwritten();
+    if (races_are_found()) {
+        check_order();
+        check_unwritten();
+    }
     check_driver();
     check_products();
     check(allocated_bytes() == 0, "memory that is not released");

@@ -27,7 +27,7 @@ impl MemoryTable {
     /// time. `None` if there is no such step.
     pub fn of(events: &[Event], before: &[(&str, f64)]) -> Option<Self> {
         let (step, of_step) = watched(events.iter().rfind(|event| event.category == Category::Step)?)?;
-        let inside = |event: &&Event| event.thread == step.thread && event.start > step.start;
+        let inside = |it: &&Event| it.thread == step.thread && it.start >= step.start && it.category != Category::Step;
         let mut inner: Vec<Watched> = events.iter().filter(inside).filter_map(watched).collect();
         inner.sort_by_key(|(event, _)| (event.start, Reverse(event.duration)));
         // The first, if the peak comes more than once.

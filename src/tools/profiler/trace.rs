@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::{Category, Event, Memory};
 use crate::tools::files::NewFile;
 
-/// Chrome's trace event format, "complete" events; times are in microseconds.
+/// Chrome's trace event format, "complete" events and counters; times are in microseconds.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Trace<'a> {
